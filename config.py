@@ -1,0 +1,368 @@
+"""全部配置：一个 Config 类，几套预设，以及把命令行覆盖在上面的规则。
+
+一个值从哪里来，按先后：命令行 > 在本文件里改过的 > 预设 > 自动判断。
+每个字段都是一个命令行参数：``python pre_train.py --preset deep --lr 3e-4 --no-compile``。
+"""
+
+import difflib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+
+class UserError(ValueError):
+    """用户能改正的错误：说明发生了什么、是哪个值、现在该做什么。脚本把它印成一句话。"""
+
+
+def option(default: Any, help: str, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """一个配置项：默认值、中文说明、单位、可选值。"""
+    return field(default=default, metadata={"help": help, "unit": unit, "choices": choices})
+
+
+@dataclass
+class Config:
+    """训练与模型的全部配置。值为 None 的字段由预设决定；改成别的值，就以你的为准。"""
+
+    # ===================== 改这里：最常改的几项 =====================
+    preset: str = option(
+        "auto",
+        "预设；auto：有 NVIDIA 显卡用 wide，否则用 tiny",
+        choices=("auto", "tiny", "wide", "deep"),
+    )
+    data: str = option(
+        "auto",
+        "预训练语料：builtin（内置成语词典）或文件路径；auto：有下载好的维基就用它，否则 builtin",
+    )
+    sft_data: str = option("auto", "微调对话：builtin 或文件路径；auto：有下载好的就用它")
+    lr: float | None = option(None, "预训练的最高学习率（Muon 管的矩阵）")
+    sft_lr: float | None = option(None, "微调的最高学习率；默认是 lr 的五分之一")
+    max_steps: int | None = option(None, "预训练的步数；与 epochs 二选一", "步")
+    epochs: float | None = option(None, "预训练把语料读几遍", "遍")
+    sft_max_steps: int | None = option(None, "微调的步数；与 sft_epochs 二选一", "步")
+    sft_epochs: float | None = option(None, "微调把对话读几遍", "遍")
+    # ================================================================
+
+    # 模型的形状
+    dim: int | None = option(None, "宽度：每个词元的向量有多长", "维")
+    n_layers: int | None = option(None, "层数", "层")
+    n_heads: int | None = option(None, "查询头数，须整除 dim", "头")
+    n_kv_heads: int | None = option(None, "键值头数，须整除 n_heads", "头")
+    hidden_dim: int | None = option(None, "前馈层的中间宽度", "维")
+    max_len: int | None = option(None, "模型最多能看多长的上下文", "词元")
+    vocab_size: int = option(21248, "词表大小，补到 128 的倍数，GPU 算得快", "个")
+    rope_theta: float = option(10000.0, "旋转位置编码的底数")
+    norm_eps: float = option(1e-6, "归一化时防止除以零的小数")
+
+    # 一步训练多少词元：batch_size × seq_len × grad_accum
+    batch_size: int | None = option(None, "一次前向的行数；显存不够就减半，grad_accum 加倍", "行")
+    seq_len: int | None = option(None, "每行的长度，不超过 max_len", "词元")
+    grad_accum: int | None = option(None, "梯度累积：几次前向合成一步", "次")
+
+    # 优化
+    embed_lr_scale: float = option(0.5, "词嵌入与增益（AdamW 管的）的学习率是 lr 的几倍", "倍")
+    weight_decay: float = option(0.1, "权重衰减，只作用于 Muon 管的矩阵")
+    warmup: float = option(0.03, "学习率从 0 升到最高，占全程的比例")
+    decay: float = option(0.5, "学习率最后降到 0，占全程的比例")
+    grad_clip: float = option(1.0, "梯度范数的上限")
+    seed: int = option(42, "随机种子：初始化、打乱与采样")
+
+    # 设备
+    device: str = option("auto", "设备", choices=("auto", "cuda", "mps", "cpu"))
+    dtype: str = option(
+        "auto",
+        "矩阵乘法的精度；auto：硬件支持就用 bfloat16",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    compile: bool = option(True, "用 torch.compile 加速（需要 C++ 编译器；没有会自动跳过）")
+
+    # 数据与记录
+    val_fraction: float = option(0.03, "留出多大比例的文档不训练，只用来检验")
+    eval_tokens: int = option(60000, "每次检验最多用多少词元", "词元")
+    eval_every: int | None = option(None, "每隔多少步检验、采样并保存一次", "步")
+    prompt: str = option("守株待兔：", "预训练时用来采样的固定开头")
+    sft_prompt: str = option("守株待兔是什么意思？", "微调时用来采样的固定问题")
+    data_dir: str = option("data", "下载的数据与词元文件放在哪里")
+    out_dir: str | None = option(None, "检查点与记录放在哪里；默认 out/预设名")
+    init_from: str | None = option(None, "从哪个预训练检查点开始微调；默认 out_dir/pretrain.pt")
+
+
+N_TOKENS = 21146  # 分词器的词元数：bert-base-chinese 的 21128 个，加上 tokenizer.py 补的
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "max_len",
+         "vocab_size", "rope_theta", "norm_eps")  # fmt: skip
+
+# 每套预设：形状，以及随形状而定的批次与学习率（扫描的记录见 docs/lab-notes.md）。
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        dim=256, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=768, max_len=512,
+        batch_size=8, seq_len=256, grad_accum=1, lr=0.02,
+        max_steps=480, sft_max_steps=120, eval_every=60,
+    ),
+    "wide": dict(  # 矮胖
+        dim=512, n_layers=8, n_heads=8, n_kv_heads=2, hidden_dim=1664, max_len=1024,
+        batch_size=32, seq_len=512, grad_accum=1, lr=0.01, eval_every=500,
+    ),
+    "deep": dict(  # 瘦高
+        dim=512, n_layers=24, n_heads=8, n_kv_heads=2, hidden_dim=1664, max_len=1024,
+        batch_size=16, seq_len=512, grad_accum=2, lr=0.01, eval_every=500,
+    ),
+}  # fmt: skip
+
+
+# ---------- 1. 命令行：参数名就是字段名 ----------
+
+
+def parse_flags(cls: type, argv: list[str], problems: list[str]) -> dict[str, Any]:
+    """把 ``--名字 值`` 解析成 {字段名: 值}；看不懂的记进 problems，最后一并报告。
+
+    Args:
+        cls: 带 `option` 字段的 dataclass。
+        argv: 命令行参数，不含脚本名。``--no-名字`` 把布尔字段设为假。
+        problems: 收集问题，一条一句。
+    """
+    types = field_types(cls)
+    given: dict[str, Any] = {}
+    rest = list(argv)
+    while rest:
+        flag = rest.pop(0)
+        name, has_value, value = flag.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        positive = name.removeprefix("no_")
+        if not flag.startswith("--"):
+            problems.append(f"多余的参数 {flag!r}：参数要写成 --名字 值")
+        elif types.get(positive) is bool and not has_value:
+            given[positive] = name == positive
+        elif name not in types:
+            near = difflib.get_close_matches(name, types, n=1, cutoff=0.0)[0]
+            problems.append(f"没有参数 {flag.partition('=')[0]}；最接近的是 --{near}")
+            if rest and not rest[0].startswith("--"):
+                rest.pop(0)  # 它的值
+        elif not has_value and (not rest or rest[0].startswith("--")):
+            problems.append(f"参数 --{name} 后面要跟一个值")
+        else:
+            text = value if has_value else rest.pop(0)
+            given[name] = convert(name, text, types[name], problems)
+    return given
+
+
+def field_types(cls: type) -> dict[str, type]:
+    """每个字段的类型，``int | None`` 记作 int。"""
+    hints = get_type_hints(cls)
+    return {f.name: (get_args(hints[f.name]) or (hints[f.name],))[0] for f in fields(cls)}
+
+
+def convert(name: str, text: str, kind: type, problems: list[str]) -> Any:
+    """把命令行上的文字变成字段的类型；变不了就记下问题，返回 None。"""
+    expected = {int: "整数", float: "数", bool: "true 或 false"}
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        problems.append(f"--{name} 要的是{expected[kind]}，得到的是 {text!r}")
+
+
+def help_text(cls: type, usage: str) -> str:
+    """列出每个参数的名字、单位、默认值与说明。"""
+    lines = [usage, "", "参数（写在命令行上，或改 config.py 里的默认值）："]
+    for f in fields(cls):
+        default = "由预设或上下文决定" if f.default is None else f.default
+        unit = f"，单位：{f.metadata['unit']}" if f.metadata["unit"] else ""
+        choices = "，可选：" + " ".join(f.metadata["choices"]) if f.metadata["choices"] else ""
+        lines += [f"  --{f.name}", f"      {f.metadata['help']}（默认：{default}{unit}{choices}）"]
+    return "\n".join(lines)
+
+
+# ---------- 2. 定值：命令行 > 改过的默认值 > 预设 > 自动 ----------
+
+
+def load_config(stage: str, argv: list[str], default: Config | None = None):
+    """得到一份每个值都已确定的配置，以及每个值的来历。
+
+    Args:
+        stage: "pretrain" 或 "sft"。微调的命令行上，--lr、--max_steps、--epochs 指这一次运行，
+            也就是 sft_lr、sft_max_steps、sft_epochs。
+        argv: 命令行参数。
+        default: 代替 ``Config()`` 的起点，测试用。
+    Returns:
+        (config, origins)；origins 是 {字段名: 来历}。
+    Raises:
+        UserError: 所有问题一次列出。
+    """
+    if "--help" in argv or "-h" in argv:
+        script = {"pretrain": "pre_train.py", "sft": "sft_train.py"}[stage]
+        print(help_text(Config, f"用法：python {script} [--参数 值 …]"))
+        raise SystemExit(0)
+    problems: list[str] = []
+    flags = parse_flags(Config, argv, problems)
+    if stage == "sft":
+        for name in ("lr", "max_steps", "epochs"):
+            if name in flags:
+                flags.setdefault(f"sft_{name}", flags.pop(name))
+
+    config = default or Config()
+    origins = {f.name: "config.py" for f in fields(Config)}
+    for name, value in flags.items():
+        setattr(config, name, value)
+        origins[name] = "命令行"
+    check_types(config, problems)
+    if not problems:
+        fill_in(config, origins)
+        check_values(config, problems)
+    if problems:
+        raise UserError("配置有问题：" + "；\n  ".join(["", *problems]).removeprefix("；"))
+    return config, origins
+
+
+def fill_in(config: Config, origins: dict[str, str]) -> None:
+    """填好留空的字段，并记下来历。"""
+
+    def fill(name: str, value: Any, origin: str) -> None:
+        setattr(config, name, value)
+        origins[name] = origin
+
+    if config.preset == "auto":
+        fill("preset", "wide" if has_cuda() else "tiny", "自动")
+    preset = dict(PRESETS[config.preset])
+    for steps, epochs in (("max_steps", "epochs"), ("sft_max_steps", "sft_epochs")):
+        if getattr(config, epochs) is not None:
+            preset.pop(steps, None)  # 用户指定了遍数，预设的步数便不作数
+    for name, value in preset.items():
+        if getattr(config, name) is None:
+            fill(name, value, f"预设 {config.preset}")
+    wiki = Path(config.data_dir) / "wiki_zh_texts_filtered.json"
+    sft = Path(config.data_dir) / "sft_t2t_mini.jsonl"
+    if config.data == "auto":
+        fill("data", str(wiki) if wiki.exists() else "builtin", "自动")
+    if config.sft_data == "auto":
+        fill("sft_data", str(sft) if sft.exists() else "builtin", "自动")
+    if config.sft_lr is None:
+        fill("sft_lr", config.lr / 5, "自动")
+    if config.out_dir is None:
+        fill("out_dir", f"out/{config.preset}", "自动")
+    if config.init_from is None:
+        fill("init_from", f"{config.out_dir}/pretrain.pt", "自动")
+
+
+def has_cuda() -> bool:
+    """有没有能用的 NVIDIA 显卡。"""
+    import torch  # 用到才导入：--help 和配置的错误不必等它
+
+    return torch.cuda.is_available()
+
+
+# ---------- 3. 检查：所有问题一起报告，什么都还没加载 ----------
+
+
+def check_types(config: Config, problems: list[str]) -> None:
+    """在 config.py 里改出来的值，类型也要对。"""
+    types = field_types(Config)
+    for f in fields(Config):
+        value, kind = getattr(config, f.name), types[f.name]
+        if kind is float and type(value) is int:
+            setattr(config, f.name, float(value))
+        elif value is None and f.default is not None and not problems:
+            problems.append(f"{f.name} 不能是 None")
+        elif value is not None and type(value) is not kind:
+            problems.append(f"{f.name} 要的是 {kind.__name__}，得到的是 {value!r}")
+        elif f.metadata["choices"] and value not in f.metadata["choices"]:
+            choices = "、".join(f.metadata["choices"])
+            problems.append(f"{f.name} 只能是 {choices}，得到的是 {value!r}")
+
+
+def check_values(c: Config, problems: list[str]) -> None:
+    """单个值的范围，以及值与值之间能不能相容。"""
+
+    def require(ok: bool, sentence: str) -> None:
+        if not ok:
+            problems.append(sentence)
+
+    positive = (
+        "dim",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "hidden_dim",
+        "max_len",
+        "vocab_size",
+        "rope_theta",
+        "norm_eps",
+        "batch_size",
+        "seq_len",
+        "grad_accum",
+        "lr",
+        "sft_lr",
+        "embed_lr_scale",
+        "grad_clip",
+        "max_steps",
+        "epochs",
+        "sft_max_steps",
+        "sft_epochs",
+        "eval_every",
+        "eval_tokens",
+    )
+    for name in positive:
+        value = getattr(c, name)
+        require(value is None or 0 < value < float("inf"), f"{name} 必须是正数，得到的是 {value}")
+    for name in ("warmup", "decay", "weight_decay"):
+        value = getattr(c, name)
+        require(0 <= value <= 1, f"{name} 必须在 0 与 1 之间，得到的是 {value}")
+    require(c.warmup + c.decay <= 1, f"warmup（{c.warmup}）与 decay（{c.decay}）之和不能超过 1")
+    require(0 < c.val_fraction < 0.5, f"val_fraction 必须在 0 与 0.5 之间：{c.val_fraction}")
+    require(0 <= c.seed < 2**63, f"seed 必须在 0 与 2^63 之间，得到的是 {c.seed}")
+    if problems:
+        return  # 下面的检查要求上面的值是合理的
+    require(c.dim % c.n_heads == 0, f"n_heads（{c.n_heads}）必须整除 dim（{c.dim}）")
+    require(
+        c.dim // c.n_heads % 2 == 0 or c.dim % c.n_heads != 0,
+        f"每个头的宽度 dim / n_heads 必须是偶数，得到的是 {c.dim / c.n_heads}",
+    )
+    require(
+        c.n_heads % c.n_kv_heads == 0,
+        f"n_kv_heads（{c.n_kv_heads}）必须整除 n_heads（{c.n_heads}）",
+    )
+    require(c.seq_len <= c.max_len, f"seq_len（{c.seq_len}）不能超过 max_len（{c.max_len}）")
+    require(
+        N_TOKENS <= c.vocab_size <= 2**16,
+        f"vocab_size（{c.vocab_size}）须在分词器的 {N_TOKENS} 与 uint16 的 65536 之间",
+    )
+    for steps, epochs in (("max_steps", "epochs"), ("sft_max_steps", "sft_epochs")):
+        require(
+            getattr(c, steps) is None or getattr(c, epochs) is None,
+            f"{steps} 与 {epochs} 只能指定一个",
+        )
+
+
+# ---------- 4. 说给用户听，留给以后看 ----------
+
+
+def describe(config: Config, origins: dict[str, str]) -> str:
+    """按来历分组，列出每个值。"""
+    groups: dict[str, list[str]] = {}
+    for name, value in asdict(config).items():
+        if value is not None:
+            groups.setdefault(origins[name], []).append(f"{name}={value}")
+    order = sorted(groups, key=lambda origin: (origin == "config.py", origin != "命令行"))
+    return "\n".join(f"  [{origin}] " + "  ".join(groups[origin]) for origin in order)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """把定下来的配置写成 JSON，与结果放在一起。"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(config), ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """运行脚本的 main()；用户的错误印成一句话，退出码 2；Ctrl-C 的退出码是 130。"""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # Windows 默认不是 UTF-8
+    try:
+        main()
+    except UserError as error:
+        print(f"错误：{error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,223 @@
+"""手写的 Transformer 解码器：给出每个位置上「下一个词元」的打分。
+
+从下往上读：
+
+    RMSNorm            把向量的长度归一
+    RotaryEmbedding    用旋转表示位置（RoPE）
+    attend             注意力：按相关程度，从前文取信息（快的一份；attend_by_hand 是看得懂的一份）
+    Attention          产生查询、键、值的一层注意力
+    FeedForward        逐个位置做的非线性变换（SwiGLU）
+    Block              注意力 + 前馈，各自加在残差流上
+    Transformer        词嵌入 -> 若干个 Block -> 每个词元的打分
+
+结构与 Qwen3（arXiv 2505.09388）的稠密模型相同。本文件不认识分词器、文件、设备和采样。
+
+图例：B 批次，T 词元数，S 可见的键的个数，C 宽度，H 头数，K 键值头数，D 头宽，V 词表大小。
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import Config
+
+
+class RMSNorm(nn.Module):
+    """除以均方根，再乘可学的增益（Root Mean Square Layer Normalization，arXiv 1910.07467）。"""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)，类型不变；均方根在 fp32 中计算，半精度的平方会溢出。"""
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return (x.float() * scale * self.weight).type_as(x)
+
+
+class RotaryEmbedding(nn.Module):
+    """旋转位置编码：把查询和键按位置旋转，内积便只取决于相对距离（RoFormer，arXiv 2104.09864）。"""
+
+    def __init__(self, head_dim: int, max_len: int, theta: float):
+        super().__init__()
+        frequencies = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)  # (D/2,)
+        angles = torch.outer(torch.arange(max_len).float(), frequencies)  # (max_len, D/2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """位置 (B, T) 或 (T,) -> 余弦与正弦 (B 或 1, 1, T, D/2)，可与各个头广播相乘。"""
+        cos, sin = self.cos[positions], self.sin[positions]
+        return cos.view(-1, 1, *cos.shape[-2:]), sin.view(-1, 1, *sin.shape[-2:])
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, H, T, D) -> (B, H, T, D)：第 i 维与第 i + D/2 维组成一个平面，在其中旋转。"""
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """注意力，快的一份：交给 PyTorch 的融合算子，不在内存里写出 T × S 的权重表。
+
+    Args:
+        q: 查询 (B, H, T, D)。
+        k, v: 键与值 (B, K, S, D)，每 H/K 个查询头共用一个键值头（GQA，arXiv 2305.13245）。
+        mask: 布尔 (B 或 1, 1, T, S)，真表示可以看；None 表示不另设限制。
+        causal: 只许看自己与前文（T = S 时用，与 mask 二选一）。
+    Returns:
+        (B, H, T, D)
+    """
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
+
+
+def attend_by_hand(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """注意力，看得懂的一份：参数同 `attend`，另外交出权重 (B, H, T, S)，每行之和为 1。"""
+    groups = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # K -> H
+    scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5  # (B, H, T, S)
+    if causal:
+        mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(dim=-1)
+    return weights @ v, weights
+
+
+class Attention(nn.Module):
+    """分组查询注意力，查询与键先归一（QK-norm，arXiv 2302.05442），训练因此更稳。"""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        dim, self.head_dim = config.dim, config.dim // config.n_heads
+        self.query = nn.Linear(dim, config.n_heads * self.head_dim, bias=False)
+        self.key = nn.Linear(dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.value = nn.Linear(dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.out = nn.Linear(config.n_heads * self.head_dim, dim, bias=False)
+        self.query_norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.key_norm = RMSNorm(self.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, causal: bool, cache, layer: int):
+        """(B, T, C) -> (B, T, C)。有缓存时，前文的键与值取自缓存，并把新的写进去。"""
+        B, T, _ = x.shape
+        q = self.query(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.key(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.value(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q = RotaryEmbedding.rotate(self.query_norm(q), cos, sin)
+        k = RotaryEmbedding.rotate(self.key_norm(k), cos, sin)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)  # (B, K, S, D)
+        y = attend(q, k, v, mask, causal)  # (B, H, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU：一路经 SiLU 作门，与另一路相乘，再投影回来（GLU Variants，arXiv 2002.05202）。"""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.up = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.down = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """一层：先归一再变换，结果加回残差流。残差流从词嵌入直通输出，梯度因此传得到底。"""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, *attention_inputs) -> Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        x = x + self.attention(self.attention_norm(x), *attention_inputs)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Transformer(nn.Module):
+    """整个模型：编号进，打分出。
+
+    Args:
+        config: 用到 vocab_size、dim、n_layers、n_heads、n_kv_heads、hidden_dim、max_len、
+            rope_theta、norm_eps。
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.rotary = RotaryEmbedding(
+            config.dim // config.n_heads, config.max_len, config.rope_theta
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.max_len = config.max_len
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """词嵌入取小的随机数；各层按输入宽度缩放；每条残差支路的最后一个投影从零开始。
+
+        于是刚出生的每一层都是「什么也不做」，模型对所有词元几乎一视同仁，损失约为 ln V。
+        """
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        for block in self.blocks:
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.feed_forward.down.weight)
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache=None,
+    ) -> Tensor:
+        """每个位置上，下一个词元的打分（未归一的对数概率）。
+
+        Args:
+            ids: 编号 (B, T)，整型。
+            positions: 每个词元的位置 (B, T)；默认从缓存的长度（没有缓存则从 0）起依次递增。
+            segments: 每个词元属于第几段 (B, T)；同段才能互相看见。默认整行是一段。
+            cache: `generate.KVCache`；给了就只送新词元，前文从缓存里取。
+        Returns:
+            (B, T, V)
+        Raises:
+            ValueError: 词元数超过模型的最大长度。
+        """
+        T, start = ids.size(1), 0 if cache is None else cache.length
+        if start + T > self.max_len:
+            raise ValueError(f"词元数 {start + T} 超过模型的最大长度 {self.max_len}")
+        if positions is None:
+            positions = torch.arange(start, start + T, device=ids.device)  # (T,)
+
+        mask = None
+        if segments is not None:
+            same_segment = segments[:, None, :, None] == segments[:, None, None, :]
+            mask = same_segment.tril()  # (B, 1, T, T)
+        elif start > 0 and T > 1:
+            seen = torch.arange(start + T, device=ids.device)
+            mask = seen <= positions.view(1, 1, T, 1)  # (1, 1, T, S)
+        causal = mask is None and T > 1  # 只有一个新词元时，缓存里的一切都是前文
+
+        x = self.embedding(ids)  # (B, T, C)
+        cos, sin = self.rotary(positions)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, mask, causal, cache, layer)
+        if cache is not None:
+            cache.length = start + T
+        # 输出与词嵌入共用一张表（arXiv 1608.05859）：打分就是与每个词元的嵌入作内积。
+        return F.linear(self.norm(x), self.embedding.weight)  # (B, T, C) -> (B, T, V)

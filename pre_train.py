@@ -1,0 +1,171 @@
+"""预训练：让模型学会接着往下写。
+
+    python pre_train.py                                        默认：在任何机器上都能跑
+    python pre_train.py --preset deep --lr 3e-4 --no-compile   每个配置都能在命令行上改
+
+从上到下就是训练的全过程。
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from config import UserError, describe, load_config, run_script, save_config
+from dataset import IGNORE, PretrainBatches, prepare, rows_of_step
+from generate import Sampling, make_speaker
+from model import Transformer
+from tokenizer import Tokenizer
+from training import (
+    Device,
+    Metrics,
+    bits_per_character,
+    build_optimizers,
+    compile_if_possible,
+    evaluate,
+    learning_rate,
+    loss_sum,
+    repeat_flags,
+    save,
+    set_learning_rate,
+    total_steps,
+)
+
+
+def main() -> None:
+    """读配置、备数据、建模型，然后一步一步地训练。"""
+    # ---------- 1. 配置与设备 ----------
+    config, origins = load_config("pretrain", sys.argv[1:])
+    device = Device(config)
+    torch.manual_seed(config.seed)
+    print(f"预训练 · {device.describe()}\n{describe(config, origins)}")
+    if origins["preset"] == "自动":
+        print("（想换一种大小：--preset wide 矮胖，--preset deep 瘦高，--preset tiny 小而快）")
+    if config.data == "builtin":
+        print("（用的是内置成语词典；想用维基百科：python download.py wiki）")
+    for note in device.notes:
+        print(f"（{note}）")
+    out_dir = Path(config.out_dir)
+    save_config(config, out_dir / "pretrain_config.json")
+
+    # ---------- 2. 数据：一个词元文件，切成等长的行 ----------
+    tokenizer = Tokenizer()
+    data = prepare(config.data, "pretrain", tokenizer, config)
+    train = PretrainBatches(data.tokens["train"], config.seq_len)
+    val = PretrainBatches(data.tokens["val"], config.seq_len)
+    rows_per_step = config.batch_size * config.grad_accum
+    # 语料不大时读四遍，再多便只是背书（Scaling Data-Constrained LMs，arXiv 2305.16264）。
+    epochs = 4 if data.card["train_tokens"] < 100e6 else 1
+    max_steps = total_steps(config.max_steps, config.epochs or epochs, train.n_rows, rows_per_step)
+
+    # ---------- 3. 模型与优化器 ----------
+    model = Transformer(config).to(device.torch)
+    optimizers = build_optimizers(model, config, device, config.lr)
+    loss_fn = compile_if_possible(loss_sum, device)
+    speaker = make_speaker(model, config, tokenizer, "pretrain")
+    n_params = sum(p.numel() for p in model.parameters())
+    print(
+        f"模型：{n_params / 1e6:.1f} M 参数；共 {max_steps} 步，"
+        f"每步 {rows_per_step * config.seq_len} 个词元"
+    )
+
+    def check(step: int, everything: bool) -> dict:
+        """检验、采样、保存；返回检验的结果。"""
+        limit = config.eval_tokens * (10 if everything else 1)
+        loss = evaluate(loss_fn, model, val, config.batch_size, limit, device)
+        bpc = bits_per_character(loss, data.card)
+        prompt = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
+        written = list(speaker.generate(prompt, Sampling(seed=config.seed + 1, max=60)))
+        tqdm.write(
+            f"第 {step} 步 · 检验损失 {loss:.3f} · 每字 {bpc:.3f} 比特\n"
+            f"    {config.prompt}{tokenizer.decode(written)}"
+        )
+        save(
+            out_dir / "pretrain.pt",
+            model,
+            config,
+            tokenizer,
+            stage="pretrain",
+            step=step,
+            val_loss=loss,
+            val_bpc=bpc,
+        )
+        return {"val_loss": loss, "val_bpc": bpc}
+
+    # ---------- 4. 训练 ----------
+    metrics = Metrics(out_dir, "pretrain")
+    print("第一步之前要编译，约一分钟……" if device.compile else "开始训练……")
+    result = check(0, everything=False)
+    print(
+        f"没训练过的模型对 {config.vocab_size} 个词元一视同仁，损失应为 ln V = "
+        f"{math.log(config.vocab_size):.2f}，实际是 {result['val_loss']:.2f}"
+    )
+    metrics.write(step=0, tokens=0, **result)
+    bar = tqdm(total=max_steps, unit="步", dynamic_ncols=True, smoothing=0.1)
+    tokens = 0
+    for step in range(max_steps):
+        started = time.monotonic()
+
+        # 4.1 这一步的学习率
+        factor = learning_rate(step, max_steps, config.warmup, config.decay)
+        set_learning_rate(optimizers, factor)
+
+        # 4.2 前向与反向，几个小批的梯度累积成一大批；按整个大批的目标数求平均
+        rows = rows_of_step(step, rows_per_step, train.n_rows, config.seed)
+        batches = [train.get(rows[i :: config.grad_accum]) for i in range(config.grad_accum)]
+        n_targets = sum(int((b.targets != IGNORE).sum()) for b in batches)
+        loss = 0.0
+        for batch in batches:
+            with device.autocast():
+                part = loss_fn(model, batch.to(device.torch)) / n_targets
+            device.scaler.scale(part).backward()
+            loss += part.item()
+
+        # 4.3 梯度太长就截短；有一个不是数，就在更新之前停下
+        for optimizer in optimizers:
+            device.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
+        if not math.isfinite(norm) and not device.scaler.is_enabled():
+            raise UserError(f"第 {step + 1} 步的梯度不是有限的数；请减小 --lr（{config.lr}）")
+
+        # 4.4 更新参数
+        for optimizer in optimizers:
+            device.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        device.scaler.update()
+
+        # 4.5 记录
+        tokens += n_targets
+        speed = n_targets / (time.monotonic() - started)
+        bar.update()
+        bar.set_postfix_str(f"损失 {loss:.3f}，{speed:.0f} 词元/秒")
+        row = {
+            "step": step + 1, "tokens": tokens, "train_loss": loss, "lr": config.lr * factor,
+            "grad_norm": norm, "tokens_per_second": speed,
+        }  # fmt: skip
+
+        # 4.6 每隔一段：检验、采样、保存
+        last = step + 1 == max_steps
+        if last or (step + 1) % config.eval_every == 0:
+            row |= check(step + 1, everything=last)
+        metrics.write(**row)
+    bar.close()
+
+    # ---------- 5. 收尾 ----------
+    metrics.draw()
+    print(
+        f"完成，用时 {metrics.minutes():.1f} 分钟。\n"
+        f"  检查点    {out_dir / 'pretrain.pt'}\n"
+        f"  损失曲线  {metrics.picture}\n"
+        f"  记录      {metrics.path}\n"
+        f"接下来：\n"
+        f"  python pre_chat.py --checkpoint {out_dir / 'pretrain.pt'}    看它接着往下写\n"
+        f"  python sft_train.py{repeat_flags(config, origins)}    教它回答问题"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,313 @@
+"""读数据：各种各样的原始文件 -> 一篇篇文档，或一段段对话。
+
+认得的文件（.json .jsonl .txt，也可以是 .gz；看内容而不看扩展名）：
+
+    JSONL             一行一个字符串，或一个有 text / content（可另有 title）的对象
+    JSON 数组         同样的内容放在一个大数组里；用 ijson 边读边给，不整个装进内存
+    纯文本            空行隔开的段落，一段一篇
+    wiki2019zh        一行一个 {"id", "url", "title", "text"}
+    minimind          正文里写着 <|im_start|>…<|im_end|> 或 <s>…</s>，每一对里是一篇
+    对话              {"conversations": [{"role", "content"}, …]}，或 instruction/input/output
+
+坏行不会悄悄丢掉：`ReadLog` 记下文件与行号，最后一并报告；超过 1% 就停下来。
+"""
+
+import contextlib
+import gzip
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ijson
+
+from config import UserError
+
+MAX_LINE = 64 << 20  # 一行最长多少字节；再长多半不是按行组织的数据
+MAX_DOCUMENT = 1 << 12  # 纯文本一篇最长多少字；没有空行的长文在换行处分篇
+BAD_ROWS_ALLOWED = 0.01
+
+Conversation = list[tuple[str, str]]  # [(角色, 正文), …]
+
+
+class Record(NamedTuple):
+    """一条数据：划分训练与检验时用的键，以及内容。键相同的总在同一边。"""
+
+    key: str
+    content: Any  # 文档是 str，对话是 Conversation
+
+
+class ReadLog:
+    """边读边记：读到了文件的哪里，有多少好行与坏行，最先遇到的几条坏行。"""
+
+    def __init__(self, source: str):
+        self.source = source
+        self.file: BinaryIO | None = None  # 磁盘上的文件，它的 tell() 就是进度
+        self.rows = 0
+        self.bad = 0
+        self.examples: list[str] = []
+        self.notes: Counter[str] = Counter()  # 不算坏、但也没有照原样使用的，各有多少
+
+    def add(self, row: str, reason: str) -> None:
+        """记下一条坏行；``row`` 例如「第 3 行」。"""
+        self.bad += 1
+        if len(self.examples) < 5:
+            self.examples.append(f"{self.source} {row}：{reason}")
+
+    def report(self) -> list[str]:
+        """给用户看的几行话；没有问题时为空。"""
+        lines = [f"{self.source} 里有 {count} 条{note}" for note, count in self.notes.items()]
+        if self.bad:
+            lines += [f"跳过 {self.bad} 条坏行（共 {self.rows} 条），例如：", *self.examples]
+        return lines
+
+    def check(self) -> None:
+        """读完之后：一条好的都没有，或者坏行超过 1%，就报错。"""
+        good = self.rows - self.bad - sum(self.notes[n] for n in self.notes if n.startswith("空白"))
+        if self.rows and good > 0 and self.bad <= BAD_ROWS_ALLOWED * self.rows:
+            return
+        if not self.rows or not self.bad:
+            raise UserError(f"{self.source} 里没有一条能用的数据；请检查文件内容")
+        raise UserError(
+            f"{self.source} 有 {self.bad} / {self.rows} 条坏行，超过 "
+            f"{BAD_ROWS_ALLOWED:.0%}；请先修好数据，例如：\n  " + "\n  ".join(self.examples)
+        )
+
+
+# ---------- 1. 打开与辨认 ----------
+
+
+@contextlib.contextmanager
+def open_binary(path: Path, log: "ReadLog | None" = None) -> Iterator[BinaryIO]:
+    """打开文件；gzip 压缩的（看开头两个字节）顺便解压，BOM 跳过。"""
+    with path.open("rb") as raw:
+        if log:
+            log.file = raw
+        compressed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        with gzip.GzipFile(fileobj=raw) if compressed else raw as f:
+            if f.read(3) != b"\xef\xbb\xbf":
+                f.seek(0)
+            yield f
+
+
+def check_source(path: Path) -> bytes:
+    """确认文件存在、不空、是 UTF-8，返回开头的一段字节。
+
+    Raises:
+        UserError: 说明哪里不对、该怎么办。
+    """
+    if path.is_dir():
+        raise UserError(f"{path} 是目录，要的是一个文件；可以先用 cat 把里面的文件接成一个")
+    if not path.exists():
+        raise UserError(f"找不到数据文件 {path}；请检查路径，或先运行 python download.py")
+    try:
+        with open_binary(path) as f:
+            head = f.read(1 << 16)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path} 的 gzip 压缩数据已损坏（{error}）；请重新下载") from error
+    except OSError as error:
+        raise UserError(f"读不了 {path}（{error.strerror or error}）；请检查权限") from error
+    if not head.strip():
+        raise UserError(f"{path} 是空文件；请检查它是否下载完整")
+    try:
+        head[:-3].decode("utf-8")  # 末尾可能正好切断一个汉字
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 6:
+            raise UserError(
+                f"{path} 不是 UTF-8 编码（第 {error.start} 字节）；"
+                f"可以用 iconv -f GB18030 -t UTF-8 {path} > 新文件 转换"
+            ) from error
+    return head
+
+
+def read_lines(path: Path, log: ReadLog) -> Iterator[tuple[int, str]]:
+    """逐行给出 (行号, 文字)，行号从 1 起；过长或不是 UTF-8 的行记为坏行。"""
+    with open_binary(path, log) as f:
+        number = 0
+        while line := f.readline(MAX_LINE):
+            number += 1
+            if len(line) == MAX_LINE:
+                log.rows += 1
+                log.add(f"第 {number} 行", f"长于 {MAX_LINE >> 20} MB，是不是少了换行？")
+                while line and not line.endswith(b"\n"):
+                    line = f.readline(MAX_LINE)
+                continue
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                log.rows += 1
+                log.add(f"第 {number} 行", f"不是 UTF-8（第 {error.start} 字节）")
+                continue
+            yield number, text
+
+
+def read_rows(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
+    """逐条给出 (在哪里, 解析好的 JSON 值或一段纯文本)。"""
+    head = check_source(path).lstrip()
+    looks_like_json = head[:1] in b'[{"' and not path.name.removesuffix(".gz").endswith(".txt")
+    try:
+        if head[:1] == b"{" or (looks_like_json and head[:1] == b'"'):
+            yield from _read_jsonl(path, log)
+        elif looks_like_json:
+            yield from _read_json_array(path, log)
+        else:
+            yield from _read_text(path, log)
+    except (gzip.BadGzipFile, EOFError) as error:
+        log.rows += 1
+        log.add("末尾", f"gzip 压缩数据不完整（{error}），是不是下载中断了？")
+
+
+def _read_jsonl(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
+    for number, line in read_lines(path, log):
+        if not line.strip():
+            continue
+        log.rows += 1
+        try:
+            yield f"第 {number} 行", json.loads(line)
+        except (ValueError, RecursionError) as error:
+            cut = "" if line.endswith("\n") else "，最后一行不完整，是不是下载中断了？"
+            log.add(f"第 {number} 行", f"不是合法的 JSON（{error}）{cut}")
+
+
+def _read_json_array(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
+    with open_binary(path, log) as f:
+        number = 0
+        try:
+            for number, row in enumerate(ijson.items(f, "item", use_float=True), start=1):
+                log.rows += 1
+                yield f"第 {number} 条", row
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            log.rows += 1
+            reason = "数组没有写完，是不是下载中断了？" if "ncomplete" in str(error) else error
+            log.add(f"第 {number} 条之后", f"不是合法的 JSON（{reason}）")
+
+
+def _read_text(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
+    paragraph: list[str] = []
+    size = start = 0
+    for number, line in read_lines(path, log):
+        if paragraph and (not line.strip() or size > MAX_DOCUMENT):
+            log.rows += 1
+            yield f"第 {start} 行", "".join(paragraph)
+            paragraph, size = [], 0
+        if line.strip():
+            start = number if not paragraph else start
+            paragraph.append(line)
+            size += len(line)
+    if paragraph:
+        log.rows += 1
+        yield f"第 {start} 行", "".join(paragraph)
+
+
+# ---------- 2. 文档 ----------
+
+
+def read_documents(path: Path, log: ReadLog) -> Iterator[Record]:
+    """预训练数据：逐篇给出文档，键就是文档本身。"""
+    for where, row in read_rows(path, log):
+        try:
+            documents = split_markers(well_formed(document_text(row)))
+        except ValueError as error:
+            log.add(where, str(error))
+            continue
+        if not documents:
+            log.notes["空白文档，已跳过"] += 1
+        for document in documents:
+            yield Record(document, document)
+
+
+def document_text(row: Any) -> str:
+    """一条数据里的正文。Raises ValueError：没有正文，并说出有什么。"""
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict):
+        raise ValueError(f"要的是字符串或对象，得到的是 {type(row).__name__}")
+    text = row.get("text") if row.get("text") is not None else row.get("content")
+    if not isinstance(text, str):
+        keys = "、".join(map(str, row)) or "什么也没有"
+        raise ValueError(f"没有写着文字的 text 或 content 字段（有的是：{keys}）")
+    title = row.get("title")
+    if isinstance(title, str) and title and not text.lstrip().startswith(title):
+        return f"{title}\n{text}"  # wiki2019zh 的正文已经以标题开头，不再重复
+    return text
+
+
+def well_formed(text: str) -> str:
+    """原样返回；JSON 的转义能写出不成对的代理字符，它们不是文字。Raises ValueError。"""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("含有不成对的代理字符（\\ud800–\\udfff）") from None
+    return text
+
+
+def split_markers(text: str) -> list[str]:
+    """按文件格式里的首尾标记分成若干篇；没有标记就是一篇。首尾空白不要。"""
+    if text.lstrip().startswith("<|im_start|>"):
+        pieces = re.split(r"<\|im_start\|>|<\|im_end\|>", text)
+    elif text.lstrip().startswith("<s>"):
+        pieces = re.split(r"</?s>", text)
+    else:
+        pieces = [text]
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+# ---------- 3. 对话 ----------
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
+         "gpt": "assistant", "tool": "tool", "function": "tool"}  # fmt: skip
+
+
+def read_conversations(path: Path, log: ReadLog) -> Iterator[Record]:
+    """微调数据：逐段给出对话；键是第一句提问，同一个问题不会既训练又检验。"""
+    for where, row in read_rows(path, log):
+        try:
+            conversation = conversation_turns(row, log.notes)
+        except ValueError as error:
+            log.add(where, str(error))
+            continue
+        question = next((text for role, text in conversation if role == "user"), "")
+        yield Record(question or conversation[0][1], conversation)
+
+
+def conversation_turns(row: Any, notes: Counter[str]) -> Conversation:
+    """一条数据里的各轮发言。Raises ValueError：不成对话，并说出为什么。"""
+    if not isinstance(row, dict):
+        raise ValueError(f"要的是对象，得到的是 {type(row).__name__}")
+    if isinstance(row.get("instruction"), str):
+        question = "\n".join(filter(None, [row["instruction"], row.get("input")]))
+        messages = [("user", question), ("assistant", row.get("output"))]
+        if isinstance(row.get("system"), str) and row["system"]:
+            messages.insert(0, ("system", row["system"]))
+    else:
+        rows = row.get("conversations") or row.get("messages")
+        if not isinstance(rows, list):
+            keys = "、".join(map(str, row)) or "什么也没有"
+            raise ValueError(f"没有 conversations 或 instruction 字段（有的是：{keys}）")
+        messages = [_message(message, notes) for message in rows]
+    conversation = [(role, well_formed(text)) for role, text in messages if isinstance(text, str)]
+    if len(conversation) < len(messages):
+        raise ValueError("有一轮发言没有文字")
+    if not any(role == "assistant" and text.strip() for role, text in conversation):
+        raise ValueError("没有一句助手的回答，无从学起")
+    return conversation
+
+
+def _message(message: Any, notes: Counter[str]) -> tuple[str, str]:
+    """一轮发言 -> (角色, 正文)。工具的说明与调用写成 JSON 文字；思考过程略去并计数。"""
+    if not isinstance(message, dict):
+        raise ValueError(f"一轮发言应该是对象，得到的是 {type(message).__name__}")
+    name = message.get("role") or message.get("from")
+    if not isinstance(name, str) or name not in ROLES:
+        raise ValueError(f"不认识的角色 {name!r}（认识：{'、'.join(ROLES)}）")
+    text = message.get("content") if "content" in message else message.get("value")
+    extras = [message.get(field) for field in ("tools", "tool_calls")]
+    extras = [e if isinstance(e, str) else json.dumps(e, ensure_ascii=False) for e in extras if e]
+    if isinstance(text, str) or extras or (text is None and ROLES[name] == "tool"):
+        text = "\n".join(filter(None, [text, *extras]))
+    if message.get("reasoning_content"):
+        notes["发言的思考过程（reasoning_content），只学回答"] += 1
+    return ROLES[name], text

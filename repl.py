@@ -1,0 +1,145 @@
+"""两个聊天程序共用的部分：命令行参数、行编辑、命令、一个字一个字地打印。"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from config import Config, UserError, convert, field_types, fill_in, help_text, option, parse_flags
+from generate import Sampling, Speaker, is_looping, load_for_chat
+from training import Device
+
+HELP = """\
+  /help              这份说明
+  /reset             忘掉前文，重新开始
+  /temp 0.8          温度（0：总选最可能的）      /top_k 50     只从最可能的几个里选
+  /top_p 0.95        概率之和到此为止             /min_p 0.05   太不可能的不选
+  /penalty 1.1       重复惩罚                     /max 200      一次最多写多少词元
+  /seed 1            固定随机种子（0：不固定）    /quit         离开（或按 Ctrl-D）
+  回答时按 Ctrl-C 停止回答；上下方向键翻看输入过的话。"""
+
+
+@dataclass
+class ChatOptions(Sampling):
+    """聊天程序的命令行参数：采样的各项，加上用哪个检查点。"""
+
+    checkpoint: str | None = option(None, "检查点的路径；默认是训练脚本写下的那一个")
+    prompt: str | None = option(None, "只回答这一句，然后退出；供脚本使用")
+    device: str = option("auto", "设备", choices=("auto", "cuda", "mps", "cpu"))
+
+
+def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
+    """读命令行，载入检查点。
+
+    Args:
+        stage: "pretrain" 或 "sft"，决定默认读哪个检查点。
+        argv: 命令行参数，不含脚本名。
+    Raises:
+        UserError: 参数有问题，或检查点不能用。
+    """
+    if "--help" in argv or "-h" in argv:
+        script = {"pretrain": "pre_chat.py", "sft": "sft_chat.py"}[stage]
+        print(help_text(ChatOptions, f"用法：python {script} [--参数 值 …]"))
+        raise SystemExit(0)
+    problems: list[str] = []
+    options = ChatOptions(**parse_flags(ChatOptions, argv, problems))
+    problems = problems or options.problems()
+    devices = next(f.metadata["choices"] for f in fields(ChatOptions) if f.name == "device")
+    if options.device not in devices:
+        problems.append(f"device 只能是 {'、'.join(devices)}，得到的是 {options.device!r}")
+    if problems:
+        raise UserError("；".join(problems))
+    config = Config(device=options.device, compile=False)
+    fill_in(config, {})
+    path = Path(options.checkpoint or f"{config.out_dir}/{stage}.pt")
+    speaker = load_for_chat(path, Device(config))
+    if speaker.stage != stage:
+        script = {"pretrain": "pre_chat.py", "sft": "sft_chat.py"}[speaker.stage]
+        raise UserError(f"{path} 是 {speaker.stage} 阶段的检查点；请改用 python {script}")
+    if sys.stdout.isatty() and options.prompt is None:
+        print(f"已载入 {path}。输入 /help 看命令，Ctrl-D 离开。")
+    return options, speaker
+
+
+def read_inputs(history: Path) -> Iterator[str]:
+    """逐行给出用户输入的话；终端上有行编辑与历史，管道里就是一行一句。"""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory
+
+    session: PromptSession[str] = PromptSession(history=FileHistory(str(history)))
+    while True:
+        try:
+            yield session.prompt("\n你> ")
+        except KeyboardInterrupt:
+            print("（要离开请按 Ctrl-D，或输入 /quit）")
+        except EOFError:
+            return
+
+
+def run(
+    options: ChatOptions, speaker: Speaker, answer: Callable[[str], None], reset: Callable[[], None]
+) -> None:
+    """读一句，答一句，直到离开。
+
+    Args:
+        answer: 回答一句话，自己负责打印。
+        reset: 忘掉前文。
+    """
+    if options.prompt is not None:
+        answer(options.prompt)
+        return
+    for text in read_inputs(Path(speaker.config.out_dir) / "chat_history"):
+        command = text.strip()
+        if command in ("/quit", "/exit"):
+            return
+        if command == "/reset":
+            reset()
+            print("（已忘掉前文）")
+        elif command.startswith("/"):
+            print(obey(command, options))
+        else:
+            answer(text)
+
+
+def obey(command: str, options: ChatOptions) -> str:
+    """执行一条设置采样的命令，返回要打印的话；不合法的值不会生效。"""
+    name, _, value = command.removeprefix("/").partition(" ")
+    types = field_types(Sampling)
+    if name not in types:
+        return HELP if name == "help" else f"没有命令 /{name}；输入 /help 看有哪些命令"
+    if not value.strip():
+        return f"{name} 现在是 {getattr(options, name)}"
+    problems: list[str] = []
+    before, new = getattr(options, name), convert(name, value.strip(), types[name], problems)
+    if not problems:
+        setattr(options, name, new)
+        problems = options.problems()
+    if problems:
+        setattr(options, name, before)
+        return "；".join(problems).removeprefix("--")
+    return f"{name} 改为 {new}"
+
+
+def stream(speaker: Speaker, ids: list[int], options: ChatOptions) -> list[int]:
+    """一边生成一边打印，返回生成的编号。Ctrl-C 停止；陷入重复、写满上下文时停下并说明。"""
+    new: list[int] = []
+    notice = ""
+    try:
+        for token in speaker.generate(ids, options):
+            new.append(token)
+            print(speaker.tokenizer.decode([token]), end="", flush=True)
+            if is_looping(new):
+                notice = "（开始重复，停在这里；可以用 /penalty 1.3 加重惩罚）"
+                break
+        else:
+            if len(ids) + len(new) >= speaker.config.max_len:
+                notice = f"（写满了 {speaker.config.max_len} 个词元的上下文）"
+    except KeyboardInterrupt:
+        notice = "（已停止）"
+    print()
+    if notice:
+        print(notice, file=sys.stderr)
+    return new

@@ -1,0 +1,49 @@
+"""与微调过的模型聊天：你问，它答，记得前几轮。
+
+python sft_chat.py                                  一问一答
+python sft_chat.py --prompt "画蛇添足是什么意思？"  只答一次，供脚本使用
+"""
+
+import sys
+
+import repl
+from config import run_script
+
+
+def trim(turns: list[list[int]], limit: int) -> list[list[int]]:
+    """前文太长时，从最早的一问一答起整轮忘掉，直到放得下；最后一问总是留着。
+
+    Args:
+        turns: 每轮发言的编号，问与答交替，最后是问。
+        limit: 总共最多多少个词元。
+    """
+    while sum(map(len, turns)) > limit and len(turns) > 2:
+        turns = turns[2:]
+    return turns
+
+
+def main() -> None:
+    """载入模型，读一句话，答一句话。"""
+    options, speaker = repl.start("sft", sys.argv[1:])
+    tokenizer, max_len = speaker.tokenizer, speaker.config.max_len
+    turns: list[list[int]] = []
+
+    def answer(text: str) -> None:
+        nonlocal turns
+        if not text.strip():
+            return
+        question = tokenizer.turn_ids("user", tokenizer.encode(text))
+        # 至少空出四分之一的上下文给回答。
+        limit = max_len * 3 // 4 - len(tokenizer.reply_prefix())
+        if len(question) > limit:
+            print(f"（这句话有 {len(question)} 个词元，最多 {limit} 个；请说短一些）")
+            return
+        turns = trim([*turns, question], limit)
+        ids = [i for turn in turns for i in turn] + tokenizer.reply_prefix()
+        turns.append(tokenizer.turn_ids("assistant", repl.stream(speaker, ids, options)))
+
+    repl.run(options, speaker, answer, reset=lambda: turns.clear())
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,137 @@
+"""分词器：bert-base-chinese 的词表，改造成能「写」的样子。
+
+BERT 的分词器是为「读」设计的：它丢掉空格、认不得中文引号和换行，解码时又在汉字之间塞满空格。
+语言模型要一个字一个字地写，所以这里保持原词表的编号 0–21127 一个不动，只做三件事：
+
+1. 在词表后面补上「写」所需的词元：对话的控制词元，以及引号、省略号、破折号、换行、空格等
+   （每个词元换来了什么，见 docs/lab-notes.md）；
+2. 空格也是词元，于是解码就是把词元首尾相接：去掉 ``##``，什么也不加。
+   逐个词元解码与整段解码的结果因此相同，可以边生成边打印；
+3. 文本里写着 ``<|im_end|>`` 这样的字样时，它们只是普通文字；控制词元只能由程序按编号放入。
+
+会丢失的信息：大写字母变小写，重音符号被去掉，词表里没有的生僻字与表情符号变成 [UNK]。
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from config import N_TOKENS, UserError
+
+VOCAB_FILE = Path(__file__).parent / "tokenizer" / "vocab.txt"
+VOCAB_SHA256 = "45bbac6b341c319adc98a532532882e91a9cefc0329aa57bac9ae761c27b291c"
+BERT_VOCAB_SIZE = 21128
+
+CONTROL_TOKENS = [
+    "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>",
+]  # fmt: skip
+TEXT_TOKENS = ["“", "”", "‘", "’", "—", "–", "…", "`", "\n", " ", "\u3000", "\t"]
+
+# 每一篇文档、每一轮发言都写成同一种样子：<|im_start|> [角色] 正文 <|im_end|>。
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|><|{{ message['role'] }}|>{{ message['content'] }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|><|assistant|>{% endif %}"
+)
+
+
+def _build_backend(vocab_file: Path) -> Backend:
+    """用 `tokenizers` 库的标准零件拼出分词器；这些零件都能写进 tokenizer.json。"""
+    vocab = models.WordPiece.read_file(str(vocab_file))
+    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    # 词表里没有 A–Z：不转小写的话，凡是有大写字母的单词都会变成 [UNK]。
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.Sequence([decoders.Replace(Regex("^##"), ""), decoders.Fuse()])
+    # normalized=False：在规范化之前匹配。否则 "\n" 先被规范成空格，再匹配到每个汉字的周围。
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in CONTROL_TOKENS])
+    backend.add_tokens([AddedToken(t, normalized=False) for t in TEXT_TOKENS])
+    backend.encode_special_tokens = True  # 文本里的控制词元字样按普通文字切分
+    return backend
+
+
+class Tokenizer:
+    """文本与编号（整数列表）之间的双向翻译。
+
+    Args:
+        vocab_file: WordPiece 词表，一行一个词元。
+    Raises:
+        UserError: 词表缺失，或者不是公开的 bert-base-chinese 词表。
+    """
+
+    def __init__(self, vocab_file: Path = VOCAB_FILE):
+        if not vocab_file.is_file():
+            raise UserError(f"找不到词表 {vocab_file}；请运行 git checkout tokenizer")
+        found = hashlib.sha256(vocab_file.read_bytes()).hexdigest()
+        if found != VOCAB_SHA256:
+            raise UserError(
+                f"词表 {vocab_file} 不是公开的 bert-base-chinese 词表（SHA-256 为 {found[:12]}…，"
+                f"应为 {VOCAB_SHA256[:12]}…）；请运行 git checkout tokenizer 恢复它"
+            )
+        self.backend = _build_backend(vocab_file)
+        self.vocab_size = self.backend.get_vocab_size()
+        self.bos_id, self.eos_id, *roles = map(self.backend.token_to_id, CONTROL_TOKENS)
+        self.role_ids = dict(zip(["user", "assistant", "system", "tool"], roles, strict=True))
+        self.unk_id = self.backend.token_to_id("[UNK]")
+        self._self_test()
+
+    def _self_test(self) -> None:
+        """开机自检：编号没有移位，常见文字来回不变。不过关就不要开始训练。"""
+        text = "“你好”，他说：2024 年的 3.14…\nhello world——完"
+        assert self.bos_id == BERT_VOCAB_SIZE, f"控制词元应从 {BERT_VOCAB_SIZE} 开始"
+        assert self.vocab_size == N_TOKENS, f"词元数应为 {N_TOKENS}，实为 {self.vocab_size}"
+        assert self.decode(self.encode(text)) == text, "自检失败：文字编码后再解码发生了变化"
+        assert self.bos_id not in self.encode("<|im_start|>"), "自检失败：文字变成了控制词元"
+
+    def encode(self, text: str) -> list[int]:
+        """文本 -> 编号。不加任何首尾标记；文本里的控制词元字样按普通文字处理。"""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """同 `encode`，一次许多篇，用上全部处理器核心。"""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [e.ids for e in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """编号 -> 文本，略去控制词元。逐个解码再相接，与整段解码结果相同。"""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def document_ids(self, ids: list[int]) -> list[int]:
+        """给一篇文档的编号加上首尾标记。"""
+        return [self.bos_id, *ids, self.eos_id]
+
+    def turn_ids(self, role: str, ids: list[int]) -> list[int]:
+        """给一轮发言的编号加上首尾标记与角色。"""
+        return [self.bos_id, self.role_ids[role], *ids, self.eos_id]
+
+    def reply_prefix(self) -> list[int]:
+        """轮到助手发言时的开头。"""
+        return [self.bos_id, self.role_ids["assistant"]]
+
+    def never_sampled(self) -> list[int]:
+        """生成时绝不该抽到的编号：占位符、BERT 的标记、[UNK]，以及除 <|im_end|> 外的控制词元。"""
+        vocab = self.backend.get_vocab()
+        bert_marks = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<S>", "<T>"}
+        banned = [i for t, i in vocab.items() if t in bert_marks or t.startswith("[unused")]
+        return sorted([*banned, self.bos_id, *self.role_ids.values()])
+
+    def fingerprint(self) -> str:
+        """词表与补充词元的指纹，写进词元文件和检查点，防止张冠李戴。"""
+        added = "\x00".join(CONTROL_TOKENS + TEXT_TOKENS)
+        return hashlib.sha256((VOCAB_SHA256 + added).encode()).hexdigest()[:16]
+
+    def to_transformers(self):
+        """包装成 `transformers` 的分词器，可以 `save_pretrained` 后由 `AutoTokenizer` 读回。"""
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=self.backend,
+            bos_token="<|im_start|>",
+            eos_token="<|im_end|>",
+            unk_token="[UNK]",
+            pad_token="[PAD]",
+            chat_template=CHAT_TEMPLATE,
+            clean_up_tokenization_spaces=False,
+        )

@@ -1,0 +1,400 @@
+"""两个训练脚本必须做得一模一样的事；训练的故事本身在 pre_train.py 与 sft_train.py 里。
+
+    Device            用哪个设备、哪种精度，能不能编译
+    learning_rate     学习率曲线：升温、平稳、下降
+    Muon              给矩阵用的优化器
+    build_optimizers  哪些参数归 Muon，哪些归 AdamW
+    loss_sum          一批数据的损失之和
+    evaluate          在留出的文档上检验
+    save / load       检查点
+    Metrics           metrics.jsonl 与 loss.png
+
+本文件不认识分词之前的文字，也不决定训练的次序。
+"""
+
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import time
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InductorError
+
+from config import SHAPE, Config, UserError
+from dataset import IGNORE, Batch
+from model import Transformer
+from tokenizer import Tokenizer
+
+# ---------- 1. 设备与精度 ----------
+
+
+class Device:
+    """这次运行用的设备、精度与编译与否；`notes` 是该告诉用户的话。
+
+    Args:
+        config: 用到 device、dtype、compile。
+    Raises:
+        UserError: 指定的设备不存在，或不支持指定的精度。
+    """
+
+    def __init__(self, config: Config):
+        self.notes: list[str] = []
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = config.device
+        if name == "auto":
+            name = next((d for d, there in available.items() if there), "cpu")
+        if not available.get(name, True):
+            raise UserError(f"这台机器上没有 {name}；请去掉 --device，或改成 --device cpu")
+        self.torch = torch.device(name)
+        self.dtype = self._choose_dtype(config.dtype)
+        self.compile = config.compile and self._can_compile()
+        # fp16 的梯度太小会变成 0：先放大损失，更新前再缩回去。
+        self.scaler = torch.amp.GradScaler(name, enabled=self.dtype == torch.float16)
+
+    def _choose_dtype(self, wanted: str) -> torch.dtype:
+        kind = self.torch.type
+        has_bf16 = {
+            "cuda": lambda: torch.cuda.get_device_capability() >= (8, 0),
+            "mps": lambda: False,
+            "cpu": cpu_has_bf16,
+        }[kind]()
+        if wanted == "float16" and kind == "cpu":
+            raise UserError("CPU 上不能用 float16 训练；请去掉 --dtype，或改成 --dtype float32")
+        if wanted != "auto":
+            if wanted == "bfloat16" and not has_bf16:
+                self.notes.append("这个设备没有 bfloat16 指令，--dtype bfloat16 会非常慢")
+            return getattr(torch, wanted)
+        if has_bf16:
+            return torch.bfloat16
+        if kind == "cpu":
+            self.notes.append("这个处理器没有 bf16 指令，改用 float32：结果一样，约慢三到五倍")
+        return torch.float16 if kind == "cuda" else torch.float32
+
+    def _can_compile(self) -> bool:
+        if self.torch.type == "mps":
+            return False  # Inductor 的 MPS 后端还在试验阶段
+        if self.torch.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+            self.notes.append("没有找到 C++ 编译器，跳过 torch.compile：结果一样，约慢一倍")
+            return False
+        return True
+
+    def autocast(self):
+        """半精度的作用范围：矩阵乘法用半精度，参数与累加仍是 fp32。"""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.torch.type, self.dtype)
+
+    def describe(self) -> str:
+        """例如「cpu · float32 · torch.compile」。"""
+        name = torch.cuda.get_device_name() if self.torch.type == "cuda" else self.torch.type
+        return f"{name} · {str(self.dtype)[6:]} · {'torch.compile' if self.compile else '不编译'}"
+
+
+def cpu_has_bf16() -> bool:
+    """处理器有没有 bf16 的矩阵指令；没有时 PyTorch 只能模拟，比 fp32 慢上百倍。"""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# ---------- 2. 学习率与优化器 ----------
+
+
+def learning_rate(step: int, max_steps: int, warmup: float, decay: float) -> float:
+    """第 step 步（从 0 数）的学习率是最高值的几倍：升温 -> 平稳 -> 下降到 0。
+
+    平稳段让训练随时可以延长，最后一段的下降换来大部分的好处（WSD，arXiv 2404.06395）。
+    """
+    rising = (step + 1) / max(1, warmup * max_steps)  # 1. 从 0 线性升到 1
+    falling = (max_steps - step) / max(1, decay * max_steps)  # 3. 最后线性降到 0
+    return min(1.0, rising, falling)  # 2. 中间保持 1
+
+
+def total_steps(max_steps: int | None, epochs: float, n_rows: int, rows_per_step: int) -> int:
+    """这次训练共多少步：指定了步数就用它，否则由遍数算出。"""
+    return max_steps or max(1, math.ceil(epochs * n_rows / rows_per_step))
+
+
+class Muon(torch.optim.Optimizer):
+    """给矩阵用的优化器：把动量正交化，使每个方向上的更新一样大（Muon，arXiv 2502.16982）。
+
+    与 `torch.optim.Muon` 的算法相同（测试里逐步比对），不同处有二：同形状的矩阵叠在一起算，
+    少发几十次小的矩阵乘法；精度可选，因为没有 bf16 指令的 CPU 上，bf16 会慢上百倍。
+
+    Args:
+        matrices: 二维参数。
+        lr: 学习率，已换算成与 AdamW 相当的大小（每个元素的更新约为 0.2 lr）。
+        weight_decay: 解耦的权重衰减。
+        dtype: 正交化时的精度。
+    """
+
+    def __init__(
+        self, matrices, lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
+    ):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """按已经算好的梯度更新一次。"""
+        for group in self.param_groups:
+            same_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    same_shape[p.shape].append(p)
+            for shape, params in same_shape.items():
+                updates = []
+                for p in params:
+                    state = self.state[p]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(p)
+                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov
+                size = 0.2 * max(shape) ** 0.5  # 使更新的均方根与 AdamW 的相当
+                for p, update in zip(
+                    params, orthogonalize(torch.stack(updates), self.dtype), strict=True
+                ):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * size)
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
+    """把每个矩阵的奇异值都推到 1 附近，方向不变：牛顿–舒尔茨迭代，不用做奇异值分解。
+
+    Args:
+        matrices: (N, 行, 列)。
+        dtype: 计算的精度；bfloat16 就够。
+        steps: 迭代次数。
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan 选的系数：在 0 附近升得最快
+    x = matrices.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x  # 让较小的一边在前，乘积的矩阵更小
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def build_optimizers(model: Transformer, config: Config, device: Device, lr: float):
+    """各层的矩阵归 Muon；词嵌入与归一化的增益归 AdamW，它们没有「方向」可以正交化。"""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    dtype = torch.bfloat16 if device.dtype == torch.bfloat16 else torch.float32
+    muon = Muon(matrices, lr, config.weight_decay, dtype)
+    adamw = torch.optim.AdamW(
+        rest, lr * config.embed_lr_scale, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    for optimizer in (muon, adamw):
+        for group in optimizer.param_groups:
+            group["max_lr"] = group["lr"]
+    return muon, adamw
+
+
+def set_learning_rate(optimizers, factor: float) -> None:
+    """每组参数的学习率 = 它的最高值 × factor。"""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["max_lr"] * factor
+
+
+# ---------- 3. 损失与检验 ----------
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """这一批所有目标的负对数概率之和，单位奈特；平均由调用者除以目标的总数得到。"""
+    logits = model(batch.ids, batch.positions, batch.segments)  # (B, T, V)
+    return F.cross_entropy(
+        logits.view(-1, logits.size(-1)).float(),  # (B·T, V)
+        batch.targets.reshape(-1),
+        ignore_index=IGNORE,
+        reduction="sum",
+    )
+
+
+def compile_if_possible(fn, device: Device):
+    """用 torch.compile 加速 fn；编译器中途失败（例如缺少 Python 头文件）就说一声，改用原来的。"""
+    if not device.compile:
+        return fn
+    compiled = torch.compile(fn, dynamic=False)
+
+    def call(*args):
+        if device.compile:
+            try:
+                return compiled(*args)
+            except (InductorError, BackendCompilerFailed) as error:
+                device.compile = False
+                reason = str(error).strip().splitlines()[0][:100]
+                print(f"（torch.compile 失败，改为不编译：结果一样，约慢一倍。原因：{reason}）")
+        return fn(*args)
+
+    return call
+
+
+@torch.no_grad()
+def evaluate(loss_fn, model, batches, batch_size: int, max_tokens: int, device: Device) -> float:
+    """留出数据上每个目标的平均损失（奈特）；用开头的若干行，每次检验都是同样的数据。"""
+    rows = min(batches.n_rows, -(-max_tokens // batches.seq_len))
+    rows = max(batch_size, rows - rows % batch_size)  # 形状不变，编译过的代码才能沿用
+    total, count = 0.0, 0
+    for first in range(0, rows, batch_size):
+        wanted = [row for row in range(first, first + batch_size) if row < batches.n_rows]
+        batch = batches.get(wanted + [wanted[0]] * (batch_size - len(wanted)))
+        batch.targets[len(wanted) :] = IGNORE  # 凑数的行不算
+        count += int((batch.targets != IGNORE).sum())
+        with device.autocast():
+            total += loss_fn(model, batch.to(device.torch)).item()
+    return total / count
+
+
+# ---------- 4. 检查点 ----------
+
+FORMAT = 1
+
+
+def save(path: Path, model: Transformer, config: Config, tokenizer: Tokenizer, **facts) -> None:
+    """写检查点：先写临时文件并落盘，再改名；断电时要么是旧的，要么是新的。
+
+    Args:
+        facts: 一并记下的事实，例如 stage、step、tokens、val_loss。
+    Raises:
+        UserError: 磁盘写不进去。
+    """
+    checkpoint = {
+        "format": FORMAT,
+        "config": asdict(config),
+        "tokenizer": tokenizer.fingerprint(),
+        "model": {name: p.detach().cpu() for name, p in model.state_dict().items()},
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **facts,
+    }
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"写不了检查点 {path}（{error.strerror}）；请腾出空间或检查权限") from error
+
+
+def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[str, Any]]:
+    """读检查点，建好模型（在 CPU 上）。形状取自检查点，一个参数都不许对不上。
+
+    Returns:
+        (model, config, checkpoint)
+    Raises:
+        UserError: 文件不存在、已损坏，或与这个程序、这个分词器不配。
+    """
+    if not path.is_file():
+        others = sorted(map(str, Path("out").glob("*/*.pt")))
+        hint = f"现有的检查点：{'、'.join(others)}" if others else "请先运行 python pre_train.py"
+        raise UserError(f"找不到检查点 {path}；{hint}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = checkpoint["format"]
+    except Exception as error:  # torch.load 对坏文件抛出的异常种类繁多，没有共同的基类
+        raise UserError(f"{path} 不是完好的检查点（{type(error).__name__}）；请重新训练") from error
+    if found != FORMAT:
+        raise UserError(f"{path} 的格式是 {found}，这个程序只认识 {FORMAT}；请更新程序或重新训练")
+    if checkpoint["tokenizer"] != tokenizer.fingerprint():
+        raise UserError(f"{path} 是用另一个分词器训练的；请换回当时的 tokenizer.py，或重新训练")
+    names = {f.name for f in fields(Config)}
+    config = Config(**{k: v for k, v in checkpoint["config"].items() if k in names})
+    model = Transformer(config)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"{path} 的参数与它的配置对不上（{reason}）") from error
+    return model, config, checkpoint
+
+
+def inherit_shape(config: Config, origins: dict, source: Config, path: str) -> None:
+    """微调时，形状取自预训练的检查点；明确指定过、又不相同的，一次报告。
+
+    Raises:
+        UserError: 列出对不上的字段。
+    """
+    conflicts = []
+    for name in SHAPE:
+        mine, theirs = getattr(config, name), getattr(source, name)
+        explicit = origins[name] == "命令行" or (origins[name] == "config.py" and name in SHAPE[:6])
+        if mine != theirs and explicit:
+            conflicts.append(f"{name} 指定为 {mine}，检查点里是 {theirs}")
+        setattr(config, name, theirs)
+        origins[name] = "检查点"
+    if conflicts:
+        raise UserError(f"形状与 {path} 不符：{'；'.join(conflicts)}；请去掉这些设置")
+    if config.seq_len > config.max_len:
+        raise UserError(f"seq_len（{config.seq_len}）超过了 {path} 的 max_len（{config.max_len}）")
+
+
+# ---------- 5. 记录 ----------
+
+
+class Metrics:
+    """训练的记录：每行一个 JSON 对象写进 metrics.jsonl，结束时画成 loss.png。"""
+
+    def __init__(self, folder: Path, stage: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{stage}_metrics.jsonl"
+        self.picture = folder / f"{stage}_loss.png"
+        self.file = self.path.open("w", encoding="utf-8")
+        self.rows: list[dict] = []
+        self.start = time.monotonic()
+
+    def write(self, **row) -> None:
+        """记一行；浮点数保留六位有效数字，另记从开始起的秒数。"""
+        row["seconds"] = time.monotonic() - self.start
+        row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def minutes(self) -> float:
+        """从开始到现在的分钟数。"""
+        return (time.monotonic() - self.start) / 60
+
+    def draw(self) -> None:
+        """画训练与检验的损失曲线。"""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        for name, style in (("train_loss", "-"), ("val_loss", "o-")):
+            points = [(r["tokens"], r[name]) for r in self.rows if r.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1)
+        axes.set(xlabel="tokens", ylabel="loss (nats / token)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.picture, dpi=120)
+        plt.close(figure)
+
+
+def bits_per_character(loss: float, card: dict) -> float:
+    """每个词元的损失（奈特）-> 原文每个字的比特数：分词器不同的模型也能比。"""
+    return loss / math.log(2) * card["val_targets"] / card["val_characters"]
+
+
+def repeat_flags(config: Config, origins: dict[str, str]) -> str:
+    """下一个命令也要带上的参数：它们决定文件在哪里。"""
+    names = ("preset", "data_dir", "out_dir")
+    given = [n for n in names if origins[n] == "命令行"]
+    return "".join(f" --{n} {shlex.quote(getattr(config, n))}" for n in given)
