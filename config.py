@@ -60,6 +60,7 @@ class Config:
     batch_size: int | None = option(None, "一次前向的行数；显存不够就减半，grad_accum 加倍", "行")
     seq_len: int | None = option(None, "每行的长度，不超过 max_len", "词元")
     grad_accum: int | None = option(None, "梯度累积：几次前向合成一步", "次")
+    isolate_documents: bool | None = option(None, "同一行里的几篇文档互相看不见；文档短时更好")
 
     # 优化
     embed_lr_scale: float = option(0.5, "词嵌入与增益（AdamW 管的）的学习率是 lr 的几倍", "倍")
@@ -97,16 +98,18 @@ SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "max_len",
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         dim=256, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=768, max_len=512,
-        batch_size=8, seq_len=256, grad_accum=1, lr=0.02,
+        batch_size=8, seq_len=256, grad_accum=1, lr=0.01, isolate_documents=True,
         max_steps=480, sft_max_steps=120, eval_every=60,
     ),
     "wide": dict(  # 矮胖
         dim=512, n_layers=8, n_heads=8, n_kv_heads=2, hidden_dim=1664, max_len=1024,
-        batch_size=32, seq_len=512, grad_accum=1, lr=0.01, eval_every=500,
+        batch_size=32, seq_len=512, grad_accum=1, lr=0.01, isolate_documents=False,
+        eval_every=500,
     ),
     "deep": dict(  # 瘦高
         dim=512, n_layers=24, n_heads=8, n_kv_heads=2, hidden_dim=1664, max_len=1024,
-        batch_size=16, seq_len=512, grad_accum=2, lr=0.01, eval_every=500,
+        batch_size=16, seq_len=512, grad_accum=2, lr=0.01, isolate_documents=False,
+        eval_every=500,
     ),
 }  # fmt: skip
 

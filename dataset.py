@@ -227,10 +227,12 @@ class PretrainBatches:
     Args:
         tokens: 一维 uint16 编号。
         seq_len: 每行的长度 T。
+        document_start: 文档开头标记的编号；给了它，同一行里的几篇便互相看不见，
+            位置各自从 0 数起。短文档因此学得快些，长文档则没有分别。
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int):
-        self.tokens, self.seq_len = tokens, seq_len
+    def __init__(self, tokens: np.ndarray, seq_len: int, document_start: int | None = None):
+        self.tokens, self.seq_len, self.document_start = tokens, seq_len, document_start
         self.n_rows = max(1, -(-(len(tokens) - 1) // seq_len))
 
     def get(self, rows: Iterable[int]) -> Batch:
@@ -243,7 +245,12 @@ class PretrainBatches:
         ids = torch.from_numpy(pieces)
         targets = ids[:, 1:].clone()
         targets[targets < 0] = IGNORE
-        return Batch(ids[:, :-1].clamp(min=0), targets)
+        ids = ids[:, :-1].clamp(min=0)
+        if self.document_start is None:
+            return Batch(ids, targets)
+        begins, index = ids == self.document_start, torch.arange(T)
+        positions = index - torch.where(begins, index, 0).cummax(1).values
+        return Batch(ids, targets, positions, begins.cumsum(1))
 
 
 class SFTBatches:

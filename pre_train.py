@@ -54,8 +54,10 @@ def main() -> None:
     # ---------- 2. 数据：一个词元文件，切成等长的行 ----------
     tokenizer = Tokenizer()
     data = prepare(config.data, "pretrain", tokenizer, config)
-    train = PretrainBatches(data.tokens["train"], config.seq_len)
-    val = PretrainBatches(data.tokens["val"], config.seq_len)
+    isolate = tokenizer.bos_id if config.isolate_documents else None
+    train, val = (
+        PretrainBatches(data.tokens[side], config.seq_len, isolate) for side in ("train", "val")
+    )
     rows_per_step = config.batch_size * config.grad_accum
     # 语料不大时读四遍，再多便只是背书（Scaling Data-Constrained LMs，arXiv 2305.16264）。
     epochs = 4 if data.card["train_tokens"] < 100e6 else 1

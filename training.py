@@ -246,12 +246,12 @@ def compile_if_possible(fn, device: Device):
 def evaluate(loss_fn, model, batches, batch_size: int, max_tokens: int, device: Device) -> float:
     """留出数据上每个目标的平均损失（奈特）；用开头的若干行，每次检验都是同样的数据。"""
     rows = min(batches.n_rows, -(-max_tokens // batches.seq_len))
-    rows = max(batch_size, rows - rows % batch_size)  # 形状不变，编译过的代码才能沿用
     total, count = 0.0, 0
     for first in range(0, rows, batch_size):
-        wanted = [row for row in range(first, first + batch_size) if row < batches.n_rows]
-        batch = batches.get(wanted + [wanted[0]] * (batch_size - len(wanted)))
-        batch.targets[len(wanted) :] = IGNORE  # 凑数的行不算
+        wanted = list(range(first, min(first + batch_size, rows)))
+        # 最后一批用重复的行凑满：形状不变，编译过的代码才能沿用；凑数的行不算。
+        batch = batches.get(wanted + [first] * (batch_size - len(wanted)))
+        batch.targets[len(wanted) :] = IGNORE
         count += int((batch.targets != IGNORE).sum())
         with device.autocast():
             total += loss_fn(model, batch.to(device.torch)).item()
@@ -276,7 +276,7 @@ def save(path: Path, model: Transformer, config: Config, tokenizer: Tokenizer, *
         "config": asdict(config),
         "tokenizer": tokenizer.fingerprint(),
         "model": {name: p.detach().cpu() for name, p in model.state_dict().items()},
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
         **facts,
     }
     part = path.with_name(path.name + ".part")

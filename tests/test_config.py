@@ -1,0 +1,153 @@
+"""配置：改过的值必须算数，写错的值必须在加载任何东西之前、一次全部说清。"""
+
+from dataclasses import fields, replace
+
+import pytest
+
+import config as config_module
+from config import PRESETS, Config, UserError, describe, field_types, help_text, load_config
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(config_module, "has_cuda", lambda: False)
+
+
+def test_auto_preset_follows_the_machine(monkeypatch):
+    assert load_config("pretrain", [])[0].preset == "tiny"
+    monkeypatch.setattr(config_module, "has_cuda", lambda: True)
+    config, origins = load_config("pretrain", [])
+    assert (config.preset, config.dim, config.n_layers) == ("wide", 512, 8)
+    assert origins["preset"] == "自动"
+    assert origins["dim"] == "预设 wide"
+
+
+def test_flag_beats_edited_default_beats_preset():
+    edited = Config(preset="deep", lr=0.005, n_layers=3)  # 用户在 config.py 里改的
+    config, origins = load_config("pretrain", ["--lr", "3e-4"], edited)
+    assert (config.lr, origins["lr"]) == (3e-4, "命令行")
+    assert (config.n_layers, origins["n_layers"]) == (3, "config.py")
+    assert (config.dim, origins["dim"]) == (512, "预设 deep")
+
+
+def test_every_field_is_a_flag_and_in_the_help():
+    text = help_text(Config, "用法")
+    samples = {int: "8", float: "0.25", str: "x"}
+    for name, kind in field_types(Config).items():
+        assert f"--{name}\n" in text
+        problems: list[str] = []
+        argv = [f"--no-{name}"] if kind is bool else [f"--{name}", samples[kind]]
+        given = config_module.parse_flags(Config, argv, problems)
+        expected = False if kind is bool else kind(samples[kind])
+        assert not problems
+        assert given == {name: expected}
+    assert all(f.metadata["help"] for f in fields(Config))
+
+
+@pytest.mark.parametrize("argv", [["--lr=3e-4"], ["--lr", "3e-4"]])
+def test_both_spellings_of_a_flag(argv):
+    assert load_config("pretrain", argv)[0].lr == 3e-4
+
+
+def test_negative_number_is_a_value_not_a_flag():
+    with pytest.raises(UserError, match="lr 必须是正数，得到的是 -1"):
+        load_config("pretrain", ["--lr", "-1"])
+
+
+def test_hyphens_and_underscores_are_the_same():
+    assert load_config("pretrain", ["--max-steps", "7"])[0].max_steps == 7
+
+
+def test_all_problems_are_reported_together():
+    with pytest.raises(UserError) as caught:
+        load_config("pretrain", ["--lerning_rate", "1", "--lr", "abc", "extra", "--seed"])
+    text = str(caught.value)
+    for part in ("--lerning_rate", "--lr 要的是数，得到的是 'abc'", "'extra'", "--seed 后面"):
+        assert part in text
+
+
+def test_unknown_flag_names_the_nearest():
+    with pytest.raises(UserError, match="没有参数 --max_step；最接近的是 --max_steps"):
+        load_config("pretrain", ["--max_step", "5"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--n_heads", "3"], "n_heads（3）必须整除 dim（256）"),
+        (["--n_kv_heads", "3"], "n_kv_heads（3）必须整除 n_heads（4）"),
+        (["--dim", "12", "--n_heads", "4"], "必须是偶数"),
+        (["--seq_len", "1024"], "seq_len（1024）不能超过 max_len（512）"),
+        (["--vocab_size", "70000"], "uint16"),
+        (["--vocab_size", "100"], "vocab_size（100）"),
+        (["--preset", "huge"], "preset 只能是 auto、tiny、wide、deep"),
+        (["--max_steps", "5", "--epochs", "2"], "max_steps 与 epochs 只能指定一个"),
+        (["--warmup", "0.8", "--decay", "0.8"], "之和不能超过 1"),
+        (["--lr", "nan"], "lr 必须是正数"),
+        (["--val_fraction", "0"], "val_fraction"),
+        (["--n_layers", "2.5"], "--n_layers 要的是整数"),
+    ],
+)
+def test_impossible_values_are_named(argv, part):
+    with pytest.raises(UserError) as caught:
+        load_config("pretrain", argv)
+    assert part in str(caught.value)
+
+
+def test_two_impossible_combinations_come_in_one_report():
+    with pytest.raises(UserError) as caught:
+        load_config("pretrain", ["--n_heads", "3", "--seq_len", "4096"])
+    assert "n_heads" in str(caught.value)
+    assert "seq_len" in str(caught.value)
+
+
+def test_wrong_type_edited_into_the_class_is_named():
+    with pytest.raises(UserError, match="lr 要的是 float，得到的是 '3e-4'"):
+        load_config("pretrain", [], Config(lr="3e-4"))
+    assert load_config("pretrain", [], Config(lr=1))[0].lr == 1.0  # 整数当小数用是可以的
+
+
+def test_epochs_replace_the_preset_steps():
+    config, _ = load_config("pretrain", ["--epochs", "2"])
+    assert (config.epochs, config.max_steps) == (2.0, None)
+    assert config.sft_max_steps == PRESETS["tiny"]["sft_max_steps"]
+
+
+def test_sft_learning_rate_is_a_fifth_of_lr():
+    assert load_config("sft", [], Config(lr=0.01))[0].sft_lr == pytest.approx(0.002)
+
+
+def test_on_the_sft_command_line_lr_and_steps_mean_this_run():
+    config, origins = load_config("sft", ["--lr", "1e-3", "--max_steps", "7"])
+    assert (config.sft_lr, config.sft_max_steps) == (1e-3, 7)
+    assert config.max_steps == PRESETS["tiny"]["max_steps"]
+    assert origins["sft_lr"] == "命令行"
+
+
+def test_downloaded_wiki_is_used_when_it_is_there(tmp_path):
+    args = ["--data_dir", str(tmp_path)]
+    assert load_config("pretrain", args)[0].data == "builtin"
+    wiki = tmp_path / "wiki_zh_texts_filtered.json"
+    wiki.write_text("[]")
+    assert load_config("pretrain", args)[0].data == str(wiki)
+
+
+def test_description_shows_every_value_once_with_its_origin():
+    config, origins = load_config("pretrain", ["--lr", "0.5"])
+    text = describe(config, origins)
+    assert "[命令行] lr=0.5" in text
+    for f in fields(Config):
+        if getattr(config, f.name) is not None:
+            assert text.count(f" {f.name}={getattr(config, f.name)}") == 1
+
+
+def test_presets_are_valid_and_name_real_fields():
+    for name in PRESETS:
+        load_config("pretrain", ["--preset", name])
+        assert set(PRESETS[name]) <= {f.name for f in fields(Config)}
+
+
+def test_loading_leaves_the_class_alone():
+    load_config("pretrain", ["--lr", "0.5"])
+    assert replace(Config()) == Config()
+    assert Config().lr is None

@@ -1,0 +1,155 @@
+"""从头到尾：真的脚本、真的内置语料，走几步。顺序就是读者的顺序。"""
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+QUICK = ["--no-compile", "--eval_tokens", "512", "--batch_size", "2", "--seq_len", "128"]
+
+
+def run(folder, script, *args, stdin="", code=0):
+    """像用户那样，在 folder 里运行一个脚本；返回 (stdout, stderr)。"""
+    result = subprocess.run(
+        [sys.executable, str(REPO / script), *args],
+        cwd=folder, input=stdin, capture_output=True, encoding="utf-8", timeout=170,
+    )  # fmt: skip
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """预训练八步，再微调四步，都用内置语料；返回工作目录与两份输出。"""
+    folder = tmp_path_factory.mktemp("reader")
+    first, _ = run(folder, "pre_train.py", "--max_steps", "8", *QUICK)
+    second, _ = run(folder, "sft_train.py", "--max_steps", "4", *QUICK)
+    return folder, first, second
+
+
+def test_pretraining_says_what_it_does_and_learns(trained):
+    folder, text, _ = trained
+    assert "ln V = 9.96" in text
+    assert "[命令行]" in text
+    assert "[预设 tiny]" in text
+    rows = [json.loads(x) for x in (folder / "out/tiny/pretrain_metrics.jsonl").open()]
+    assert [r["step"] for r in rows] == list(range(9))
+    assert rows[0]["val_loss"] == pytest.approx(9.96, abs=0.1)
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 1
+    wanted = {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_second", "val_loss",
+              "val_bpc", "seconds"}  # fmt: skip
+    assert set(rows[-1]) == wanted
+    assert rows[-1]["tokens"] == 8 * 2 * 128
+    for name in ("pretrain.pt", "pretrain_loss.png", "pretrain_config.json"):
+        assert (folder / "out/tiny" / name).stat().st_size > 0
+
+
+def test_the_commands_printed_at_the_end_are_the_next_ones(trained):
+    _, first, second = trained
+    assert "python sft_train.py" in first
+    assert "python pre_chat.py --checkpoint out/tiny/pretrain.pt" in first
+    assert "python sft_chat.py --checkpoint out/tiny/sft.pt" in second
+
+
+def test_sft_continues_from_pretraining(trained):
+    folder, _, text = trained
+    assert "起点：out/tiny/pretrain.pt" in text
+    assert "[检查点]" in text
+    rows = [json.loads(x) for x in (folder / "out/tiny/sft_metrics.jsonl").open()]
+    assert [r["step"] for r in rows] == list(range(5))
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] < 9.9
+
+
+def test_prepared_data_is_reused(trained):
+    folder, first, _ = trained
+    assert "数据：写好" in first
+    text, _ = run(folder, "pre_train.py", "--max_steps", "1", "--out_dir", "out/again", *QUICK)
+    assert "数据：沿用" in text
+    assert "python sft_train.py --out_dir out/again" in text
+
+
+def test_pre_chat_continues_a_text(trained):
+    folder, *_ = trained
+    args = ["--prompt", "守株待兔：", "--seed", "3", "--max", "20"]
+    once, _ = run(folder, "pre_chat.py", *args)
+    assert once.startswith("守株待兔：")
+    assert len(once) > 6
+    assert once == run(folder, "pre_chat.py", *args)[0]  # 固定种子，每次一样
+
+
+def test_sft_chat_serves_a_pipe_with_commands(trained):
+    folder, *_ = trained
+    talk = "你好\n/temp 0\n/temp abc\n/max 5\n/nonsense\n/reset\n画蛇添足是什么意思？\n/quit\n"
+    out, _ = run(folder, "sft_chat.py", stdin=talk)
+    for part in ("temp 改为 0.0", "得到的是 'abc'", "没有命令 /nonsense", "已忘掉前文"):
+        assert part in out
+
+
+def test_mistakes_are_one_sentence_and_exit_code_2(trained, tmp_path):
+    folder, *_ = trained
+    for script, args, part in [
+        ("pre_train.py", ["--max_step", "3"], "最接近的是 --max_steps"),
+        ("pre_train.py", ["--data", "no.jsonl"], "找不到数据文件 no.jsonl"),
+        ("sft_train.py", ["--out_dir", "out/none"], "找不到检查点 out/none/pretrain.pt"),
+        ("sft_train.py", ["--n_layers", "9"], "n_layers 指定为 9，检查点里是 4"),
+        ("sft_chat.py", ["--checkpoint", "out/tiny/pretrain.pt"], "请改用 python pre_chat.py"),
+        ("pre_chat.py", ["--temp", "-3"], "temp 要在 0 与 10 之间"),
+    ]:
+        _, err = run(folder, script, *args, code=2)
+        assert part in err
+        assert err.startswith("错误：")
+
+
+def test_help_is_chinese_and_quick(trained):
+    folder, *_ = trained
+    for script in ("sft_train.py", "pre_chat.py"):
+        assert "用法：python " + script in run(folder, script, "--help")[0]
+
+
+def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(trained):
+    """在真的终端里：Ctrl-C 停下回答，程序还在；Ctrl-D 离开，退出码 0。"""
+    folder, *_ = trained
+    main, child = pty.openpty()
+    env = {**os.environ, "TERM": "xterm"}
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "pre_chat.py"), "--max", "400", "--penalty", "2"],
+        cwd=folder, stdin=child, stdout=child, stderr=child, env=env, start_new_session=True,
+        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(child)
+    seen = ""
+
+    def wait_for(pattern):
+        nonlocal seen
+        deadline = time.monotonic() + 40
+        while not re.search(pattern, seen):
+            assert time.monotonic() < deadline, f"没有等到 {pattern}：{seen!r}"
+            if select.select([main], [], [], 0.2)[0]:
+                text = os.read(main, 65536).decode("utf-8", "replace")
+                seen += text
+                if "\x1b[6n" in text:  # 行编辑问光标在哪里，终端要回答
+                    os.write(main, b"\x1b[1;1R")
+
+    try:
+        wait_for("你>")
+        seen = ""
+        os.write(main, "一心一意：\r".encode())
+        wait_for(r"(?s)一心一意：.*\n.*一心一意：.{3}")  # 先是回显，再是续写
+        os.write(main, b"\x03")
+        wait_for("已停止")
+        seen = seen.partition("已停止")[2]
+        wait_for("你>")
+        os.write(main, b"\x04")
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        os.close(main)

@@ -1,0 +1,143 @@
+"""生成：采样函数是纯函数，缓存不改变结果，没用的编号永远不会被抽到。"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import Config
+from generate import (
+    Sampling,
+    is_looping,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    make_speaker,
+    penalize,
+    probabilities,
+)
+from model import Transformer
+from tokenizer import Tokenizer
+
+PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1])
+NONE = torch.tensor([], dtype=torch.long)
+PLAIN = Sampling(temp=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0)
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    torch.manual_seed(0)
+    config = Config(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_len=64)
+    model = Transformer(config).eval()
+    for p in model.blocks.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return make_speaker(model, config, Tokenizer(), "pretrain")
+
+
+def test_top_k_keeps_the_k_likeliest():
+    assert keep_top_k(PROBS, 2).tolist() == pytest.approx([0.4, 0.3, 0, 0])
+    assert keep_top_k(PROBS, 0) is PROBS
+    assert keep_top_k(PROBS, 9) is PROBS
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    assert keep_top_p(PROBS, 0.7).tolist() == pytest.approx([0.4, 0.3, 0, 0])
+    assert keep_top_p(PROBS, 0.71).tolist() == pytest.approx([0.4, 0.3, 0.2, 0])
+    assert keep_top_p(PROBS, 1e-6).tolist() == pytest.approx([0.4, 0, 0, 0])  # 至少一个
+    assert keep_top_p(PROBS.flip(0), 0.7).tolist() == pytest.approx([0, 0, 0.3, 0.4])
+
+
+def test_min_p_is_relative_to_the_likeliest():
+    assert keep_min_p(PROBS, 0.5).tolist() == pytest.approx([0.4, 0.3, 0.2, 0])
+    assert keep_min_p(PROBS, 0.0).tolist() == PROBS.tolist()
+
+
+def test_penalty_lowers_what_was_seen_whatever_its_sign():
+    logits = torch.tensor([2.0, -2.0, 1.0])
+    assert penalize(logits, torch.tensor([0, 1, 1]), 2.0).tolist() == [1.0, -4.0, 1.0]
+    assert logits.tolist() == [2.0, -2.0, 1.0]  # 纯函数，不改输入
+
+
+def test_temperature_one_is_softmax_and_zero_is_argmax():
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    torch.testing.assert_close(probabilities(logits, NONE, PLAIN, NONE), logits.softmax(0))
+    assert probabilities(logits, NONE, replace(PLAIN, temp=0), NONE).tolist() == [0, 1, 0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    sampling=st.builds(
+        Sampling,
+        temp=st.sampled_from([0.0, 0.05, 0.8, 5.0]),
+        top_k=st.integers(0, 60),
+        top_p=st.floats(0.01, 1),
+        min_p=st.floats(0, 1),
+        penalty=st.floats(0.5, 3),
+    ),
+)
+def test_probabilities_sum_to_one_and_never_touch_the_banned(seed, sampling):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(50, generator=g) * 20
+    banned, seen = torch.randint(50, (2, 5), generator=g)
+    probs = probabilities(logits, seen, sampling, banned)
+    assert probs.sum().item() == pytest.approx(1, abs=1e-4)
+    assert (probs >= 0).all()
+    assert probs[banned].sum() == 0
+
+
+def test_greedy_output_is_the_same_with_and_without_the_cache(speaker):
+    start = [speaker.tokenizer.bos_id, *speaker.tokenizer.encode("守株待兔：")]
+    greedy = Sampling(temp=0, penalty=1.0, max=50)
+    with_cache = list(speaker.generate(start, greedy))
+    assert with_cache == list(speaker.generate(start, greedy, use_cache=False))
+    assert len(with_cache) == 50
+
+
+def test_same_seed_same_text_and_other_seed_other_text(speaker):
+    start = [speaker.tokenizer.bos_id]
+    hot = Sampling(temp=2.0, top_k=0, top_p=1.0, max=20, seed=7)
+    first = list(speaker.generate(start, hot))
+    assert first == list(speaker.generate(start, hot))
+    assert first != list(speaker.generate(start, replace(hot, seed=8)))
+
+
+def test_useless_ids_are_never_sampled(speaker):
+    wild = Sampling(temp=10.0, top_k=0, top_p=1.0, penalty=1.0, max=60, seed=3)
+    never = {*speaker.tokenizer.never_sampled(), *range(speaker.tokenizer.vocab_size, 21248)}
+    assert set(speaker.banned.tolist()) == never
+    produced = set(speaker.generate([speaker.tokenizer.bos_id], wild))
+    assert not produced & (never | {speaker.tokenizer.eos_id})
+
+
+def test_generation_stops_at_the_end_mark(speaker, monkeypatch):
+    """模型一心想写结束标记时，什么也不写。"""
+    favourite = torch.zeros(21248)
+    favourite[speaker.tokenizer.eos_id] = 100.0
+    monkeypatch.setattr(
+        type(speaker.model), "forward", lambda self, ids, cache=None: favourite.expand(1, 1, -1)
+    )
+    assert list(speaker.generate([1, 2, 3], Sampling())) == []
+
+
+def test_generation_fills_the_context_and_stops(speaker):
+    start = speaker.tokenizer.encode("一" * 60)
+    assert len(list(speaker.generate(start, Sampling(temp=0, max=100)))) <= 64 - 60
+
+
+def test_loops_are_noticed_and_ordinary_text_is_not():
+    assert is_looping([1, 2, 3] * 8)
+    assert is_looping([9, 8, 7, *[5] * 24])
+    assert not is_looping([5] * 10)  # 「哈哈哈哈哈哈」是正常的
+    assert not is_looping(list(range(100)))
+    assert not is_looping([1, 2, 3] * 7 + [4])
+    assert not is_looping([])
+
+
+@pytest.mark.parametrize(("name", "value"), [("temp", -1), ("top_p", 0), ("max", 0), ("seed", -5)])
+def test_unreasonable_sampling_values_are_named(name, value):
+    (problem,) = replace(Sampling(), **{name: value}).problems()
+    assert problem.startswith(name)
+    assert str(value) in problem

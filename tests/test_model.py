@@ -1,0 +1,156 @@
+"""模型：与外面的实现一致，因果、缓存、分段都严格成立。"""
+
+import math
+
+import pytest
+import torch
+
+import model as model_module
+from config import PRESETS, Config
+from generate import KVCache
+from model import RotaryEmbedding, Transformer, attend, attend_by_hand
+
+# 小到一眨眼就算完；四个查询头共用两个键值头，才考得到分组。
+SMALL = Config(
+    dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=48, max_len=32, vocab_size=97
+)
+
+
+@pytest.fixture
+def small():
+    """一个小模型；零初始化的投影换成随机数，否则各层什么也不做，考不出对错。"""
+    torch.manual_seed(0)
+    model = Transformer(SMALL).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def ids_like(batch, length, seed=1):
+    return torch.randint(97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("wide", 36.6), ("deep", 88.0)])
+def test_parameter_counts(preset, millions):
+    config = Config(**PRESETS[preset])
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Transformer(config).parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_untrained_loss_is_ln_vocabulary():
+    torch.manual_seed(0)
+    config = Config(**PRESETS["tiny"])
+    ids = torch.randint(config.vocab_size, (2, 64))
+    logits = Transformer(config)(ids)[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(config.vocab_size), abs=0.1)
+
+
+def test_same_logits_as_qwen3_of_transformers(small):
+    """外面的标准答案：同样的权重装进 transformers 的 Qwen3，打分相同。"""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, intermediate_size=48, tie_word_embeddings=True,
+            max_position_embeddings=32, rms_norm_eps=SMALL.norm_eps, attention_bias=False,
+            rope_parameters={"rope_type": "default", "rope_theta": SMALL.rope_theta},
+        )
+    ).eval()  # fmt: skip
+    names = {
+        "embedding.": "model.embed_tokens.", "blocks.": "model.layers.",
+        "attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm",
+        "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj",
+        "attention.value": "self_attn.v_proj", "attention.out": "self_attn.o_proj",
+        "attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm",
+        "feed_forward.gate": "mlp.gate_proj", "feed_forward.up": "mlp.up_proj",
+        "feed_forward.down": "mlp.down_proj",
+    }  # fmt: skip
+    weights = {}
+    for name, value in small.state_dict().items():
+        for ours, hf in names.items():
+            name = name.replace(ours, hf)
+        weights["model.norm.weight" if name == "norm.weight" else name] = value
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    theirs.load_state_dict(weights)
+    ids = ids_like(2, 20)
+    torch.testing.assert_close(small(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_by_hand_equals_the_fast_one():
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 9, 8, generator=g)
+    k, v = torch.randn(2, 2, 2, 9, 8, generator=g)
+    mask = torch.rand(2, 1, 9, 9, generator=g) < 0.5
+    mask |= torch.eye(9, dtype=torch.bool)  # 每个位置至少看得见自己
+    for chosen, causal in ((None, False), (None, True), (mask, False)):
+        by_hand, weights = attend_by_hand(q, k, v, chosen, causal)
+        torch.testing.assert_close(attend(q, k, v, chosen, causal), by_hand)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 9))
+        if causal:
+            assert (weights.triu(1) == 0).all()
+
+
+def test_whole_model_by_hand_equals_the_fast_one(small, monkeypatch):
+    fast = small(ids_like(2, 16))
+    monkeypatch.setattr(model_module, "attend", lambda *args: attend_by_hand(*args)[0])
+    torch.testing.assert_close(small(ids_like(2, 16)), fast, atol=1e-5, rtol=1e-5)
+
+
+def test_the_future_does_not_change_the_past(small):
+    ids = ids_like(1, 16)
+    changed = ids.clone()
+    changed[0, 10:] = (changed[0, 10:] + 1) % 97
+    before, after = small(ids), small(changed)
+    torch.testing.assert_close(before[:, :10], after[:, :10], atol=0, rtol=0)
+    assert (before[:, 10:] - after[:, 10:]).abs().amax(-1).min() > 0
+
+
+def test_cached_logits_equal_uncached_at_every_step(small):
+    ids = ids_like(2, 24)
+    whole = small(ids)
+    cache = KVCache(SMALL, torch.device("cpu"), torch.float32, batch=2)
+    start = 0
+    for length in (5, 1, 1, 4, 1, 7, 1, 1, 1, 1, 1):  # 整段、单个、缓存里已有前文时的整段
+        logits = small(ids[:, start : start + length], cache=cache)
+        torch.testing.assert_close(logits, whole[:, start : start + length], atol=2e-5, rtol=1e-4)
+        start += length
+    assert cache.length == start == 24
+
+
+def test_segments_do_not_see_each_other(small):
+    """拼在一行的两段对话：改动一段，另一段的打分一位都不变，并且等于它单独算。"""
+    a, b = ids_like(1, 7, seed=1), ids_like(1, 9, seed=2)
+    positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
+    segments = torch.tensor([[0] * 7 + [1] * 9])
+    packed = small(torch.cat([a, b], dim=1), positions, segments)
+    changed = small(torch.cat([(a + 1) % 97, b], dim=1), positions, segments)
+    torch.testing.assert_close(packed[:, 7:], changed[:, 7:], atol=0, rtol=0)
+    torch.testing.assert_close(packed[:, :7], small(a), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed[:, 7:], small(b), atol=1e-5, rtol=1e-5)
+
+
+def test_rotation_depends_on_relative_positions_only():
+    rotary = RotaryEmbedding(8, 32, 10000.0)
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+
+    def score(i, j):
+        turned = (
+            RotaryEmbedding.rotate(x, *rotary(torch.tensor([p]))) for x, p in ((q, i), (k, j))
+        )
+        return (next(turned) * next(turned)).sum().item()
+
+    assert score(3, 1) == pytest.approx(score(20, 18), abs=1e-5)
+    assert score(3, 1) != pytest.approx(score(3, 2), abs=1e-3)
+
+
+def test_too_long_input_is_named(small):
+    with pytest.raises(ValueError, match="词元数 33 超过模型的最大长度 32"):
+        small(ids_like(1, 33))
+
+
+def test_gradients_reach_every_parameter(small):
+    small(ids_like(2, 8)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in small.parameters())

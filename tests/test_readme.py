@@ -1,0 +1,65 @@
+"""README 说的都是真的：提到的文件都在，写着的命令都能被程序看懂。"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import download
+from config import Config, load_config, parse_flags
+from repl import ChatOptions
+
+REPO = Path(__file__).resolve().parent.parent
+README = (REPO / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    part.strip().removeprefix("python ")
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    for part in re.split(r"&&|\|", line.partition("#")[0])
+    if part.strip().startswith("python ")
+]
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 12
+    assert "pip install -r requirements.txt && python pre_train.py\n" in README
+    assert "pip install -r requirements-dev.txt && python -m pytest\n" in README
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+def test_every_command_is_understood(command):
+    script, *args = shlex.split(command)
+    if script == "-m" or "--help" in args:
+        return
+    assert (REPO / script).is_file()
+    problems: list[str] = []
+    if script in ("pre_train.py", "sft_train.py"):
+        load_config({"pre_train.py": "pretrain", "sft_train.py": "sft"}[script], args)
+    elif script in ("pre_chat.py", "sft_chat.py"):
+        parse_flags(ChatOptions, args, problems)
+    else:
+        assert script == "download.py"
+        assert args[0] in download.SOURCES
+    assert not problems
+
+
+def test_every_file_it_names_exists():
+    for name in re.findall(r"`([\w./]+\.(?:py|md|txt)|[\w]+/)`", README):
+        assert (REPO / name).exists(), name
+
+
+def test_every_program_is_on_the_map():
+    for path in REPO.glob("*.py"):
+        assert f"`{path.name}`" in README, f"{path.name} 不在文件地图里"
+
+
+def test_every_flag_it_names_exists():
+    known = {*parse_names(Config), *parse_names(ChatOptions), "help", "no_compile", "file"}
+    for flag in re.findall(r"--([a-z][\w-]*)", README):
+        assert flag.replace("-", "_") in known, flag
+
+
+def parse_names(cls):
+    """一个配置类的全部字段名。"""
+    return cls.__dataclass_fields__

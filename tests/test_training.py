@@ -1,0 +1,307 @@
+"""训练的公共部分：优化器与官方的一致，累积不改变结果，检查点要么完整、要么说清哪里不对。"""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import training
+from config import Config, UserError, load_config
+from dataset import IGNORE, Batch
+from model import Transformer
+from tokenizer import Tokenizer
+from training import (
+    Device,
+    Metrics,
+    Muon,
+    build_optimizers,
+    compile_if_possible,
+    evaluate,
+    inherit_shape,
+    learning_rate,
+    load,
+    loss_sum,
+    orthogonalize,
+    save,
+    total_steps,
+)
+
+# 词表必须装得下分词器，其余尽量小。
+SMALL = Config(
+    dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, seq_len=8,
+    device="cpu", dtype="float32", compile=False, lr=0.01, sft_lr=0.002, out_dir="out/x",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = Transformer(SMALL)
+    for p in model.blocks.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def batch_of(rows, length=8, supervised=1.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(200, (rows, length), generator=g)
+    targets = torch.randint(200, (rows, length), generator=g)
+    targets[torch.rand(rows, length, generator=g) >= supervised] = IGNORE
+    return Batch(ids, targets)
+
+
+def test_learning_rate_rises_stays_and_falls():
+    curve = [learning_rate(step, 100, 0.1, 0.5) for step in range(100)]
+    assert curve[0] == pytest.approx(0.1)
+    assert curve[9:51] == [1.0] * 42
+    assert all(a > b for a, b in itertools.pairwise(curve[50:]))
+    assert 0 < curve[-1] <= 0.02
+    assert learning_rate(0, 1, 0.03, 0.5) > 0  # 只有一步也要学得动
+
+
+def test_total_steps():
+    assert total_steps(7, 3, 100, 10) == 7
+    assert total_steps(None, 1.5, 100, 10) == 15
+    assert total_steps(None, 1, 3, 10) == 1
+
+
+def test_muon_equals_the_one_of_torch_step_by_step():
+    torch.manual_seed(0)
+    shapes = [(6, 10), (10, 6), (6, 10), (8, 8)]
+    ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a = Muon(ours, lr=0.02, weight_decay=0.1, dtype=torch.bfloat16)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, atol=2e-3, rtol=0)  # bf16 的舍入次序不同
+
+
+def test_orthogonalized_singular_values_are_near_one():
+    torch.manual_seed(0)
+    for shape in ((3, 16, 40), (2, 40, 16), (1, 16, 16)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape), torch.float32))
+        assert values.max() < 1.3
+        assert values.min() > 0.2
+
+
+def test_every_parameter_has_exactly_one_optimizer(model):
+    muon, adamw = build_optimizers(model, SMALL, Device(SMALL), 0.01)
+    groups = [p for o in (muon, adamw) for g in o.param_groups for p in g["params"]]
+    assert sorted(map(id, groups)) == sorted(map(id, model.parameters()))
+    matrices = muon.param_groups[0]["params"]
+    assert all(p.ndim == 2 for p in matrices)
+    assert len(matrices) == 7 * SMALL.n_layers
+    assert all(p is not model.embedding.weight for p in matrices)
+
+
+def test_uneven_masks_accumulated_equal_one_large_batch(model):
+    """一半小批几乎全要学，一半几乎不要学：累积的梯度仍与一大批的相同。"""
+    parts = [batch_of(2, supervised=s, seed=i) for i, s in enumerate((1.0, 0.1, 0.6))]
+    whole = Batch(torch.cat([p.ids for p in parts]), torch.cat([p.targets for p in parts]))
+    count = int((whole.targets != IGNORE).sum())
+    loss = loss_sum(model, whole) / count
+    loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    total = 0.0
+    for part in parts:
+        piece = loss_sum(model, part) / count
+        piece.backward()
+        total += piece.item()
+    assert total == pytest.approx(loss.item(), rel=1e-6)
+    for p, q in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, q, atol=1e-6, rtol=1e-5)
+
+
+def test_loss_is_the_mean_negative_log_probability_of_the_counted_targets(model):
+    batch = batch_of(2, supervised=0.5)
+    logprobs = model(batch.ids).log_softmax(-1)
+    expected = -sum(
+        logprobs[b, t, batch.targets[b, t]].item()
+        for b in range(2)
+        for t in range(8)
+        if batch.targets[b, t] != IGNORE
+    )
+    assert loss_sum(model, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+class Rows:
+    """假的数据：第 r 行由 r 决定。"""
+
+    n_rows, seq_len = 5, 8
+
+    def get(self, rows):
+        batches = [batch_of(1, seed=row) for row in rows]
+        return Batch(*(torch.cat(parts) for parts in zip(*(b[:2] for b in batches), strict=True)))
+
+
+def test_evaluation_counts_every_row_once_whatever_the_batch_size(model):
+    results = [evaluate(loss_sum, model, Rows(), size, 1000, Device(SMALL)) for size in (1, 5, 3)]
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+    assert results[0] == pytest.approx(results[2], rel=1e-6)  # 5 行分两批，最后一批凑数
+
+
+def test_checkpoint_describes_itself_and_loads_equal(model, tokenizer, tmp_path):
+    path = tmp_path / "a" / "m.pt"
+    save(path, model, SMALL, tokenizer, stage="pretrain", step=3)
+    again, config, checkpoint = load(path, tokenizer)
+    assert config == SMALL
+    assert (checkpoint["stage"], checkpoint["step"]) == ("pretrain", 3)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, atol=0, rtol=0)
+    assert list(path.parent.iterdir()) == [path]  # 没有留下临时文件
+
+
+def test_bad_checkpoints_are_refused_with_a_sentence(model, tokenizer, tmp_path):
+    path = tmp_path / "m.pt"
+    with pytest.raises(UserError, match="找不到检查点"):
+        load(path, tokenizer)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="不是完好的检查点"):
+        load(path, tokenizer)
+    save(path, model, SMALL, tokenizer, stage="pretrain")
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(UserError, match="不是完好的检查点"):
+        load(path, tokenizer)
+    torch.save({"format": 99}, path)
+    with pytest.raises(UserError, match="格式是 99"):
+        load(path, tokenizer)
+    save(path, model, replace(SMALL, n_layers=3), tokenizer, stage="pretrain")
+    with pytest.raises(UserError, match="参数与它的配置对不上"):
+        load(path, tokenizer)
+
+
+def test_checkpoint_of_another_tokenizer_is_refused(model, tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "m.pt"
+    save(path, model, SMALL, tokenizer, stage="pretrain")
+    monkeypatch.setattr(Tokenizer, "fingerprint", lambda self: "另一个")
+    with pytest.raises(UserError, match="另一个分词器"):
+        load(path, tokenizer)
+
+
+def test_full_disk_keeps_the_previous_checkpoint(model, tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "m.pt"
+    save(path, model, SMALL, tokenizer, stage="pretrain", step=1)
+    before = path.read_bytes()
+
+    def no_space(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.torch, "save", no_space)
+    with pytest.raises(UserError, match="腾出空间"):
+        save(path, model, SMALL, tokenizer, stage="pretrain", step=2)
+    assert path.read_bytes() == before
+
+
+def test_sft_takes_its_shape_from_the_checkpoint():
+    source = Config(**{**vars(SMALL), "n_layers": 5, "dim": 64, "max_len": 300})
+    config, origins = load_config("sft", ["--preset", "tiny"])
+    inherit_shape(config, origins, source, "x.pt")
+    assert (config.n_layers, config.dim, origins["dim"]) == (5, 64, "检查点")
+    config, origins = load_config("sft", ["--n_layers", "4", "--dim", "64"])
+    with pytest.raises(UserError, match="n_layers 指定为 4，检查点里是 5") as caught:
+        inherit_shape(config, origins, source, "x.pt")
+    assert "dim" not in str(caught.value)  # 与检查点相同的不必抱怨
+    config, origins = load_config("sft", [], Config(preset="tiny", n_layers=4))
+    with pytest.raises(UserError, match="n_layers 指定为 4"):  # 改在 config.py 里的也算指定
+        inherit_shape(config, origins, source, "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "bf16", "expected"),
+    [
+        ("cuda", (9, 0), False, torch.bfloat16),
+        ("cuda", (7, 5), False, torch.float16),
+        ("cpu", None, True, torch.bfloat16),
+        ("cpu", None, False, torch.float32),
+    ],
+)
+def test_precision_follows_the_hardware(monkeypatch, device, capability, bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(training, "cpu_has_bf16", lambda: bf16)
+    chosen = Device(Config())
+    assert (chosen.torch.type, chosen.dtype) == (device, expected)
+    assert chosen.scaler.is_enabled() == (expected == torch.float16)
+    assert any("float32" in note for note in chosen.notes) == (expected == torch.float32)
+
+
+def test_missing_devices_and_precisions_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="没有 cuda"):
+        Device(Config(device="cuda"))
+    with pytest.raises(UserError, match="float16"):
+        Device(Config(device="cpu", dtype="float16"))
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):
+    monkeypatch.setattr(training.shutil, "which", lambda name: None)
+    device = Device(Config(device="cpu"))
+    assert not device.compile
+    assert any("编译器" in note for note in device.notes)
+    assert compile_if_possible(loss_sum, device) is loss_sum
+
+
+def test_a_failing_compiler_falls_back_to_plain_execution(monkeypatch, capsys, tmp_path):
+    """有编译器却编译不成（例如缺少头文件）：真的让它失败一次。"""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # 不用上次编译好的
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/bin/false",))
+    device = Device(Config(device="cpu"))
+    device.compile = True
+    found = compile_if_possible(lambda x: (x * 3).sin() + 1, device)(torch.zeros(64))
+    assert found.tolist() == [1.0] * 64
+    assert "改为不编译" in capsys.readouterr().out
+    assert not device.compile
+
+
+def test_bf16_autocast_trains_to_nearly_the_same_gradients(model):
+    """没有 bf16 指令的机器也能核对那条路：同样的一批，半精度的梯度与 fp32 的方向一致。"""
+    batch = batch_of(2)
+    loss_sum(model, batch).backward()
+    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    with Device(replace(SMALL, dtype="bfloat16")).autocast():
+        loss_sum(model, batch).backward()
+    rounded = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="需要 NVIDIA 显卡")
+def test_compiled_bf16_loss_on_the_gpu_is_close_to_fp32(model):
+    batch = batch_of(4)
+    expected = loss_sum(model, batch).item()
+    device = Device(Config(device="cuda"))
+    fn = compile_if_possible(loss_sum, device)
+    with device.autocast():
+        found = fn(model.cuda(), batch.to(device.torch)).item()
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_metrics_are_one_json_object_a_line_and_a_picture(tmp_path):
+    metrics = Metrics(tmp_path, "pretrain")
+    metrics.write(step=0, tokens=0, val_loss=math.log(21248), val_bpc=14.7)
+    for step in (1, 2):
+        metrics.write(step=step, tokens=step * 10, train_loss=9.0 / step, lr=0.1, grad_norm=1.0,
+                      tokens_per_second=5.0)  # fmt: skip
+    metrics.draw()
+    rows = [json.loads(line) for line in metrics.path.read_text().splitlines()]
+    assert [r["step"] for r in rows] == [0, 1, 2]
+    assert all("seconds" in r for r in rows)
+    assert metrics.picture.read_bytes()[:4] == b"\x89PNG"
