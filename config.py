@@ -66,7 +66,7 @@ class Config:
     embed_lr_scale: float = option(0.5, "词嵌入与增益（AdamW 管的）的学习率是 lr 的几倍", "倍")
     weight_decay: float = option(0.1, "权重衰减，只作用于 Muon 管的矩阵")
     warmup: float = option(0.03, "学习率从 0 升到最高，占全程的比例")
-    decay: float = option(0.5, "学习率最后降到 0，占全程的比例")
+    decay: float = option(0.9, "学习率最后降到 0，占全程的比例")
     grad_clip: float = option(1.0, "梯度范数的上限")
     seed: int = option(42, "随机种子：初始化、打乱与采样")
 
@@ -81,7 +81,7 @@ class Config:
 
     # 数据与记录
     val_fraction: float = option(0.03, "留出多大比例的文档不训练，只用来检验")
-    eval_tokens: int = option(60000, "每次检验最多用多少词元", "词元")
+    eval_tokens: int = option(16384, "每次检验最多用多少词元；最后一次用十倍", "词元")
     eval_every: int | None = option(None, "每隔多少步检验、采样并保存一次", "步")
     prompt: str = option("守株待兔：", "预训练时用来采样的固定开头")
     sft_prompt: str = option("守株待兔是什么意思？", "微调时用来采样的固定问题")
@@ -97,9 +97,9 @@ SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "max_len",
 # 每套预设：形状，以及随形状而定的批次与学习率（扫描的记录见 docs/lab-notes.md）。
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        dim=256, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=768, max_len=512,
-        batch_size=8, seq_len=256, grad_accum=1, lr=0.01, isolate_documents=True,
-        max_steps=480, sft_max_steps=120, eval_every=60,
+        dim=192, n_layers=4, n_heads=3, n_kv_heads=1, hidden_dim=576, max_len=512,
+        batch_size=8, seq_len=256, grad_accum=1, lr=0.02, isolate_documents=True,
+        max_steps=900, sft_max_steps=150, eval_every=100,
     ),
     "wide": dict(  # 矮胖
         dim=512, n_layers=8, n_heads=8, n_kv_heads=2, hidden_dim=1664, max_len=1024,

@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,8 @@ from readers import ReadLog, Record
 from tokenizer import Tokenizer
 
 FORMAT = 1  # 词元文件的格式变了就加一，旧文件会自动重做
-CHUNK = 2048  # 一次分词多少篇：够两个核心分着做，又只占几十 MB
+CHUNK = 2048  # 一次最多分词多少篇
+CHUNK_CHARACTERS = 1 << 20  # 一次最多分词多少字：分词时一个字要占一百多字节
 IGNORE = -100  # 不算损失的目标
 SIDES = ("train", "val")
 
@@ -64,6 +65,7 @@ def prepare(source: str, stage: str, tokenizer: Tokenizer, config: Config) -> To
         "size": path.stat().st_size,
         "tokenizer": tokenizer.fingerprint(),
         "val_fraction": config.val_fraction,
+        "code": "".join(sha256(Path(m.__file__))[:8] for m in (idioms, readers)),
     }
     name = hashlib.sha256(f"{path.resolve()} {stage}".encode()).hexdigest()[:8]
     base = Path(config.data_dir) / "cache" / f"{path.stem}-{stage}-{name}"
@@ -72,7 +74,11 @@ def prepare(source: str, stage: str, tokenizer: Tokenizer, config: Config) -> To
         return ready
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
-        _build(base, identity, path, tokenizer)
+        try:
+            _build(base, identity, path, tokenizer)
+        finally:
+            for side in SIDES:
+                Path(f"{base}.{side}.part").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"写不了 {base.parent}（{error.strerror}）；请腾出空间") from error
     ready = _load(base, identity, path)
@@ -130,23 +136,22 @@ def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None
     starts: dict[str, list[int]] = {side: [0] for side in SIDES}
     n_targets, characters = dict.fromkeys(SIDES, 0), dict.fromkeys(SIDES, 0)
     unknown = 0
-    outputs = {side: Path(f"{base}.{side}.part").open("wb") for side in SIDES}  # noqa: SIM115
+    parts = {side: Path(f"{base}.{side}.part") for side in SIDES}
     size = path.stat().st_size
-    bar = tqdm(total=size, desc="分词", unit="B", unit_scale=True, dynamic_ncols=True)
-    while chunk := list(islice(records, CHUNK)):
-        for record, (ids, targets, text) in zip(chunk, encode(chunk, tokenizer), strict=True):
-            side = "val" if is_held_out(record.key, identity["val_fraction"]) else "train"
-            outputs[side].write(ids.tobytes())
-            starts[side].append(starts[side][-1] + len(ids))
-            n_targets[side] += targets
-            characters[side] += len(text)
-            unknown += int((ids == tokenizer.unk_id).sum())
-        if log.file and not log.file.closed:
-            bar.update(log.file.tell() - bar.n)
-    bar.update(size - bar.n)
-    bar.close()
-    for output in outputs.values():
-        output.close()
+    with ExitStack() as stack:
+        outputs = {side: stack.enter_context(part.open("wb")) for side, part in parts.items()}
+        bar = stack.enter_context(tqdm(total=size, desc="分词", unit="B", unit_scale=True))
+        for chunk in chunks(records):
+            for record, (ids, targets, text) in zip(chunk, encode(chunk, tokenizer), strict=True):
+                side = "val" if is_held_out(record.key, identity["val_fraction"]) else "train"
+                outputs[side].write(ids.tobytes())
+                starts[side].append(starts[side][-1] + len(ids))
+                n_targets[side] += targets
+                characters[side] += len(text)
+                unknown += int((ids == tokenizer.unk_id).sum())
+            if log.file and not log.file.closed:
+                bar.update(log.file.tell() - bar.n)
+        bar.update(size - bar.n)
     for line in log.report():
         print(line)
     log.check()
@@ -157,8 +162,8 @@ def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None
                 f"请增加数据，或调整 --val_fraction（现在是 {identity['val_fraction']}）"
             )
 
-    for side in SIDES:
-        os.replace(f"{base}.{side}.part", f"{base}.{side}.bin")
+    for side, part in parts.items():
+        os.replace(part, f"{base}.{side}.bin")
         np.array(starts[side], np.int64).tofile(f"{base}.{side}.idx")
     total = starts["train"][-1] + starts["val"][-1]
     card = identity | {"mtime": path.stat().st_mtime_ns, "sha256": sha256(path)}
@@ -173,8 +178,25 @@ def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None
     os.replace(part, f"{base}.json")
 
 
-def is_held_out(key: str, fraction: float) -> bool:
+def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """把数据分成一块一块，每块的篇数与字数都有上限；内存因此与文件大小无关。"""
+    chunk: list[Record] = []
+    size = 0
+    for record in records:
+        chunk.append(record)
+        text = record.content
+        size += len(text) if isinstance(text, str) else sum(len(turn) for _, turn in text)
+        if len(chunk) >= CHUNK or size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def is_held_out(key: str | None, fraction: float) -> bool:
     """这个键归检验还是训练：只由键的散列决定，与顺序、机器、Python 版本无关。"""
+    if key is None:
+        return False
     digest = hashlib.blake2b(key.encode(), digest_size=8, person=b"mini-llm").digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 

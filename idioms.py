@@ -32,8 +32,8 @@ def clean(text: str, word: str) -> str:
     text = re.sub(r"★(.+)$", r"（\1）", text)  # 例句的出处
     # 全书的左引号都丢了，只剩右引号：书名之后的引文、「同某某」补上左引号，其余的去掉右引号。
     chapter = r"(?:第[一二三四五六七八九十百零○]+[回卷折章出则篇])?"
-    text = re.sub(rf"》({chapter})([^“”]+)”", r"》\1：“\2”", text)
     text = re.sub(r"(同|作|见|犹|言|即)([一-鿿]{2,12})”", r"\1“\2”", text)
+    text = re.sub(rf"》({chapter})([^“”]+)”", r"》\1：“\2”", text)
     return re.sub(r"(“[^”]*”)|”", lambda match: match[1] or "", text)
 
 
@@ -58,14 +58,17 @@ def read_entries(path: Path, log: ReadLog) -> Iterator[dict[str, str]]:
 
 
 def read_documents(path: Path, log: ReadLog) -> Iterator[Record]:
-    """词条写成短文；键是成语，所以留出检验的成语在预训练与微调里都不会出现。"""
+    """词条写成短文。
+
+    键是释义：留出检验的成语在预训练与微调里都不会出现，与它释义雷同的成语也一起留出。
+    """
     for entry in read_entries(path, log):
         text = f"{entry['word']}：{entry['explanation']}"
         if entry["derivation"]:
             text += f"\n出处：{entry['derivation']}"
         if entry["example"]:
             text += f"\n例句：{entry['example']}"
-        yield Record(entry["word"], text)
+        yield Record(entry["explanation"], text)
 
 
 # ---------- 微调：一问一答 ----------
@@ -84,10 +87,10 @@ def read_conversations(path: Path, log: ReadLog) -> Iterator[Record]:
     for entry in read_entries(path, log):
         entries += 1
         for conversation in ask_about(entry):
-            yield Record(entry["word"], conversation)
-    for _ in range(entries * 3 // 100 // len(GREETINGS) + 1):
+            yield Record(entry["explanation"], conversation)
+    for _ in range(entries // 10 // len(GREETINGS) + 1):
         for question, answer in GREETINGS:
-            yield Record(question, [("user", question), ("assistant", answer)])
+            yield Record(None, [("user", question), ("assistant", answer)])
 
 
 def ask_about(entry: dict[str, str]) -> list[Conversation]:

@@ -16,6 +16,7 @@ import contextlib
 import gzip
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +26,12 @@ import ijson
 
 from config import UserError
 
-MAX_LINE = 64 << 20  # 一行最长多少字节；再长多半不是按行组织的数据
+MAX_LINE = 8 << 20  # 一行最长多少字节；再长多半不是按行组织的数据
 MAX_DOCUMENT = 1 << 12  # 纯文本一篇最长多少字；没有空行的长文在换行处分篇
 BAD_ROWS_ALLOWED = 0.01
+NOT_UTF8 = "不是 UTF-8（第 {} 字节）；可以先用 iconv -f GB18030 -t UTF-8 转换编码"
+CUT_LINE = "最后一行不完整，是不是下载中断了？"
+BROKEN_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
 
 Conversation = list[tuple[str, str]]  # [(角色, 正文), …]
 
@@ -35,7 +39,7 @@ Conversation = list[tuple[str, str]]  # [(角色, 正文), …]
 class Record(NamedTuple):
     """一条数据：划分训练与检验时用的键，以及内容。键相同的总在同一边。"""
 
-    key: str
+    key: str | None  # None：总用来训练
     content: Any  # 文档是 str，对话是 Conversation
 
 
@@ -47,8 +51,9 @@ class ReadLog:
         self.file: BinaryIO | None = None  # 磁盘上的文件，它的 tell() 就是进度
         self.rows = 0
         self.bad = 0
+        self.blank = 0
         self.examples: list[str] = []
-        self.notes: Counter[str] = Counter()  # 不算坏、但也没有照原样使用的，各有多少
+        self.notes: Counter[str] = Counter()  # 没有照原样使用的，各有多少
 
     def add(self, row: str, reason: str) -> None:
         """记下一条坏行；``row`` 例如「第 3 行」。"""
@@ -59,16 +64,18 @@ class ReadLog:
     def report(self) -> list[str]:
         """给用户看的几行话；没有问题时为空。"""
         lines = [f"{self.source} 里有 {count} 条{note}" for note, count in self.notes.items()]
+        if self.blank:
+            lines.append(f"{self.source} 里有 {self.blank} 条空白文档，已跳过")
         if self.bad:
             lines += [f"跳过 {self.bad} 条坏行（共 {self.rows} 条），例如：", *self.examples]
         return lines
 
     def check(self) -> None:
         """读完之后：一条好的都没有，或者坏行超过 1%，就报错。"""
-        good = self.rows - self.bad - sum(self.notes[n] for n in self.notes if n.startswith("空白"))
-        if self.rows and good > 0 and self.bad <= BAD_ROWS_ALLOWED * self.rows:
+        good = self.rows - self.bad - self.blank
+        if good > 0 and self.bad <= BAD_ROWS_ALLOWED * self.rows:
             return
-        if not self.rows or not self.bad:
+        if not self.bad:
             raise UserError(f"{self.source} 里没有一条能用的数据；请检查文件内容")
         raise UserError(
             f"{self.source} 有 {self.bad} / {self.rows} 条坏行，超过 "
@@ -94,7 +101,7 @@ def open_binary(path: Path, log: "ReadLog | None" = None) -> Iterator[BinaryIO]:
 
 
 def check_source(path: Path) -> bytes:
-    """确认文件存在、不空、是 UTF-8，返回开头的一段字节。
+    """确认文件存在、读得了、不空，返回开头的一段字节。
 
     Raises:
         UserError: 说明哪里不对、该怎么办。
@@ -106,21 +113,42 @@ def check_source(path: Path) -> bytes:
     try:
         with open_binary(path) as f:
             head = f.read(1 << 16)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except BROKEN_GZIP as error:
         raise UserError(f"{path} 的 gzip 压缩数据已损坏（{error}）；请重新下载") from error
     except OSError as error:
         raise UserError(f"读不了 {path}（{error.strerror or error}）；请检查权限") from error
     if not head.strip():
         raise UserError(f"{path} 是空文件；请检查它是否下载完整")
-    try:
-        head[:-3].decode("utf-8")  # 末尾可能正好切断一个汉字
-    except UnicodeDecodeError as error:
-        if error.start < len(head) - 6:
-            raise UserError(
-                f"{path} 不是 UTF-8 编码（第 {error.start} 字节）；"
-                f"可以用 iconv -f GB18030 -t UTF-8 {path} > 新文件 转换"
-            ) from error
     return head
+
+
+def sniff(path: Path, head: bytes) -> str:
+    """看开头的内容，辨认是 "array"、"jsonl" 还是 "text"；看不出时才看扩展名。"""
+    head = head.lstrip()
+    if re.match(rb'\[\s*["{\]]', head):
+        return "array"
+    if head.startswith(b"{") or _is_json_string(head.split(b"\n")[0]):
+        return "jsonl"
+    if path.name.removesuffix(".gz").endswith((".json", ".jsonl")):
+        return "array" if head.startswith(b"[") else "jsonl"  # 第一行就是坏行
+    return "text"
+
+
+def _is_json_string(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), str)
+    except (ValueError, RecursionError):
+        return False
+
+
+def read_rows(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
+    """逐条给出 (在哪里, 解析好的 JSON 值或一段纯文本)。"""
+    kind = sniff(path, check_source(path))
+    try:
+        yield from {"array": _read_array, "jsonl": _read_jsonl, "text": _read_text}[kind](path, log)
+    except BROKEN_GZIP as error:
+        log.rows += 1
+        log.add("末尾", f"gzip 压缩数据不完整（{error}），是不是下载中断了？")
 
 
 def read_lines(path: Path, log: ReadLog) -> Iterator[tuple[int, str]]:
@@ -129,9 +157,10 @@ def read_lines(path: Path, log: ReadLog) -> Iterator[tuple[int, str]]:
         number = 0
         while line := f.readline(MAX_LINE):
             number += 1
-            if len(line) == MAX_LINE:
+            where, complete = f"第 {number} 行", line.endswith(b"\n")
+            if len(line) == MAX_LINE and not complete:
                 log.rows += 1
-                log.add(f"第 {number} 行", f"长于 {MAX_LINE >> 20} MB，是不是少了换行？")
+                log.add(where, f"长于 {MAX_LINE >> 20} MB，是不是少了换行？")
                 while line and not line.endswith(b"\n"):
                     line = f.readline(MAX_LINE)
                 continue
@@ -139,25 +168,9 @@ def read_lines(path: Path, log: ReadLog) -> Iterator[tuple[int, str]]:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
                 log.rows += 1
-                log.add(f"第 {number} 行", f"不是 UTF-8（第 {error.start} 字节）")
+                log.add(where, NOT_UTF8.format(error.start) if complete else CUT_LINE)
                 continue
             yield number, text
-
-
-def read_rows(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
-    """逐条给出 (在哪里, 解析好的 JSON 值或一段纯文本)。"""
-    head = check_source(path).lstrip()
-    looks_like_json = head[:1] in b'[{"' and not path.name.removesuffix(".gz").endswith(".txt")
-    try:
-        if head[:1] == b"{" or (looks_like_json and head[:1] == b'"'):
-            yield from _read_jsonl(path, log)
-        elif looks_like_json:
-            yield from _read_json_array(path, log)
-        else:
-            yield from _read_text(path, log)
-    except (gzip.BadGzipFile, EOFError) as error:
-        log.rows += 1
-        log.add("末尾", f"gzip 压缩数据不完整（{error}），是不是下载中断了？")
 
 
 def _read_jsonl(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
@@ -168,21 +181,36 @@ def _read_jsonl(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
         try:
             yield f"第 {number} 行", json.loads(line)
         except (ValueError, RecursionError) as error:
-            cut = "" if line.endswith("\n") else "，最后一行不完整，是不是下载中断了？"
-            log.add(f"第 {number} 行", f"不是合法的 JSON（{error}）{cut}")
+            complete = line.endswith("\n")
+            log.add(f"第 {number} 行", f"不是合法的 JSON（{error}）" if complete else CUT_LINE)
 
 
-def _read_json_array(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
-    with open_binary(path, log) as f:
-        number = 0
-        try:
+def _read_array(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
+    """数组没有写完，少的只是末尾，算一条坏行；写完了却在中间出错，后面的全读不到，不能继续。"""
+    number = 0
+    try:
+        with open_binary(path, log) as f:
             for number, row in enumerate(ijson.items(f, "item", use_float=True), start=1):
                 log.rows += 1
                 yield f"第 {number} 条", row
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            log.rows += 1
-            reason = "数组没有写完，是不是下载中断了？" if "ncomplete" in str(error) else error
-            log.add(f"第 {number} 条之后", f"不是合法的 JSON（{reason}）")
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        if _last_bytes(path).endswith(b"]"):
+            reason = str(error).splitlines()[0]
+            hint = NOT_UTF8.format("?") if "UTF8" in reason.replace("-", "") else "请先修好那一条"
+            raise UserError(
+                f"{path} 第 {number} 条之后不是合法的 JSON（{reason}）；{hint}"
+            ) from error
+        log.rows += 1
+        log.add(f"第 {number} 条之后", "数组没有写完，不完整，是不是下载中断了？")
+
+
+def _last_bytes(path: Path) -> bytes:
+    """文件末尾的字节，不含空白；压缩的文件要从头读过。"""
+    tail = b""
+    with contextlib.suppress(*BROKEN_GZIP), open_binary(path) as f:
+        while block := f.read(1 << 20):
+            tail = (tail + block)[-64:]
+    return tail.rstrip()
 
 
 def _read_text(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
@@ -214,7 +242,7 @@ def read_documents(path: Path, log: ReadLog) -> Iterator[Record]:
             log.add(where, str(error))
             continue
         if not documents:
-            log.notes["空白文档，已跳过"] += 1
+            log.blank += 1
         for document in documents:
             yield Record(document, document)
 

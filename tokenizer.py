@@ -39,8 +39,10 @@ CHAT_TEMPLATE = (
 
 def _build_backend(vocab_file: Path) -> Backend:
     """用 `tokenizers` 库的标准零件拼出分词器；这些零件都能写进 tokenizer.json。"""
-    vocab = models.WordPiece.read_file(str(vocab_file))
-    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    # 自己按行读：`WordPiece.read_file` 会剥掉 U+2028，使两个词元变成空的。
+    lines = vocab_file.read_text(encoding="utf-8").split("\n")[:-1]
+    vocab = {token: number for number, token in enumerate(lines)}
+    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=1000))
     # 词表里没有 A–Z：不转小写的话，凡是有大写字母的单词都会变成 [UNK]。
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
+# 语料用整场测试已经备好的那一份；从零准备由 .ci/run 里 README 的命令走过。
 QUICK = ["--no-compile", "--eval_tokens", "512", "--batch_size", "2", "--seq_len", "128"]
 
 
@@ -28,9 +29,10 @@ def run(folder, script, *args, stdin="", code=0):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, builtin_config, builtin_pretrain, builtin_sft):
     """预训练八步，再微调四步，都用内置语料；返回工作目录与两份输出。"""
     folder = tmp_path_factory.mktemp("reader")
+    (folder / "data").symlink_to(builtin_config.data_dir)
     first, _ = run(folder, "pre_train.py", "--max_steps", "8", *QUICK)
     second, _ = run(folder, "sft_train.py", "--max_steps", "4", *QUICK)
     return folder, first, second
@@ -71,7 +73,7 @@ def test_sft_continues_from_pretraining(trained):
 
 def test_prepared_data_is_reused(trained):
     folder, first, _ = trained
-    assert "数据：写好" in first
+    assert "数据：沿用" in first
     text, _ = run(folder, "pre_train.py", "--max_steps", "1", "--out_dir", "out/again", *QUICK)
     assert "数据：沿用" in text
     assert "python sft_train.py --out_dir out/again" in text

@@ -1,0 +1,64 @@
+"""微调之后，问几十个从没见过的成语：回答的样子对不对？
+
+    python -m tools.check_answers                                     默认的 out/tiny/sft.pt
+    python -m tools.check_answers --checkpoint out/wide/sft.pt --n 200
+
+只看样子（问意思答释义，问出处答书名，按意思找成语答成语），不看对错：这些成语模型没有见过。
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import idioms
+from config import Config, UserError, option, parse_flags, run_script
+from dataset import is_held_out
+from generate import Sampling, load_for_chat
+from readers import ReadLog
+from training import Device
+
+QUESTIONS = {  # 种类: (问法, 回答应有的样子)
+    "意思": ("{word}是什么意思？", r"(?!出自|例如)[^《》]{3,}。"),
+    "出处": ("{word}出自哪里？", r"出自[^《]*《[^》]+》.*"),
+    "找成语": ("哪个成语的意思是：{explanation}", r"[一-鿿，]{3,15}。"),
+}
+
+
+@dataclass
+class Options:
+    """命令行参数。"""
+
+    checkpoint: str = option("out/tiny/sft.pt", "微调后的检查点")
+    n: int = option(50, "问多少个成语", "个")
+    show: int = option(5, "打印前几个的回答", "个")
+
+
+def main() -> None:
+    """逐个提问，数一数样子对的有多少。"""
+    problems: list[str] = []
+    options = Options(**parse_flags(Options, sys.argv[1:], problems))
+    if problems:
+        raise UserError("；".join(problems))
+    speaker = load_for_chat(Path(options.checkpoint), Device(Config(device="auto")))
+    tokenizer, fraction = speaker.tokenizer, speaker.config.val_fraction
+    entries = idioms.read_entries(idioms.dictionary_file(), ReadLog("builtin"))
+    unseen = [e for e in entries if is_held_out(e["explanation"], fraction)]
+    unseen = unseen[:: max(1, len(unseen) // options.n)][: options.n]
+    right = dict.fromkeys(QUESTIONS, 0)
+    for number, entry in enumerate(unseen):
+        for kind, (question, form) in QUESTIONS.items():
+            asked = question.format(**entry)
+            ids = tokenizer.turn_ids("user", tokenizer.encode(asked)) + tokenizer.reply_prefix()
+            greedy = Sampling(temp=0, penalty=1.1, max=150)
+            answer = tokenizer.decode(speaker.generate(ids, greedy))
+            fits = re.fullmatch(form, answer, re.S) is not None
+            right[kind] += fits
+            if number < options.show:
+                print(f"{'✓' if fits else '✗'} {asked}\n    {answer}")
+    for kind, count in right.items():
+        print(f"问{kind}：{len(unseen)} 个没见过的成语，{count} 个回答的样子对")
+
+
+if __name__ == "__main__":
+    run_script(main)
