@@ -82,7 +82,9 @@ class Config:
     # 数据与记录
     val_fraction: float = option(0.03, "留出多大比例的文档不训练，只用来检验")
     eval_tokens: int = option(16384, "每次检验最多用多少词元；最后一次用十倍", "词元")
-    eval_every: int | None = option(None, "每隔多少步检验、采样并保存一次", "步")
+    eval_every: int | None = option(
+        None, "每隔多少步检验、采样并保存一次；默认全程十次，至多隔 500 步", "步"
+    )
     prompt: str = option("守株待兔：", "预训练时用来采样的固定开头")
     sft_prompt: str = option("守株待兔是什么意思？", "微调时用来采样的固定问题")
     data_dir: str = option("data", "下载的数据与词元文件放在哪里")
@@ -99,17 +101,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         dim=192, n_layers=4, n_heads=3, n_kv_heads=1, hidden_dim=576, max_len=512,
         batch_size=8, seq_len=256, grad_accum=1, lr=0.02, isolate_documents=True,
-        max_steps=900, sft_max_steps=150, eval_every=100,
+        max_steps=900, sft_max_steps=150,
     ),
     "wide": dict(  # 矮胖
         dim=512, n_layers=8, n_heads=8, n_kv_heads=2, hidden_dim=1664, max_len=1024,
         batch_size=32, seq_len=512, grad_accum=1, lr=0.01, isolate_documents=False,
-        eval_every=500,
     ),
     "deep": dict(  # 瘦高
         dim=512, n_layers=24, n_heads=8, n_kv_heads=2, hidden_dim=1664, max_len=1024,
         batch_size=16, seq_len=512, grad_accum=2, lr=0.01, isolate_documents=False,
-        eval_every=500,
     ),
 }  # fmt: skip
 
@@ -368,4 +368,5 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"错误：{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("\n已中断", file=sys.stderr)
         sys.exit(130)

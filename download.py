@@ -155,7 +155,7 @@ def main():
         target = download(source.dataset, args.file or source.file, args.data_dir)
     except KeyboardInterrupt:
         print("\n已中断；再次运行同一条命令，会从中断的地方接着下载", file=sys.stderr)
-        raise
+        sys.exit(130)
     print(f"接下来运行：\n  python {source.trainer} {shlex.quote(target.as_posix())}")
 
 

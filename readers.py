@@ -168,7 +168,8 @@ def read_lines(path: Path, log: ReadLog) -> Iterator[tuple[int, str]]:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
                 log.rows += 1
-                log.add(where, NOT_UTF8.format(error.start) if complete else CUT_LINE)
+                cut = not complete and error.start >= len(line) - 3  # 文件断在一个字的中间
+                log.add(where, CUT_LINE if cut else NOT_UTF8.format(error.start))
                 continue
             yield number, text
 

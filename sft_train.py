@@ -49,6 +49,7 @@ def main() -> None:
     for note in device.notes:
         print(f"（{note}）")
     out_dir = Path(config.out_dir)
+    checkpoint_path = out_dir / "sft.pt"
     save_config(config, out_dir / "sft_config.json")
 
     # ---------- 2. 数据：一个词元文件，几段对话拼成一行 ----------
@@ -69,6 +70,7 @@ def main() -> None:
     optimizers = build_optimizers(model, config, device, config.sft_lr)
     loss_fn = compile_if_possible(loss_sum, device)
     speaker = make_speaker(model, config, tokenizer, "sft")
+    eval_every = config.eval_every or min(500, math.ceil(max_steps / 10))
     n_params = sum(p.numel() for p in model.parameters())
     print(
         f"模型：{n_params / 1e6:.1f} M 参数；共 {max_steps} 步，"
@@ -76,7 +78,7 @@ def main() -> None:
     )
 
     def check(step: int, everything: bool) -> dict:
-        """检验、采样、保存；返回检验的结果。"""
+        """检验，再采样一段给人看；返回检验的结果。"""
         limit = config.eval_tokens * (10 if everything else 1)
         loss = evaluate(loss_fn, model, val, config.batch_size, limit, device)
         bpc = bits_per_character(loss, data.card)
@@ -86,16 +88,6 @@ def main() -> None:
         tqdm.write(
             f"第 {step} 步 · 检验损失 {loss:.3f} · 每字 {bpc:.3f} 比特\n"
             f"    问：{config.sft_prompt}  答：{tokenizer.decode(written)}"
-        )
-        save(
-            out_dir / "sft.pt",
-            model,
-            config,
-            tokenizer,
-            stage="sft",
-            step=step,
-            val_loss=loss,
-            val_bpc=bpc,
         )
         return {"val_loss": loss, "val_bpc": bpc}
 
@@ -155,8 +147,9 @@ def main() -> None:
 
         # 4.6 每隔一段：检验、采样、保存
         last = step + 1 == max_steps
-        if last or (step + 1) % config.eval_every == 0:
-            row |= check(step + 1, everything=last)
+        if last or (step + 1) % eval_every == 0:
+            row |= (result := check(step + 1, everything=last))
+            save(checkpoint_path, model, config, tokenizer, stage="sft", step=step + 1, **result)
         metrics.write(**row)
     bar.close()
 
@@ -164,10 +157,10 @@ def main() -> None:
     metrics.draw()
     print(
         f"完成，用时 {metrics.minutes():.1f} 分钟。\n"
-        f"  检查点    {out_dir / 'sft.pt'}\n"
+        f"  检查点    {checkpoint_path}\n"
         f"  损失曲线  {metrics.picture}\n"
         f"  记录      {metrics.path}\n"
-        f"接下来：\n  python sft_chat.py --checkpoint {out_dir / 'sft.pt'}"
+        f"接下来：\n  python sft_chat.py --checkpoint {checkpoint_path}"
     )
 
 

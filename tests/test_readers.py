@@ -416,16 +416,22 @@ def test_damaged_gzip_is_not_a_traceback(tmp_path, at, kind):
 
 
 @pytest.mark.parametrize("escape", ["\\ud800", "\\udfff", "前\\ud83d后"])
-@pytest.mark.parametrize("layout", ["jsonl", "array"])
-def test_lone_surrogates_are_bad_rows(tmp_path, layout, escape):
+def test_lone_surrogates_are_bad_rows(tmp_path, escape):
     """JSON 里半个表情符号不是文字：算一条坏行，不该让程序崩溃，也不该悄悄改成问号。"""
     rows = [dump(row) for row in good_rows(200)]
     rows.insert(100, f'{{"text": "{escape}"}}')
-    content = "[" + ",".join(rows) + "]" if layout == "array" else "\n".join(rows) + "\n"
-    documents, log = read(write(tmp_path / "data.json", content))
+    documents, log = read(write(tmp_path / "data.jsonl", "\n".join(rows) + "\n"))
     assert documents == [row["text"] for row in good_rows(200)]
     assert log.bad == 1
     assert "第 101 " in log.examples[0]
+
+
+def test_lone_low_surrogate_in_an_array_names_the_item(tmp_path):
+    """大数组的解析器遇到它便读不下去：说出是第几条，不能悄悄丢掉后面的。"""
+    rows = [dump(row) for row in good_rows(200)]
+    rows.insert(100, '{"text": "\\udfff"}')
+    with pytest.raises(UserError, match="第 100 条之后"):
+        read(write(tmp_path / "data.json", "[" + ",".join(rows) + "]"))
 
 
 def test_lone_surrogates_in_conversations_are_bad_rows(tmp_path):
