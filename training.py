@@ -28,8 +28,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor.exc import InductorError
 
 from config import SHAPE, Config, UserError
 from dataset import IGNORE, Batch
@@ -194,7 +192,11 @@ def build_optimizers(model: Transformer, config: Config, device: Device, lr: flo
     dtype = torch.bfloat16 if device.dtype == torch.bfloat16 else torch.float32
     muon = Muon(matrices, lr, config.weight_decay, dtype)
     adamw = torch.optim.AdamW(
-        rest, lr * config.embed_lr_scale, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        rest,
+        lr * config.embed_lr_scale,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=device.torch.type != "mps",
     )
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
@@ -227,13 +229,15 @@ def compile_if_possible(fn, device: Device):
     """用 torch.compile 加速 fn；编译器中途失败（例如缺少 Python 头文件）就说一声，改用原来的。"""
     if not device.compile:
         return fn
+    from torch._dynamo.exc import BackendCompilerFailed  # 导入要一两秒，聊天时不必等
+
     compiled = torch.compile(fn, dynamic=False)
 
     def call(*args):
         if device.compile:
             try:
                 return compiled(*args)
-            except (InductorError, BackendCompilerFailed) as error:
+            except BackendCompilerFailed as error:
                 device.compile = False
                 reason = str(error).strip().splitlines()[0][:100]
                 print(f"（torch.compile 失败，改为不编译：结果一样，约慢一倍。原因：{reason}）")
