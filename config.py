@@ -101,7 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         dim=192, n_layers=4, n_heads=3, n_kv_heads=1, hidden_dim=576, max_len=512,
         batch_size=8, seq_len=256, grad_accum=1, lr=0.02, isolate_documents=True,
-        max_steps=900, sft_max_steps=150,
+        max_steps=1000, sft_max_steps=150,
     ),
     "wide": dict(  # 矮胖
         dim=512, n_layers=8, n_heads=8, n_kv_heads=2, hidden_dim=1664, max_len=1024,
