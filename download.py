@@ -13,7 +13,6 @@ download() 按顺序做五件事：列出数据集里的文件 → 选中一个 
 import argparse
 import contextlib
 import difflib
-import hashlib
 import logging
 import shlex
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError, run_script
+from readers import sha256
 
 
 class Source(NamedTuple):
@@ -96,11 +96,7 @@ def is_whole(target, info):
     print(f"{target} 已经存在，正在核对……")
     same = info.size in (0, target.stat().st_size)  # 列表里的 0 表示“不知道”
     if same and info.sha256:
-        digest = hashlib.sha256()
-        with target.open("rb") as f:
-            while block := f.read(1 << 20):
-                digest.update(block)
-        same = digest.hexdigest() == info.sha256
+        same = sha256(target) == info.sha256
     if not same:
         raise UserError(f"{target} 已经存在，但与公布的文件不同；想重新下载，请先把它移走或改名")
     return True

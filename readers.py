@@ -14,6 +14,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import json
 import re
 import zlib
@@ -98,6 +99,15 @@ def open_binary(path: Path, log: "ReadLog | None" = None) -> Iterator[BinaryIO]:
             if f.read(3) != b"\xef\xbb\xbf":
                 f.seek(0)
             yield f
+
+
+def sha256(path: Path) -> str:
+    """文件内容的散列；一块一块地读，多大的文件都行。"""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_source(path: Path) -> bytes:

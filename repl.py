@@ -52,6 +52,7 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
     config = Config(device=options.device, compile=False)
     fill_in(config, {})
     path = Path(options.checkpoint or f"{config.out_dir}/{stage}.pt")
+    options.checkpoint = str(path)
     speaker = load_for_chat(path, Device(config))
     if speaker.stage != stage:
         script = {"pretrain": "pre_chat.py", "sft": "sft_chat.py"}[speaker.stage]
@@ -91,7 +92,7 @@ def run(
     if options.prompt is not None:
         answer(options.prompt)
         return
-    for text in read_inputs(Path(speaker.config.out_dir) / "chat_history"):
+    for text in read_inputs(Path(options.checkpoint).with_name("chat_history")):
         command = text.strip()
         if command in ("/quit", "/exit"):
             return

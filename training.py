@@ -79,14 +79,14 @@ class Device:
         if has_bf16:
             return torch.bfloat16
         if kind == "cpu":
-            self.notes.append("这个处理器没有 bf16 指令，改用 float32：结果一样，约慢三到五倍")
+            self.notes.append("这个处理器没有 bf16 指令，改用 float32：结果一样，矩阵乘法约慢三到五倍")
         return torch.float16 if kind == "cuda" else torch.float32
 
     def _can_compile(self) -> bool:
         if self.torch.type == "mps":
             return False  # Inductor 的 MPS 后端还在试验阶段
         if self.torch.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
-            self.notes.append("没有找到 C++ 编译器，跳过 torch.compile：结果一样，约慢一倍")
+            self.notes.append("没有找到 C++ 编译器，跳过 torch.compile：结果一样，慢一些")
             return False
         return True
 
@@ -257,7 +257,7 @@ def compile_if_possible(fn, device: Device):
             except BackendCompilerFailed as error:
                 device.compile = False
                 reason = str(error).strip().splitlines()[0][:100]
-                print(f"（torch.compile 失败，改为不编译：结果一样，约慢一倍。原因：{reason}）")
+                print(f"（torch.compile 失败，改为不编译：结果一样，慢一些。原因：{reason}）")
         return fn(*args)
 
     return call

@@ -102,7 +102,7 @@ def test_quit_reset_and_commands_are_not_answered(tokenizer, monkeypatch, capsys
     lines = ["你好", "/temp 0", "/reset", "再见", "/quit", "没人听"]
     monkeypatch.setattr(repl, "read_inputs", lambda history: iter(lines))
     answered, resets = [], []
-    options = ChatOptions()
+    options = ChatOptions(checkpoint="x/sft.pt")
     run(options, fake_speaker(tokenizer, []), answered.append, lambda: resets.append(1))
     assert answered == ["你好", "再见"]
     assert resets == [1]
