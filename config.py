@@ -6,6 +6,7 @@
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -92,6 +93,7 @@ class Config:
     init_from: str | None = option(None, "从哪个预训练检查点开始微调；默认 out_dir/pretrain.pt")
 
 
+STEPS_OR_EPOCHS = (("max_steps", "epochs"), ("sft_max_steps", "sft_epochs"))  # 各是二选一
 N_TOKENS = 21146  # 分词器的词元数：bert-base-chinese 的 21128 个，加上 tokenizer.py 补的
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "max_len",
          "vocab_size", "rope_theta", "norm_eps")  # fmt: skip
@@ -112,6 +114,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=16, seq_len=512, grad_accum=2, lr=0.01, isolate_documents=False,
     ),
 }  # fmt: skip
+
+PER_PRESET = {name for preset in PRESETS.values() for name in preset}
 
 
 # ---------- 1. 命令行：参数名就是字段名 ----------
@@ -171,10 +175,14 @@ def help_text(cls: type, usage: str) -> str:
     """列出每个参数的名字、单位、默认值与说明。"""
     lines = [usage, "", "参数（写在命令行上，或改 config.py 里的默认值）："]
     for f in fields(cls):
-        default = "由预设或上下文决定" if f.default is None else f.default
+        default = f.default
+        if default is None:  # 各预设里的值
+            named = [f"{p} {v[f.name]}" for p, v in PRESETS.items() if f.name in v]
+            default = "、".join(named) or "由上下文决定"
+        flag = f"  --{f.name}" + (f" / --no-{f.name}" if isinstance(f.default, bool) else "")
         unit = f"，单位：{f.metadata['unit']}" if f.metadata["unit"] else ""
         choices = "，可选：" + " ".join(f.metadata["choices"]) if f.metadata["choices"] else ""
-        lines += [f"  --{f.name}", f"      {f.metadata['help']}（默认：{default}{unit}{choices}）"]
+        lines += [flag, f"      {f.metadata['help']}（默认：{default}{unit}{choices}）"]
     return "\n".join(lines)
 
 
@@ -192,7 +200,7 @@ def load_config(stage: str, argv: list[str], default: Config | None = None):
     Returns:
         (config, origins)；origins 是 {字段名: 来历}。
     Raises:
-        UserError: 所有问题一次列出。
+        UserError: 看得出的问题一次列出。
     """
     if "--help" in argv or "-h" in argv:
         script = {"pretrain": "pre_train.py", "sft": "sft_train.py"}[stage]
@@ -202,10 +210,15 @@ def load_config(stage: str, argv: list[str], default: Config | None = None):
     flags = parse_flags(Config, argv, problems)
     if stage == "sft":
         for name in ("lr", "max_steps", "epochs"):
-            if name in flags:
-                flags.setdefault(f"sft_{name}", flags.pop(name))
+            if name in flags and f"sft_{name}" in flags:
+                problems.append(f"--{name} 与 --sft_{name} 在这里是一回事，只能写一个")
+            elif name in flags:
+                flags[f"sft_{name}"] = flags.pop(name)
 
     config = default or Config()
+    for pair in STEPS_OR_EPOCHS:
+        if len(given := [name for name in pair if name in flags]) == 1:
+            setattr(config, next(n for n in pair if n != given[0]), None)  # 命令行的算数
     origins = {f.name: "config.py" for f in fields(Config)}
     for name, value in flags.items():
         setattr(config, name, value)
@@ -227,9 +240,10 @@ def fill_in(config: Config, origins: dict[str, str]) -> None:
         origins[name] = origin
 
     if config.preset == "auto":
-        fill("preset", "wide" if has_cuda() else "tiny", "自动")
+        on_gpu = config.device in ("auto", "cuda") and has_cuda()
+        fill("preset", "wide" if on_gpu else "tiny", "自动")
     preset = dict(PRESETS[config.preset])
-    for steps, epochs in (("max_steps", "epochs"), ("sft_max_steps", "sft_epochs")):
+    for steps, epochs in STEPS_OR_EPOCHS:
         if getattr(config, epochs) is not None:
             preset.pop(steps, None)  # 用户指定了遍数，预设的步数便不作数
     for name, value in preset.items():
@@ -331,7 +345,7 @@ def check_values(c: Config, problems: list[str]) -> None:
         N_TOKENS <= c.vocab_size <= 2**16,
         f"vocab_size（{c.vocab_size}）须在分词器的 {N_TOKENS} 与 uint16 的 65536 之间",
     )
-    for steps, epochs in (("max_steps", "epochs"), ("sft_max_steps", "sft_epochs")):
+    for steps, epochs in STEPS_OR_EPOCHS:
         require(
             getattr(c, steps) is None or getattr(c, epochs) is None,
             f"{steps} 与 {epochs} 只能指定一个",
@@ -370,3 +384,16 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\n已中断", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # 例如接在后面的 head 先走了
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"错误：读写{where} 失败（{error.strerror}）；请检查路径、权限与空间", file=sys.stderr
+        )
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
+            raise
+        print("错误：内存不够；请把 --batch_size 减半、--grad_accum 加倍", file=sys.stderr)
+        sys.exit(2)

@@ -222,7 +222,7 @@ def encode_conversations(chunk: list[Record], tokenizer: Tokenizer) -> Iterator[
 
 
 class Batch(NamedTuple):
-    """一批训练数据，形状都是 (B, T)；预训练不分段，positions 与 segments 为 None。"""
+    """一批训练数据，形状都是 (B, T)；不分段时 positions 与 segments 为 None。"""
 
     ids: Tensor
     targets: Tensor  # 右移一位的编号；IGNORE 处不算损失

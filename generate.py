@@ -106,7 +106,7 @@ def probabilities(logits: Tensor, seen: Tensor, sampling: Sampling, banned: Tens
     """
     logits = logits.float().index_fill(0, banned, float("-inf"))
     logits = penalize(logits, seen, sampling.penalty)
-    if sampling.temp == 0:
+    if sampling.temp < 1e-3:  # 再小，打分除以它会溢出
         return nn.functional.one_hot(logits.argmax(), logits.numel()).float()
     probs = (logits / sampling.temp).softmax(0)
     probs = keep_top_k(probs, sampling.top_k)
@@ -146,7 +146,8 @@ class Speaker:
         new = context
         for _ in range(min(sampling.max, self.config.max_len - len(ids))):
             logits = self.model((new if use_cache else context)[None], cache=cache)[0, -1]  # (V,)
-            probs = probabilities(logits, context, sampling, self.banned)
+            seen = context[context != self.tokenizer.eos_id]  # 结束标记不罚，否则越聊越停不下来
+            probs = probabilities(logits, seen, sampling, self.banned)
             new = torch.multinomial(probs, 1, generator=generator)
             if new.item() == self.tokenizer.eos_id:
                 return

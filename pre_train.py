@@ -122,8 +122,9 @@ def main() -> None:
         for optimizer in optimizers:
             device.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-        if not math.isfinite(norm) and not device.scaler.is_enabled():
-            raise UserError(f"第 {step + 1} 步的梯度不是有限的数；请减小 --lr（{config.lr}）")
+        broken = not math.isfinite(loss) or not (math.isfinite(norm) or device.scaler.is_enabled())
+        if broken:  # fp16 的梯度偶尔溢出是正常的，scaler 会跳过那一步
+            raise UserError(f"第 {step + 1} 步的损失或梯度不是有限的数；请减小 --lr（{config.lr}）")
 
         # 4.4 更新参数
         for optimizer in optimizers:

@@ -317,6 +317,8 @@ def conversation_turns(row: Any, notes: Counter[str]) -> Conversation:
     if not isinstance(row, dict):
         raise ValueError(f"要的是对象，得到的是 {type(row).__name__}")
     if isinstance(row.get("instruction"), str):
+        if not isinstance(row.get("input"), str | None):
+            raise ValueError("input 不是文字")
         question = "\n".join(filter(None, [row["instruction"], row.get("input")]))
         messages = [("user", question), ("assistant", row.get("output"))]
         if isinstance(row.get("system"), str) and row["system"]:
@@ -345,7 +347,7 @@ def _message(message: Any, notes: Counter[str]) -> tuple[str, str]:
     text = message.get("content") if "content" in message else message.get("value")
     extras = [message.get(field) for field in ("tools", "tool_calls")]
     extras = [e if isinstance(e, str) else json.dumps(e, ensure_ascii=False) for e in extras if e]
-    if isinstance(text, str) or extras or (text is None and ROLES[name] == "tool"):
+    if isinstance(text, str) or (text is None and (extras or ROLES[name] == "tool")):
         text = "\n".join(filter(None, [text, *extras]))
     if message.get("reasoning_content"):
         notes["发言的思考过程（reasoning_content），只学回答"] += 1

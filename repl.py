@@ -49,8 +49,9 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
         problems.append(f"device 只能是 {'、'.join(devices)}，得到的是 {options.device!r}")
     if problems:
         raise UserError("；".join(problems))
-    config = Config(device=options.device, compile=False)
+    config = Config(compile=False)
     fill_in(config, {})
+    config.device = options.device
     path = Path(options.checkpoint or f"{config.out_dir}/{stage}.pt")
     options.checkpoint = str(path)
     speaker = load_for_chat(path, Device(config))

@@ -25,7 +25,7 @@ from training import (
     build_optimizers,
     compile_if_possible,
     evaluate,
-    inherit_shape,
+    inherit,
     learning_rate,
     load,
     loss_sum,
@@ -43,7 +43,7 @@ def main() -> None:
     torch.manual_seed(config.seed)
     tokenizer = Tokenizer()
     model, pretrained, checkpoint = load(Path(config.init_from), tokenizer)
-    inherit_shape(config, origins, pretrained, config.init_from)
+    inherit(config, origins, pretrained, config.init_from)
     print(f"微调 · {device.describe()}\n{describe(config, origins)}")
     print(f"起点：{config.init_from}，检验 {checkpoint['val_bpc']:.3f} 比特每字")
     for note in device.notes:
@@ -124,9 +124,10 @@ def main() -> None:
         for optimizer in optimizers:
             device.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-        if not math.isfinite(norm) and not device.scaler.is_enabled():
+        broken = not math.isfinite(loss) or not (math.isfinite(norm) or device.scaler.is_enabled())
+        if broken:  # fp16 的梯度偶尔溢出是正常的，scaler 会跳过那一步
             raise UserError(
-                f"第 {step + 1} 步的梯度不是有限的数；请减小 --sft_lr（{config.sft_lr}）"
+                f"第 {step + 1} 步的损失或梯度不是有限的数；请减小 --lr（{config.sft_lr}）"
             )
 
         # 4.4 更新参数
@@ -139,7 +140,7 @@ def main() -> None:
         tokens += n_targets
         speed = n_targets / (time.monotonic() - started)
         bar.update()
-        bar.set_postfix_str(f"损失 {loss:.3f}，{speed:.0f} 词元/秒")
+        bar.set_postfix_str(f"损失 {loss:.3f}，{speed:.0f} 个回答的词元/秒")
         row = {
             "step": step + 1, "tokens": tokens, "train_loss": loss, "lr": config.sft_lr * factor,
             "grad_norm": norm, "tokens_per_second": speed,

@@ -7,7 +7,7 @@
     loss_sum          一批数据的损失之和
     evaluate          在留出的文档上检验
     save / load       检查点
-    Metrics           metrics.jsonl 与 loss.png
+    Metrics           逐步的记录与损失曲线
 
 本文件不认识分词之前的文字，也不决定训练的次序。
 """
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import SHAPE, Config, UserError
+from config import PER_PRESET, SHAPE, Config, UserError
 from dataset import IGNORE, Batch
 from model import Transformer
 from tokenizer import Tokenizer
@@ -79,7 +79,7 @@ class Device:
         if has_bf16:
             return torch.bfloat16
         if kind == "cpu":
-            self.notes.append("这个处理器没有 bf16 指令，改用 float32：结果一样，矩阵乘法约慢三到五倍")
+            self.notes.append("这个处理器没有 bf16 指令，改用 float32：结果一样，慢一些")
         return torch.float16 if kind == "cuda" else torch.float32
 
     def _can_compile(self) -> bool:
@@ -246,7 +246,7 @@ def compile_if_possible(fn, device: Device):
     """用 torch.compile 加速 fn；编译器中途失败（例如缺少 Python 头文件）就说一声，改用原来的。"""
     if not device.compile:
         return fn
-    from torch._dynamo.exc import BackendCompilerFailed  # 导入要一两秒，聊天时不必等
+    from torch._dynamo.exc import ShortenTraceback  # 导入要一两秒，聊天时不必等
 
     compiled = torch.compile(fn, dynamic=False)
 
@@ -254,7 +254,7 @@ def compile_if_possible(fn, device: Device):
         if device.compile:
             try:
                 return compiled(*args)
-            except BackendCompilerFailed as error:
+            except ShortenTraceback as error:
                 device.compile = False
                 reason = str(error).strip().splitlines()[0][:100]
                 print(f"（torch.compile 失败，改为不编译：结果一样，慢一些。原因：{reason}）")
@@ -308,8 +308,10 @@ def save(path: Path, model: Transformer, config: Config, tokenizer: Tokenizer, *
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"写不了检查点 {path}（{error.strerror}）；请腾出空间或检查权限") from error
+    except (OSError, RuntimeError) as error:  # 写到一半磁盘满了，torch 报的是 RuntimeError
+        part.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"写不了检查点 {path}（{reason}）；请腾出空间或检查权限") from error
 
 
 def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[str, Any]]:
@@ -322,7 +324,9 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[st
     """
     if not path.is_file():
         others = sorted(map(str, Path("out").glob("*/*.pt")))
-        hint = f"现有的检查点：{'、'.join(others)}" if others else "请先运行 python pre_train.py"
+        hint = "请先运行 python pre_train.py"
+        if others:
+            hint = f"现有的是 {'、'.join(others)}，请用 --checkpoint（微调时用 --preset）指定"
         raise UserError(f"找不到检查点 {path}；{hint}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -344,22 +348,33 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[st
     return model, config, checkpoint
 
 
-def inherit_shape(config: Config, origins: dict, source: Config, path: str) -> None:
-    """微调时，形状取自预训练的检查点；明确指定过、又不相同的，一次报告。
+def inherit(config: Config, origins: dict[str, str], source: Config, path: str) -> None:
+    """微调时，形状与留出的比例取自预训练的检查点；明确指定过、又不相同的，一次报告。
 
+    Args:
+        config: 会被就地改成与检查点一致。
+        source: 检查点里的配置。
     Raises:
         UserError: 列出对不上的字段。
     """
+    if config.preset != source.preset:
+        raise UserError(f"{path} 是 {source.preset} 预设的；请加上 --preset {source.preset}")
     conflicts = []
-    for name in SHAPE:
+    for name in (*SHAPE, "val_fraction"):
         mine, theirs = getattr(config, name), getattr(source, name)
-        explicit = origins[name] == "命令行" or (origins[name] == "config.py" and name in SHAPE[:6])
+        explicit = origins[name] == "命令行" or (
+            origins[name] == "config.py" and name in PER_PRESET
+        )
         if mine != theirs and explicit:
             conflicts.append(f"{name} 指定为 {mine}，检查点里是 {theirs}")
         setattr(config, name, theirs)
         origins[name] = "检查点"
     if conflicts:
-        raise UserError(f"形状与 {path} 不符：{'；'.join(conflicts)}；请去掉这些设置")
+        raise UserError(f"与 {path} 不符：{'；'.join(conflicts)}；请去掉这些设置")
+    if origins["sft_lr"] == "自动":
+        config.sft_lr = source.lr / 5
+    if origins["seq_len"].startswith("预设"):
+        config.seq_len = min(config.seq_len, config.max_len)
     if config.seq_len > config.max_len:
         raise UserError(f"seq_len（{config.seq_len}）超过了 {path} 的 max_len（{config.max_len}）")
 
@@ -368,7 +383,7 @@ def inherit_shape(config: Config, origins: dict, source: Config, path: str) -> N
 
 
 class Metrics:
-    """训练的记录：每行一个 JSON 对象写进 metrics.jsonl，结束时画成 loss.png。"""
+    """训练的记录：每行一个 JSON 对象写进 *_metrics.jsonl，结束时画成 *_loss.png。"""
 
     def __init__(self, folder: Path, stage: str):
         folder.mkdir(parents=True, exist_ok=True)
@@ -381,7 +396,9 @@ class Metrics:
     def write(self, **row) -> None:
         """记一行；浮点数保留六位有效数字，另记从开始起的秒数。"""
         row["seconds"] = time.monotonic() - self.start
-        row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+        for name, value in row.items():
+            if isinstance(value, float):  # JSON 里没有无穷大
+                row[name] = float(f"{value:.6g}") if math.isfinite(value) else None
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
@@ -415,7 +432,8 @@ def bits_per_character(loss: float, card: dict) -> float:
 
 
 def repeat_flags(config: Config, origins: dict[str, str]) -> str:
-    """下一个命令也要带上的参数：它们决定文件在哪里。"""
-    names = ("preset", "data_dir", "out_dir")
+    """下一个命令也要带上的参数：文件在哪里，用什么设备。"""
+    names = ("preset", "data_dir", "out_dir", "device", "dtype")
     given = [n for n in names if origins[n] == "命令行"]
-    return "".join(f" --{n} {shlex.quote(getattr(config, n))}" for n in given)
+    flags = "".join(f" --{n} {shlex.quote(getattr(config, n))}" for n in given)
+    return flags if config.compile else flags + " --no-compile"

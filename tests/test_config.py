@@ -1,5 +1,6 @@
 """配置：改过的值必须算数，写错的值必须在加载任何东西之前、一次全部说清。"""
 
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -34,7 +35,7 @@ def test_every_field_is_a_flag_and_in_the_help():
     text = help_text(Config, "用法")
     samples = {int: "8", float: "0.25", str: "x"}
     for name, kind in field_types(Config).items():
-        assert f"--{name}\n" in text
+        assert re.search(rf"--{name}\b", text)
         problems: list[str] = []
         argv = [f"--no-{name}"] if kind is bool else [f"--{name}", samples[kind]]
         given = config_module.parse_flags(Config, argv, problems)
@@ -74,8 +75,8 @@ def test_unknown_flag_names_the_nearest():
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["--n_heads", "3"], "n_heads（3）必须整除 dim（256）"),
-        (["--n_kv_heads", "3"], "n_kv_heads（3）必须整除 n_heads（4）"),
+        (["--n_heads", "5"], "n_heads（5）必须整除 dim（192）"),
+        (["--n_kv_heads", "2"], "n_kv_heads（2）必须整除 n_heads（3）"),
         (["--dim", "12", "--n_heads", "4"], "必须是偶数"),
         (["--seq_len", "1024"], "seq_len（1024）不能超过 max_len（512）"),
         (["--vocab_size", "70000"], "uint16"),
@@ -96,7 +97,7 @@ def test_impossible_values_are_named(argv, part):
 
 def test_two_impossible_combinations_come_in_one_report():
     with pytest.raises(UserError) as caught:
-        load_config("pretrain", ["--n_heads", "3", "--seq_len", "4096"])
+        load_config("pretrain", ["--n_heads", "5", "--seq_len", "4096"])
     assert "n_heads" in str(caught.value)
     assert "seq_len" in str(caught.value)
 
@@ -111,6 +112,32 @@ def test_epochs_replace_the_preset_steps():
     config, _ = load_config("pretrain", ["--epochs", "2"])
     assert (config.epochs, config.max_steps) == (2.0, None)
     assert config.sft_max_steps == PRESETS["tiny"]["sft_max_steps"]
+
+
+def test_steps_on_the_command_line_beat_edited_epochs():
+    config, _ = load_config("pretrain", ["--max_steps", "5"], Config(epochs=3.0))
+    assert (config.max_steps, config.epochs) == (5, None)
+
+
+def test_asking_for_the_cpu_gives_the_cpu_preset(monkeypatch):
+    monkeypatch.setattr(config_module, "has_cuda", lambda: True)
+    assert load_config("pretrain", ["--device", "cpu"])[0].preset == "tiny"
+
+
+def test_help_names_the_value_of_every_preset():
+    assert "tiny 192、wide 512、deep 512" in help_text(Config, "用法")
+
+
+def test_out_of_memory_and_full_disks_are_one_line(capsys):
+    for error in (RuntimeError("CUDA out of memory. Tried"), OSError(28, "No space left", "x.bin")):
+
+        def fail(error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as caught:
+            config_module.run_script(fail)
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_sft_learning_rate_is_a_fifth_of_lr():

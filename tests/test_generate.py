@@ -96,6 +96,19 @@ def test_greedy_output_is_the_same_with_and_without_the_cache(speaker):
     assert len(with_cache) == 50
 
 
+def test_the_end_mark_is_not_penalised_for_having_been_seen(speaker, monkeypatch):
+    """前一轮结尾的 <|im_end|> 也算「见过」的话，聊得越久越停不下来。"""
+    import generate
+
+    asked = []
+    monkeypatch.setattr(
+        generate, "penalize", lambda logits, seen, penalty: asked.append(seen.tolist()) or logits
+    )
+    eos = speaker.tokenizer.eos_id
+    list(speaker.generate([5, eos, 7], Sampling(temp=0, max=2)))
+    assert asked[0] == [5, 7]
+
+
 def test_same_seed_same_text_and_other_seed_other_text(speaker):
     start = [speaker.tokenizer.bos_id]
     hot = Sampling(temp=2.0, top_k=0, top_p=1.0, max=20, seed=7)

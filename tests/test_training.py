@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import resource
+import signal
 from dataclasses import replace
 
 import pytest
@@ -20,7 +22,7 @@ from training import (
     build_optimizers,
     compile_if_possible,
     evaluate,
-    inherit_shape,
+    inherit,
     learning_rate,
     load,
     loss_sum,
@@ -193,32 +195,43 @@ def test_checkpoint_of_another_tokenizer_is_refused(model, tokenizer, tmp_path, 
         load(path, tokenizer)
 
 
-def test_full_disk_keeps_the_previous_checkpoint(model, tokenizer, tmp_path, monkeypatch):
+def test_full_disk_keeps_the_previous_checkpoint(model, tokenizer, tmp_path):
+    """真的写到一半写不下去：文件大小受限，与磁盘写满走的是同一条路。"""
     path = tmp_path / "m.pt"
     save(path, model, SMALL, tokenizer, stage="pretrain", step=1)
     before = path.read_bytes()
-
-    def no_space(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(training.torch, "save", no_space)
-    with pytest.raises(UserError, match="腾出空间"):
-        save(path, model, SMALL, tokenizer, stage="pretrain", step=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match="腾出空间"):
+            save(path, model, SMALL, tokenizer, stage="pretrain", step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_sft_takes_its_shape_from_the_checkpoint():
-    source = Config(**{**vars(SMALL), "n_layers": 5, "dim": 64, "max_len": 300})
+    changed = {"preset": "tiny", "n_layers": 5, "dim": 64, "max_len": 200, "val_fraction": 0.1}
+    source = Config(**{**vars(SMALL), **changed, "lr": 0.1})
     config, origins = load_config("sft", ["--preset", "tiny"])
-    inherit_shape(config, origins, source, "x.pt")
+    inherit(config, origins, source, "x.pt")
     assert (config.n_layers, config.dim, origins["dim"]) == (5, 64, "检查点")
-    config, origins = load_config("sft", ["--n_layers", "4", "--dim", "64"])
+    assert config.val_fraction == 0.1  # 预训练没见过的，微调也不许见
+    assert config.sft_lr == pytest.approx(0.02)  # 预训练真正用过的 lr 的五分之一
+    assert config.seq_len == 200  # 预设的 256 放不进这个模型
+    config, origins = load_config("sft", ["--preset", "deep"])
+    with pytest.raises(UserError, match="请加上 --preset tiny"):
+        inherit(config, origins, source, "x.pt")
+    config, origins = load_config("sft", ["--n_layers", "4", "--dim", "66", "--preset", "tiny"])
     with pytest.raises(UserError, match="n_layers 指定为 4，检查点里是 5") as caught:
-        inherit_shape(config, origins, source, "x.pt")
-    assert "dim" not in str(caught.value)  # 与检查点相同的不必抱怨
+        inherit(config, origins, source, "x.pt")
+    assert "dim 指定为 66，检查点里是 64" in str(caught.value)  # 一次说全
     config, origins = load_config("sft", [], Config(preset="tiny", n_layers=4))
     with pytest.raises(UserError, match="n_layers 指定为 4"):  # 改在 config.py 里的也算指定
-        inherit_shape(config, origins, source, "x.pt")
+        inherit(config, origins, source, "x.pt")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +314,9 @@ def test_metrics_are_one_json_object_a_line_and_a_picture(tmp_path):
         metrics.write(step=step, tokens=step * 10, train_loss=9.0 / step, lr=0.1, grad_norm=1.0,
                       tokens_per_second=5.0)  # fmt: skip
     metrics.draw()
+    metrics.write(step=3, tokens=30, train_loss=3.0, grad_norm=float("inf"))  # fp16 溢出的一步
     rows = [json.loads(line) for line in metrics.path.read_text().splitlines()]
-    assert [r["step"] for r in rows] == [0, 1, 2]
+    assert [r["step"] for r in rows] == [0, 1, 2, 3]
+    assert rows[-1]["grad_norm"] is None
     assert all("seconds" in r for r in rows)
     assert metrics.picture.read_bytes()[:4] == b"\x89PNG"
