@@ -50,7 +50,7 @@ def main() -> None:
         print(f"（{note}）")
     out_dir = Path(config.out_dir)
     checkpoint_path = out_dir / "pretrain.pt"
-    save_config(config, out_dir / "pretrain_config.json")
+    save_config(config, out_dir / "pretrain" / "config.json")
 
     # ---------- 2. 数据：一个词元文件，切成等长的行 ----------
     tokenizer = Tokenizer()
@@ -82,15 +82,15 @@ def main() -> None:
         loss = evaluate(loss_fn, model, val, config.batch_size, limit, device)
         bpc = bits_per_character(loss, data.card)
         prompt = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
-        written = list(speaker.generate(prompt, Sampling(seed=config.seed + 1, max=60)))
+        written = speaker.generate(prompt, Sampling(seed=config.seed + 1, max=60))
+        sample = tokenizer.decode(written).replace("\n", "\n    ")
         tqdm.write(
-            f"第 {step} 步 · 检验损失 {loss:.3f} · 每字 {bpc:.3f} 比特\n"
-            f"    {config.prompt}{tokenizer.decode(written)}"
+            f"第 {step} 步 · 检验损失 {loss:.3f} · 每字 {bpc:.3f} 比特\n    {config.prompt}{sample}"
         )
         return {"val_loss": loss, "val_bpc": bpc}
 
     # ---------- 4. 训练 ----------
-    metrics = Metrics(out_dir, "pretrain")
+    metrics = Metrics(out_dir / "pretrain")
     print("第一步之前要编译，约一分钟……" if device.compile else "开始训练……")
     result = check(0, everything=False)
     print(

@@ -50,7 +50,7 @@ def main() -> None:
         print(f"（{note}）")
     out_dir = Path(config.out_dir)
     checkpoint_path = out_dir / "sft.pt"
-    save_config(config, out_dir / "sft_config.json")
+    save_config(config, out_dir / "sft" / "config.json")
 
     # ---------- 2. 数据：一个词元文件，几段对话拼成一行 ----------
     data = prepare(config.sft_data, "sft", tokenizer, config)
@@ -84,15 +84,16 @@ def main() -> None:
         bpc = bits_per_character(loss, data.card)
         question = tokenizer.turn_ids("user", tokenizer.encode(config.sft_prompt))
         prompt = question + tokenizer.reply_prefix()
-        written = list(speaker.generate(prompt, Sampling(seed=config.seed + 1, max=60)))
+        written = speaker.generate(prompt, Sampling(seed=config.seed + 1, max=60))
+        sample = tokenizer.decode(written).replace("\n", "\n    ")
         tqdm.write(
             f"第 {step} 步 · 检验损失 {loss:.3f} · 每字 {bpc:.3f} 比特\n"
-            f"    问：{config.sft_prompt}  答：{tokenizer.decode(written)}"
+            f"    问：{config.sft_prompt}  答：{sample}"
         )
         return {"val_loss": loss, "val_bpc": bpc}
 
     # ---------- 4. 训练 ----------
-    metrics = Metrics(out_dir, "sft")
+    metrics = Metrics(out_dir / "sft")
     print("第一步之前要编译，约一分钟……" if device.compile else "开始训练……")
     result = check(0, everything=False)
     print(

@@ -383,12 +383,12 @@ def inherit(config: Config, origins: dict[str, str], source: Config, path: str) 
 
 
 class Metrics:
-    """训练的记录：每行一个 JSON 对象写进 *_metrics.jsonl，结束时画成 *_loss.png。"""
+    """训练的记录：每行一个 JSON 对象写进 metrics.jsonl，结束时画成 loss.png。"""
 
-    def __init__(self, folder: Path, stage: str):
+    def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{stage}_metrics.jsonl"
-        self.picture = folder / f"{stage}_loss.png"
+        self.path = folder / "metrics.jsonl"
+        self.picture = folder / "loss.png"
         self.file = self.path.open("w", encoding="utf-8")
         self.rows: list[dict] = []
         self.start = time.monotonic()

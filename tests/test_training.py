@@ -27,6 +27,7 @@ from training import (
     load,
     loss_sum,
     orthogonalize,
+    repeat_flags,
     save,
     total_steps,
 )
@@ -98,6 +99,14 @@ def test_orthogonalized_singular_values_are_near_one():
         values = torch.linalg.svdvals(orthogonalize(torch.randn(shape), torch.float32))
         assert values.max() < 1.3
         assert values.min() > 0.2
+
+
+def test_the_next_command_repeats_what_it_needs():
+    config, origins = load_config(
+        "pretrain", ["--out_dir", "out/my run", "--preset", "tiny", "--lr", "0.1", "--no-compile"]
+    )
+    assert repeat_flags(config, origins) == " --preset tiny --out_dir 'out/my run' --no-compile"
+    assert repeat_flags(*load_config("pretrain", ["--device", "cpu"])) == " --device cpu"
 
 
 def test_every_parameter_has_exactly_one_optimizer(model):
@@ -308,7 +317,7 @@ def test_compiled_bf16_loss_on_the_gpu_is_close_to_fp32(model):
 
 
 def test_metrics_are_one_json_object_a_line_and_a_picture(tmp_path):
-    metrics = Metrics(tmp_path, "pretrain")
+    metrics = Metrics(tmp_path / "pretrain")
     metrics.write(step=0, tokens=0, val_loss=math.log(21248), val_bpc=14.7)
     for step in (1, 2):
         metrics.write(step=step, tokens=step * 10, train_loss=9.0 / step, lr=0.1, grad_norm=1.0,
