@@ -82,32 +82,41 @@ FOLLOW_UP = ["它出自哪里？", "出处呢？", "这个成语是怎么来的�
 
 
 def read_conversations(path: Path, log: ReadLog) -> Iterator[Record]:
-    """每条成语问几类问题；三分之一有出处的再追问一轮。另有寒暄，重复到约占百分之三。"""
+    """每条成语问几类问题，有的分开问，有的连着问；另有寒暄，重复到约占十分之一。"""
     entries = 0
     for entry in read_entries(path, log):
         entries += 1
         for conversation in ask_about(entry):
             yield Record(entry["explanation"], conversation)
-    for _ in range(entries // 10 // len(GREETINGS) + 1):
+    for _ in range(entries // 4 // len(GREETINGS) + 1):
         for question, answer in GREETINGS:
             yield Record(None, [("user", question), ("assistant", answer)])
 
 
 def ask_about(entry: dict[str, str]) -> list[Conversation]:
-    """一条成语的几段问答；问法由成语自己决定，每次生成的都一样。"""
-    word, choose = entry["word"], random.Random(entry["word"]).choice
+    """一条成语的几段问答；怎么问由成语自己决定，每次生成的都一样。
+
+    三分之一的成语把几个问题连成一段多轮对话，开头先寒暄一句：
+    否则模型只见过一问一答，聊到第三轮就不知所措。
+    """
+    word, rng = entry["word"], random.Random(entry["word"])
     origin = f"出自{entry['derivation']}" if "》" in entry["derivation"] else ""
-    meaning = [("user", choose(MEANING).format(word)), ("assistant", entry["explanation"])]
-    if origin and choose(range(3)) == 0:
-        meaning += [("user", choose(FOLLOW_UP)), ("assistant", origin)]
+    meaning = [("user", rng.choice(MEANING).format(word)), ("assistant", entry["explanation"])]
+    if origin and rng.random() < 1 / 3:  # 追问：「它」指的是上一轮的成语
+        meaning += [("user", rng.choice(FOLLOW_UP)), ("assistant", origin)]
     conversations = [meaning]
     if origin:
-        conversations.append([("user", choose(ORIGIN).format(word)), ("assistant", origin)])
+        conversations.append([("user", rng.choice(ORIGIN).format(word)), ("assistant", origin)])
     if entry["example"]:
-        question = choose(EXAMPLE).format(word)
+        question = rng.choice(EXAMPLE).format(word)
         conversations.append([("user", question), ("assistant", entry["example"])])
-    question = choose(WHICH).format(entry["explanation"])
+    question = rng.choice(WHICH).format(entry["explanation"])
     conversations.append([("user", question), ("assistant", f"{word}。")])
+    if rng.random() < 1 / 3:
+        rng.shuffle(conversations)
+        hello, reply = rng.choice(GREETINGS)
+        chained = [turn for conversation in conversations for turn in conversation]
+        return [[("user", hello), ("assistant", reply), *chained]]
     return conversations
 
 

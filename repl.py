@@ -12,7 +12,7 @@ from training import Device
 HELP = """\
   /help              这份说明
   /reset             忘掉前文，重新开始
-  /temp 0.8          温度（0：总选最可能的）      /top_k 50     只从最可能的几个里选
+  /temp 0.6          温度（0：总选最可能的）      /top_k 50     只从最可能的几个里选
   /top_p 0.95        概率之和到此为止             /min_p 0.05   太不可能的不选
   /penalty 1.1       重复惩罚                     /max 200      一次最多写多少词元
   /seed 1            固定随机种子（0：不固定）    /quit         离开（或按 Ctrl-D）
