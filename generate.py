@@ -30,7 +30,7 @@ class Sampling:
     top_k: int = option(50, "只从最可能的几个里选；0 表示不限", "个")
     top_p: float = option(0.95, "只从概率之和刚够这么多的最可能的几个里选；1 表示不限")
     min_p: float = option(0.0, "不选概率低于最高者这么多倍的；0 表示不限", "倍")
-    penalty: float = option(1.1, "重复惩罚：大于 1 时，出现过的词元不易再出现；1 表示不罚")
+    penalty: float = option(1.1, "重复惩罚：大于 1 时，自己写过的词元不易再写；1 表示不罚")
     max: int = option(200, "一次最多写多少", "词元")
     seed: int = option(0, "随机种子：0 表示每次都不同")
 
@@ -100,7 +100,7 @@ def probabilities(logits: Tensor, seen: Tensor, sampling: Sampling, banned: Tens
 
     Args:
         logits: 模型的打分。
-        seen: 前文里出现过的编号，用于惩罚重复。
+        seen: 已经写出的编号，用于惩罚重复。
         sampling: 温度等；温度为 0 时，概率全归最可能的那一个。
         banned: 绝不选的编号。
     """
@@ -146,8 +146,8 @@ class Speaker:
         new = context
         for _ in range(min(sampling.max, self.config.max_len - len(ids))):
             logits = self.model((new if use_cache else context)[None], cache=cache)[0, -1]  # (V,)
-            seen = context[context != self.tokenizer.eos_id]  # 结束标记不罚，否则越聊越停不下来
-            probs = probabilities(logits, seen, sampling, self.banned)
+            written = context[len(ids) :]  # 只罚自己写过的：罚提问里的字，「你好」就答成「我好」
+            probs = probabilities(logits, written, sampling, self.banned)
             new = torch.multinomial(probs, 1, generator=generator)
             if new.item() == self.tokenizer.eos_id:
                 return

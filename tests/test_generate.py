@@ -96,17 +96,16 @@ def test_greedy_output_is_the_same_with_and_without_the_cache(speaker):
     assert len(with_cache) == 50
 
 
-def test_the_end_mark_is_not_penalised_for_having_been_seen(speaker, monkeypatch):
-    """前一轮结尾的 <|im_end|> 也算「见过」的话，聊得越久越停不下来。"""
+def test_only_what_it_wrote_itself_is_penalised(speaker, monkeypatch):
+    """连提问里的字、前几轮的结束标记也罚的话，「你好」会答成「我好」，聊得越久越停不下来。"""
     import generate
 
     asked = []
     monkeypatch.setattr(
         generate, "penalize", lambda logits, seen, penalty: asked.append(seen.tolist()) or logits
     )
-    eos = speaker.tokenizer.eos_id
-    list(speaker.generate([5, eos, 7], Sampling(temp=0, max=2)))
-    assert asked[0] == [5, 7]
+    written = list(speaker.generate([5, speaker.tokenizer.eos_id, 7], Sampling(temp=0, max=3)))
+    assert asked == [[], written[:1], written[:2]]
 
 
 def test_same_seed_same_text_and_other_seed_other_text(speaker):
