@@ -41,9 +41,9 @@ class Config:
     lr: float | None = option(None, "预训练的最高学习率（Muon 管的矩阵）")
     sft_lr: float | None = option(None, "微调的最高学习率；默认是 lr 的五分之一")
     max_steps: int | None = option(None, "预训练的步数；与 epochs 二选一", "步")
-    epochs: float | None = option(None, "预训练把语料读几遍", "遍")
+    epochs: float | None = option(None, "预训练把语料读几遍；默认四遍，一亿词元以上一遍", "遍")
     sft_max_steps: int | None = option(None, "微调的步数；与 sft_epochs 二选一", "步")
-    sft_epochs: float | None = option(None, "微调把对话读几遍", "遍")
+    sft_epochs: float | None = option(None, "微调把对话读几遍；默认两遍", "遍")
     # ================================================================
 
     # 模型的形状
@@ -93,6 +93,7 @@ class Config:
     init_from: str | None = option(None, "从哪个预训练检查点开始微调；默认 out_dir/pretrain.pt")
 
 
+BOTH_STAGES = ("data", "prompt", "lr", "max_steps", "epochs")  # 微调的那一份前面加 sft_
 STEPS_OR_EPOCHS = (("max_steps", "epochs"), ("sft_max_steps", "sft_epochs"))  # 各是二选一
 N_TOKENS = 21146  # 分词器的词元数：bert-base-chinese 的 21128 个，加上 tokenizer.py 补的
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "max_len",
@@ -150,7 +151,8 @@ def parse_flags(cls: type, argv: list[str], problems: list[str]) -> dict[str, An
             problems.append(f"参数 --{name} 后面要跟一个值")
         else:
             text = value if has_value else rest.pop(0)
-            given[name] = convert(name, text, types[name], problems)
+            if (value := convert(name, text, types[name], problems)) is not None:
+                given[name] = value
     return given
 
 
@@ -162,8 +164,9 @@ def field_types(cls: type) -> dict[str, type]:
 
 def convert(name: str, text: str, kind: type, problems: list[str]) -> Any:
     """把命令行上的文字变成字段的类型；变不了就记下问题，返回 None。"""
-    expected = {int: "整数", float: "数", bool: "true 或 false"}
+    expected = {int: "整数", float: "数", bool: "true 或 false", str: " UTF-8 编码的文字"}
     try:
+        text.encode("utf-8")  # 别的编码的终端送来的字节，会变成不成对的代理字符
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)
@@ -173,13 +176,14 @@ def convert(name: str, text: str, kind: type, problems: list[str]) -> Any:
 
 def help_text(cls: type, usage: str) -> str:
     """列出每个参数的名字、单位、默认值与说明。"""
+    types = field_types(cls)
     lines = [usage, "", "参数（写在命令行上，或改 config.py 里的默认值）："]
     for f in fields(cls):
         default = f.default
         if default is None:  # 各预设里的值
             named = [f"{p} {v[f.name]}" for p, v in PRESETS.items() if f.name in v]
-            default = "、".join(named) or "由上下文决定"
-        flag = f"  --{f.name}" + (f" / --no-{f.name}" if isinstance(f.default, bool) else "")
+            default = "、".join(named) or "见说明"
+        flag = f"  --{f.name}" + (f" / --no-{f.name}" if types[f.name] is bool else "")
         unit = f"，单位：{f.metadata['unit']}" if f.metadata["unit"] else ""
         choices = "，可选：" + " ".join(f.metadata["choices"]) if f.metadata["choices"] else ""
         lines += [flag, f"      {f.metadata['help']}（默认：{default}{unit}{choices}）"]
@@ -193,8 +197,8 @@ def load_config(stage: str, argv: list[str], default: Config | None = None):
     """得到一份每个值都已确定的配置，以及每个值的来历。
 
     Args:
-        stage: "pretrain" 或 "sft"。微调的命令行上，--lr、--max_steps、--epochs 指这一次运行，
-            也就是 sft_lr、sft_max_steps、sft_epochs。
+        stage: "pretrain" 或 "sft"。微调的命令行上，BOTH_STAGES 里的参数指这一次运行，
+            例如 --lr 就是 --sft_lr。
         argv: 命令行参数。
         default: 代替 ``Config()`` 的起点，测试用。
     Returns:
@@ -209,11 +213,14 @@ def load_config(stage: str, argv: list[str], default: Config | None = None):
     problems: list[str] = []
     flags = parse_flags(Config, argv, problems)
     if stage == "sft":
-        for name in ("lr", "max_steps", "epochs"):
+        for name in BOTH_STAGES:
             if name in flags and f"sft_{name}" in flags:
                 problems.append(f"--{name} 与 --sft_{name} 在这里是一回事，只能写一个")
             elif name in flags:
                 flags[f"sft_{name}"] = flags.pop(name)
+    else:
+        ignored = [n for n in flags if n.startswith("sft_") or n == "init_from"]
+        problems += [f"--{n} 只用于微调（sft_train.py），预训练用不到它" for n in ignored]
 
     config = default or Config()
     for pair in STEPS_OR_EPOCHS:
@@ -223,10 +230,9 @@ def load_config(stage: str, argv: list[str], default: Config | None = None):
     for name, value in flags.items():
         setattr(config, name, value)
         origins[name] = "命令行"
-    check_types(config, problems)
-    if not problems:
-        fill_in(config, origins)
-        check_values(config, problems)
+    wrong = check_types(config, problems)
+    fill_in(config, origins)
+    check_values(config, problems, wrong)
     if problems:
         raise UserError("配置有问题：" + "；\n  ".join(["", *problems]).removeprefix("；"))
     return config, origins
@@ -255,7 +261,7 @@ def fill_in(config: Config, origins: dict[str, str]) -> None:
         fill("data", str(wiki) if wiki.exists() else "builtin", "自动")
     if config.sft_data == "auto":
         fill("sft_data", str(sft) if sft.exists() else "builtin", "自动")
-    if config.sft_lr is None:
+    if config.sft_lr is None and config.lr > 0:
         fill("sft_lr", config.lr / 5, "自动")
     if config.out_dir is None:
         fill("out_dir", f"out/{config.preset}", "自动")
@@ -273,81 +279,89 @@ def has_cuda() -> bool:
 # ---------- 3. 检查：所有问题一起报告，什么都还没加载 ----------
 
 
-def check_types(config: Config, problems: list[str]) -> None:
-    """在 config.py 里改出来的值，类型也要对。"""
-    types = field_types(Config)
+def check_types(config: Config, problems: list[str]) -> set[str]:
+    """在 config.py 里改出来的值，类型也要对；返回不对的字段，先用能用的值代替，好接着检查别的。"""
+    types, wrong = field_types(Config), set()
     for f in fields(Config):
-        value, kind = getattr(config, f.name), types[f.name]
+        value, kind, choices = getattr(config, f.name), types[f.name], f.metadata["choices"]
         if kind is float and type(value) is int:
-            setattr(config, f.name, float(value))
-        elif value is None and f.default is not None and not problems:
-            problems.append(f"{f.name} 不能是 None")
-        elif value is not None and type(value) is not kind:
+            value = float(value)
+            setattr(config, f.name, value)
+        if value is None and f.default is None:
+            continue
+        if type(value) is not kind:
             problems.append(f"{f.name} 要的是 {kind.__name__}，得到的是 {value!r}")
-        elif f.metadata["choices"] and value not in f.metadata["choices"]:
-            choices = "、".join(f.metadata["choices"])
-            problems.append(f"{f.name} 只能是 {choices}，得到的是 {value!r}")
+        elif choices and value not in choices:
+            problems.append(f"{f.name} 只能是 {'、'.join(choices)}，得到的是 {value!r}")
+        else:
+            continue
+        wrong.add(f.name)
+        setattr(config, f.name, choices[0] if choices else kind(1))
+    return wrong
 
 
-def check_values(c: Config, problems: list[str]) -> None:
-    """单个值的范围，以及值与值之间能不能相容。"""
+POSITIVE = (*SHAPE, "batch_size", "seq_len", "grad_accum", "lr", "sft_lr", "embed_lr_scale",
+            "grad_clip", "max_steps", "epochs", "sft_max_steps", "sft_epochs", "eval_every",
+            "eval_tokens")  # fmt: skip
+FRACTIONS = ("warmup", "decay", "weight_decay")
 
-    def require(ok: bool, sentence: str) -> None:
-        if not ok:
+
+def check_values(c: Config, problems: list[str], wrong: set[str]) -> None:
+    """单个值的范围，以及值与值之间能不能相容；本身就不对的值（wrong），不再与别的比。"""
+    for name in POSITIVE:
+        value = getattr(c, name)
+        if name not in wrong and value is not None and not 0 < value < float("inf"):
+            problems.append(f"{name} 必须是正数，得到的是 {value}")
+            wrong.add(name)
+    for name in FRACTIONS:
+        if name not in wrong and not 0 <= getattr(c, name) <= 1:
+            problems.append(f"{name} 必须在 0 与 1 之间，得到的是 {getattr(c, name)}")
+            wrong.add(name)
+
+    def require(names: str, holds: Callable[[], bool], sentence: str) -> None:
+        if wrong.isdisjoint(names.split()) and not holds():
             problems.append(sentence)
 
-    positive = (
-        "dim",
-        "n_layers",
-        "n_heads",
-        "n_kv_heads",
-        "hidden_dim",
-        "max_len",
-        "vocab_size",
-        "rope_theta",
-        "norm_eps",
-        "batch_size",
-        "seq_len",
-        "grad_accum",
-        "lr",
-        "sft_lr",
-        "embed_lr_scale",
-        "grad_clip",
-        "max_steps",
-        "epochs",
-        "sft_max_steps",
-        "sft_epochs",
-        "eval_every",
-        "eval_tokens",
-    )
-    for name in positive:
-        value = getattr(c, name)
-        require(value is None or 0 < value < float("inf"), f"{name} 必须是正数，得到的是 {value}")
-    for name in ("warmup", "decay", "weight_decay"):
-        value = getattr(c, name)
-        require(0 <= value <= 1, f"{name} 必须在 0 与 1 之间，得到的是 {value}")
-    require(c.warmup + c.decay <= 1, f"warmup（{c.warmup}）与 decay（{c.decay}）之和不能超过 1")
-    require(0 < c.val_fraction < 0.5, f"val_fraction 必须在 0 与 0.5 之间：{c.val_fraction}")
-    require(0 <= c.seed < 2**63, f"seed 必须在 0 与 2^63 之间，得到的是 {c.seed}")
-    if problems:
-        return  # 下面的检查要求上面的值是合理的
-    require(c.dim % c.n_heads == 0, f"n_heads（{c.n_heads}）必须整除 dim（{c.dim}）")
     require(
-        c.dim // c.n_heads % 2 == 0 or c.dim % c.n_heads != 0,
-        f"每个头的宽度 dim / n_heads 必须是偶数，得到的是 {c.dim / c.n_heads}",
+        "val_fraction",
+        lambda: 0 < c.val_fraction < 0.5,
+        f"val_fraction 必须在 0 与 0.5 之间，得到的是 {c.val_fraction}",
+    )
+    require("seed", lambda: 0 <= c.seed < 2**63, f"seed 必须在 0 与 2^63 之间，得到的是 {c.seed}")
+    require(
+        "warmup decay",
+        lambda: c.warmup + c.decay <= 1,
+        f"warmup（{c.warmup}）与 decay（{c.decay}）之和不能超过 1",
     )
     require(
-        c.n_heads % c.n_kv_heads == 0,
+        "dim n_heads",
+        lambda: c.dim % c.n_heads == 0,
+        f"n_heads（{c.n_heads}）必须整除 dim（{c.dim}）",
+    )
+    require(
+        "dim n_heads",
+        lambda: c.dim // c.n_heads % 2 == 0 or c.dim % c.n_heads != 0,
+        f"每个头的宽度 dim / n_heads（{c.dim} / {c.n_heads}）必须是偶数",
+    )
+    require(
+        "n_heads n_kv_heads",
+        lambda: c.n_heads % c.n_kv_heads == 0,
         f"n_kv_heads（{c.n_kv_heads}）必须整除 n_heads（{c.n_heads}）",
     )
-    require(c.seq_len <= c.max_len, f"seq_len（{c.seq_len}）不能超过 max_len（{c.max_len}）")
     require(
-        N_TOKENS <= c.vocab_size <= 2**16,
+        "seq_len max_len",
+        lambda: c.seq_len <= c.max_len,
+        f"seq_len（{c.seq_len}）不能超过 max_len（{c.max_len}）",
+    )
+    require(
+        "vocab_size",
+        lambda: N_TOKENS <= c.vocab_size <= 2**16,
         f"vocab_size（{c.vocab_size}）须在分词器的 {N_TOKENS} 与 uint16 的 65536 之间",
     )
     for steps, epochs in STEPS_OR_EPOCHS:
         require(
-            getattr(c, steps) is None or getattr(c, epochs) is None,
+            f"{steps} {epochs}",
+            lambda pair=(steps, epochs): None in (getattr(c, name) for name in pair),
             f"{steps} 与 {epochs} 只能指定一个",
         )
 
@@ -373,9 +387,13 @@ def save_config(config: Config, path: Path) -> None:
 
 def run_script(main: Callable[[], None]) -> None:
     """运行脚本的 main()；用户的错误印成一句话，退出码 2；Ctrl-C 的退出码是 130。"""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")  # Windows 默认不是 UTF-8
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # 启动时就被关掉了（<&-）
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):  # Windows 默认不是 UTF-8
+            getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # 输出接到文件或管道时，也写一行看得到一行
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         main()
     except UserError as error:
@@ -386,6 +404,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # 例如接在后面的 head 先走了
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE，与别的命令一样
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         print(
@@ -393,7 +412,8 @@ def run_script(main: Callable[[], None]) -> None:
         )
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
+        torch_says = any(words in str(error) for words in ("out of memory", "allocate memory"))
+        if isinstance(error, RuntimeError) and not torch_says:
             raise
         print("错误：内存不够；请把 --batch_size 减半、--grad_accum 加倍", file=sys.stderr)
         sys.exit(2)

@@ -9,6 +9,7 @@
 """
 
 import hashlib
+import inspect
 import json
 import os
 from array import array
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 import idioms
 import readers
+import tokenizer as tokenizer_module
 from config import Config, UserError
 from readers import ReadLog, Record
 from tokenizer import Tokenizer
@@ -66,7 +68,7 @@ def prepare(source: str, stage: str, tokenizer: Tokenizer, config: Config) -> To
         "size": path.stat().st_size,
         "tokenizer": tokenizer.fingerprint(),
         "val_fraction": config.val_fraction,
-        "code": "".join(readers.sha256(Path(m.__file__))[:8] for m in (idioms, readers)),
+        "code": code_fingerprint(),
     }
     name = hashlib.sha256(f"{path.resolve()} {stage}".encode()).hexdigest()[:8]
     base = Path(config.data_dir) / "cache" / f"{path.stem}-{stage}-{name}"
@@ -78,14 +80,23 @@ def prepare(source: str, stage: str, tokenizer: Tokenizer, config: Config) -> To
         try:
             _build(base, identity, path, tokenizer)
         finally:
-            for side in SIDES:
-                Path(f"{base}.{side}.part").unlink(missing_ok=True)
+            for part in base.parent.glob(f"{base.name}.*.{os.getpid()}.part"):
+                part.unlink()
     except OSError as error:
-        raise UserError(f"写不了 {base.parent}（{error.strerror}）；请腾出空间") from error
+        raise UserError(
+            f"准备数据时读写失败（{error.strerror}：{error.filename or base.parent}）；"
+            f"请检查权限与剩余的空间"
+        ) from error
     ready = _load(base, identity, path)
     assert ready is not None, f"刚写好的词元文件读不回来：{base}"
     print(f"数据：写好 {base}.*（{_summary(ready.card)}）")
     return ready
+
+
+def code_fingerprint() -> str:
+    """决定词元文件内容的那些代码的指纹：改了其中任何一处，词元文件就要重做。"""
+    pieces = (idioms, readers, tokenizer_module, encode_documents, encode_conversations)
+    return hashlib.sha256("".join(map(inspect.getsource, pieces)).encode()).hexdigest()[:16]
 
 
 def _summary(card: dict) -> str:
@@ -131,7 +142,8 @@ def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None
     starts = {side: array("q", [0]) for side in SIDES}  # 64 位整数，一千万篇也只有 80 MB
     n_targets, characters = dict.fromkeys(SIDES, 0), dict.fromkeys(SIDES, 0)
     unknown = 0
-    parts = {side: Path(f"{base}.{side}.part") for side in SIDES}
+    # 临时文件的名字里有进程号：两个程序同时准备同一份数据，也互不妨碍。
+    parts = {side: Path(f"{base}.{side}.{os.getpid()}.part") for side in SIDES}
     size = path.stat().st_size
     with ExitStack() as stack:
         outputs = {side: stack.enter_context(part.open("wb")) for side, part in parts.items()}
@@ -147,9 +159,9 @@ def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None
             if log.file and not log.file.closed:
                 bar.update(log.file.tell() - bar.n)
         bar.update(size - bar.n)
+    log.check()
     for line in log.report():
         print(line)
-    log.check()
     for side, name in (("train", "训练"), ("val", "检验")):
         if len(starts[side]) == 1:
             raise UserError(
@@ -157,9 +169,11 @@ def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None
                 f"请增加数据，或调整 --val_fraction（现在是 {identity['val_fraction']}）"
             )
 
+    # 一律改名，不在原处改写：正在用旧文件训练的程序，手里的还是旧的那一份。
     for side, part in parts.items():
         os.replace(part, f"{base}.{side}.bin")
-        np.frombuffer(starts[side], np.int64).tofile(f"{base}.{side}.idx")
+        np.frombuffer(starts[side], np.int64).tofile(part)
+        os.replace(part, f"{base}.{side}.idx")
     total = starts["train"][-1] + starts["val"][-1]
     card = identity | {"mtime": path.stat().st_mtime_ns, "sha256": readers.sha256(path)}
     card |= {"bad_rows": log.bad, "rows": log.rows, "unk_rate": unknown / total}
@@ -168,7 +182,7 @@ def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None
         card[f"{side}_tokens"] = starts[side][-1]
         card[f"{side}_targets"] = n_targets[side]  # 要猜的词元数，与它们写出的字数：
         card[f"{side}_characters"] = characters[side]  # 由此换算每个字的比特数
-    part = Path(f"{base}.json.part")
+    part = Path(f"{base}.json.{os.getpid()}.part")
     part.write_text(json.dumps(card, ensure_ascii=False, indent=2), encoding="utf-8")
     os.replace(part, f"{base}.json")
 
@@ -238,6 +252,20 @@ class Batch(NamedTuple):
         return Batch(*(x if x is None else x.to(device) for x in self))
 
 
+def slices(tokens: np.ndarray, size: int = 1 << 24) -> Iterator[tuple[int, np.ndarray]]:
+    """一块一块地给出 (起点, 编号)：词元文件可能比内存还大。"""
+    for start in range(0, len(tokens), size):
+        yield start, tokens[start : start + size]
+
+
+def used_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """哪些编号出现过：布尔 (V,)。"""
+    used = np.zeros(vocab_size, bool)
+    for _, piece in slices(tokens):
+        used[piece] = True
+    return used
+
+
 class PretrainBatches:
     """文档首尾相接，切成 T 个词元一行。每个词元每遍恰好用一次，没有填充。
 
@@ -273,7 +301,7 @@ class PretrainBatches:
 class SFTBatches:
     """几段对话拼成一行，互相看不见，位置各自从 0 数起；损失只算助手的话与它的 <|im_end|>。
 
-    太长的对话从末尾截断；截断后一句回答也不剩的不用，数目记在 skipped 里。
+    太长的对话从末尾截断，数目记在 cut 里；截断后一句回答也不剩的不用，数目记在 skipped 里。
 
     Args:
         tokens: 一维 uint16 编号。
@@ -290,11 +318,13 @@ class SFTBatches:
         # 一段 n 个词元的对话占 n - 1 格：最后一个词元只作目标。
         self.lengths = np.minimum(np.diff(starts) - 1, seq_len)
         # 第一个助手标记在截断之前，才有话可学。
-        marks = np.flatnonzero(tokens == tokenizer.role_ids["assistant"])
+        assistant = tokenizer.role_ids["assistant"]
+        marks = np.concatenate([at + np.flatnonzero(t == assistant) for at, t in slices(tokens)])
         first = np.searchsorted(marks, starts[:-1])
         offset = np.append(marks, len(tokens))[first] - starts[:-1]
         usable = np.flatnonzero(offset < self.lengths)
         self.skipped = len(self.lengths) - len(usable)
+        self.cut = int((np.diff(starts)[usable] - 1 > seq_len).sum())
         if not len(usable):
             raise UserError(f"没有一段对话在 {seq_len} 个词元之内出现助手的话；请调大 --seq_len")
         self.rows = pack(self.lengths, usable, seq_len, np.random.default_rng(seed))

@@ -141,6 +141,7 @@ def download(dataset, name, data_dir):
 
 
 def main():
+    """读命令行，下载，告诉用户接下来运行什么。"""
     parser = argparse.ArgumentParser(description="从 ModelScope 下载完整的训练数据")
     parser.add_argument("source", choices=SOURCES, help="wiki：预训练语料；sft：对话数据")
     parser.add_argument("--file", help="数据集里的另一个文件；名字不对会列出全部文件")
@@ -152,7 +153,9 @@ def main():
     except KeyboardInterrupt:
         print("\n已中断；再次运行同一条命令，会从中断的地方接着下载", file=sys.stderr)
         sys.exit(130)
-    print(f"接下来运行：\n  python {source.trainer} {shlex.quote(target.as_posix())}")
+    # minimind 的数据集里也有预训练用的文件，名字都以 pretrain 开头。
+    trainer = SOURCES["wiki"].trainer if target.name.startswith("pretrain") else source.trainer
+    print(f"接下来运行：\n  python {trainer} {shlex.quote(target.as_posix())}")
 
 
 if __name__ == "__main__":

@@ -186,7 +186,20 @@ class Transformer(nn.Module):
         segments: Tensor | None = None,
         cache=None,
     ) -> Tensor:
-        """每个位置上，下一个词元的打分（未归一的对数概率）。
+        """每个位置上，下一个词元的打分（未归一的对数概率）：(B, T) -> (B, T, V)，参数同 `hidden`。
+
+        输出与词嵌入共用一张表（arXiv 1608.05859）：打分就是与每个词元的嵌入作内积。
+        """
+        return F.linear(self.hidden(ids, positions, segments, cache), self.embedding.weight)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache=None,
+    ) -> Tensor:
+        """读完所有层之后，每个位置上的向量：模型对「下一个词元」的全部想法，还没有翻译成打分。
 
         Args:
             ids: 编号 (B, T)，整型。
@@ -194,7 +207,7 @@ class Transformer(nn.Module):
             segments: 每个词元属于第几段 (B, T)；同段才能互相看见。默认整行是一段。
             cache: `generate.KVCache`；给了就只送新词元，前文从缓存里取。
         Returns:
-            (B, T, V)
+            (B, T, C)
         Raises:
             ValueError: 词元数超过模型的最大长度。
         """
@@ -219,5 +232,4 @@ class Transformer(nn.Module):
             x = block(x, cos, sin, mask, causal, cache, layer)
         if cache is not None:
             cache.length = start + T
-        # 输出与词嵌入共用一张表（arXiv 1608.05859）：打分就是与每个词元的嵌入作内积。
-        return F.linear(self.norm(x), self.embedding.weight)  # (B, T, C) -> (B, T, V)
+        return self.norm(x)

@@ -7,7 +7,7 @@ python pre_chat.py --prompt "守株待兔："    只写一次，供脚本使用
 import sys
 
 import repl
-from config import run_script
+from config import UserError, run_script
 
 
 def main() -> None:
@@ -16,16 +16,16 @@ def main() -> None:
     written: list[int] = []  # 到目前为止的全文，不含开头的标记
 
     def answer(text: str) -> None:
+        """从这个开头接着写；空的就接着刚才的写。"""
         nonlocal written
         if text.strip():
             written = speaker.tokenizer.encode(text)
         elif not written:
-            print("请先写个开头，例如：守株待兔：")
-            return
+            raise UserError("请先写个开头，例如：守株待兔：")
         # 太长时只留末尾，至少空出四分之一的上下文给它写。
         keep = speaker.config.max_len * 3 // 4 - 1
         if len(written) > keep:
-            print(f"（前文 {len(written)} 个词元，只看得到最后 {keep} 个）", file=sys.stderr)
+            repl.notify(f"（前文 {len(written)} 个词元，只看得到最后 {keep} 个）")
         ids = [speaker.tokenizer.bos_id, *written[-keep:]]
         print(text, end="", flush=True)
         written = written + repl.stream(speaker, ids, options)

@@ -18,20 +18,18 @@ from config import UserError, describe, load_config, run_script, save_config
 from dataset import IGNORE, PretrainBatches, prepare, rows_of_step
 from generate import Sampling, make_speaker
 from model import Transformer
+from optimizer import build_optimizers, learning_rate, set_learning_rate, total_steps
 from tokenizer import Tokenizer
 from training import (
     Device,
     Metrics,
     bits_per_character,
-    build_optimizers,
     compile_if_possible,
     evaluate,
-    learning_rate,
     loss_sum,
     repeat_flags,
     save,
-    set_learning_rate,
-    total_steps,
+    share_row,
 )
 
 
@@ -67,6 +65,7 @@ def main() -> None:
     # ---------- 3. 模型与优化器 ----------
     model = Transformer(config).to(device.torch)
     optimizers = build_optimizers(model, config, device, config.lr)
+    shared = share_row(model, train.tokens, newborn=True)
     loss_fn = compile_if_possible(loss_sum, device)
     speaker = make_speaker(model, config, tokenizer, "pretrain")
     eval_every = config.eval_every or min(500, math.ceil(max_steps / 10))
@@ -75,6 +74,8 @@ def main() -> None:
         f"模型：{n_params / 1e6:.1f} M 参数；共 {max_steps} 步，"
         f"每步 {rows_per_step * config.seq_len} 个词元"
     )
+    if shared:
+        print(f"（词表里有 {len(shared.members)} 个词元语料从没用过，合用词嵌入的一行，只算一次）")
 
     def check(step: int, everything: bool) -> dict:
         """检验，再采样一段给人看；返回检验的结果。"""
@@ -114,7 +115,7 @@ def main() -> None:
         loss = 0.0
         for batch in batches:
             with device.autocast():
-                part = loss_fn(model, batch.to(device.torch)) / n_targets
+                part = loss_fn(model, batch.to(device.torch), shared) / n_targets
             device.scaler.scale(part).backward()
             loss += part.item()
 
@@ -131,6 +132,8 @@ def main() -> None:
             device.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         device.scaler.update()
+        if shared:
+            shared.spread(model)
 
         # 4.5 记录
         tokens += n_targets

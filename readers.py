@@ -30,8 +30,9 @@ from config import UserError
 MAX_LINE = 8 << 20  # 一行最长多少字节；再长多半不是按行组织的数据
 MAX_DOCUMENT = 1 << 12  # 纯文本一篇最长多少字；没有空行的长文在换行处分篇
 BAD_ROWS_ALLOWED = 0.01
+GIVE_UP_AFTER = 1000  # 开头这么多条全是坏行，就不再往下读
 NOT_UTF8 = "不是 UTF-8（第 {} 字节）；可以先用 iconv -f GB18030 -t UTF-8 转换编码"
-CUT_LINE = "最后一行不完整，是不是下载中断了？"
+CUT_LINE = "最后一行不完整，多半是下载中断了；请接着下载，或删掉这一行"
 BROKEN_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
 
 Conversation = list[tuple[str, str]]  # [(角色, 正文), …]
@@ -61,6 +62,8 @@ class ReadLog:
         self.bad += 1
         if len(self.examples) < 5:
             self.examples.append(f"{self.source} {row}：{reason}")
+        if self.bad == self.rows == GIVE_UP_AFTER:  # 多半拿错了文件，不必读完几个 GB 才说
+            self.check()
 
     def report(self) -> list[str]:
         """给用户看的几行话；没有问题时为空。"""
@@ -129,6 +132,8 @@ def check_source(path: Path) -> bytes:
         raise UserError(f"读不了 {path}（{error.strerror or error}）；请检查权限") from error
     if not head.strip():
         raise UserError(f"{path} 是空文件；请检查它是否下载完整")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path} 是 UTF-16 编码；请先用 iconv -f UTF-16 -t UTF-8 转换")
     return head
 
 
@@ -158,7 +163,7 @@ def read_rows(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
         yield from {"array": _read_array, "jsonl": _read_jsonl, "text": _read_text}[kind](path, log)
     except BROKEN_GZIP as error:
         log.rows += 1
-        log.add("末尾", f"gzip 压缩数据不完整（{error}），是不是下载中断了？")
+        log.add("末尾", f"gzip 压缩数据不完整（{error}），多半是下载中断了；请接着下载")
 
 
 def read_lines(path: Path, log: ReadLog) -> Iterator[tuple[int, str]]:
@@ -207,12 +212,14 @@ def _read_array(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
     except (ijson.JSONError, UnicodeDecodeError) as error:
         if _last_bytes(path).endswith(b"]"):
             reason = str(error).splitlines()[0]
-            hint = NOT_UTF8.format("?") if "UTF8" in reason.replace("-", "") else "请先修好那一条"
+            hint = "请先修好那一条"
+            if "UTF8" in reason.replace("-", ""):
+                hint = "可以先用 iconv -f GB18030 -t UTF-8 转换编码"
             raise UserError(
                 f"{path} 第 {number} 条之后不是合法的 JSON（{reason}）；{hint}"
             ) from error
         log.rows += 1
-        log.add(f"第 {number} 条之后", "数组没有写完，不完整，是不是下载中断了？")
+        log.add(f"第 {number} 条之后", "数组没有写完，不完整，多半是下载中断了；请接着下载")
 
 
 def _last_bytes(path: Path) -> bytes:

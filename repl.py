@@ -63,20 +63,39 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
     return options, speaker
 
 
+def notify(sentence: str) -> None:
+    """说给人看的话不是回答，走标准错误：管道里接着的程序读不到它。"""
+    print(sentence, file=sys.stderr)
+
+
+def as_text(line: str) -> str:
+    """终端送来的字节若不是 UTF-8，读成的是不成对的代理字符；换成 ? 才是文字。"""
+    return line.encode("utf-8", "replace").decode()
+
+
 def read_inputs(history: Path) -> Iterator[str]:
     """逐行给出用户输入的话；终端上有行编辑与历史，管道里就是一行一句。"""
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    session: PromptSession[str] = PromptSession(history=FileHistory(str(history)))
+    class TextHistory(FileHistory):
+        def store_string(self, string: str) -> None:
+            super().store_string(as_text(string))
+
+    try:
+        history.open("ab").close()
+        session: PromptSession[str] = PromptSession(history=TextHistory(str(history)))
+    except OSError as error:
+        notify(f"（写不了 {history}（{error.strerror}），输入过的话只记到离开为止）")
+        session = PromptSession(history=InMemoryHistory())
     while True:
         try:
-            yield session.prompt("\n你> ")
+            yield as_text(session.prompt("\n你> "))
         except KeyboardInterrupt:
-            print("（要离开请按 Ctrl-D，或输入 /quit）")
+            notify("（要离开请按 Ctrl-D，或输入 /quit）")
         except EOFError:
             return
 
@@ -87,28 +106,35 @@ def run(
     """读一句，答一句，直到离开。
 
     Args:
-        answer: 回答一句话，自己负责打印。
+        answer: 回答一句话，自己负责打印；答不了的（例如太长）抛出 UserError。
         reset: 忘掉前文。
+    Raises:
+        UserError: 用 --prompt 给的那句话答不了；在聊天中则只是说一声，接着聊。
     """
     if options.prompt is not None:
+        if not options.prompt.strip():
+            raise UserError("--prompt 是空的；请写上要说的话")
         answer(options.prompt)
         return
     for text in read_inputs(Path(options.checkpoint).with_name("chat_history")):
-        command = text.strip()
+        command = text.split()[0] if text.startswith("/") else ""
         if command in ("/quit", "/exit"):
             return
         if command == "/reset":
             reset()
-            print("（已忘掉前文）")
-        elif command.startswith("/"):
-            print(obey(command, options))
+            notify("（已忘掉前文）")
+        elif command:
+            notify(obey(text, options))
         else:
-            answer(text)
+            try:
+                answer(text)
+            except UserError as error:
+                notify(f"（{error}）")
 
 
 def obey(command: str, options: ChatOptions) -> str:
     """执行一条设置采样的命令，返回要打印的话；不合法的值不会生效。"""
-    name, _, value = command.removeprefix("/").partition(" ")
+    name, _, value = command.strip().removeprefix("/").partition(" ")
     types = field_types(Sampling)
     if name not in types:
         return HELP if name == "help" else f"没有命令 /{name}；输入 /help 看有哪些命令"
@@ -126,7 +152,7 @@ def obey(command: str, options: ChatOptions) -> str:
 
 
 def stream(speaker: Speaker, ids: list[int], options: ChatOptions) -> list[int]:
-    """一边生成一边打印，返回生成的编号。Ctrl-C 停止；陷入重复、写满上下文时停下并说明。"""
+    """一边生成一边打印，返回生成的编号。Ctrl-C 停止；不是自己写完的，都说明为什么停下。"""
     new: list[int] = []
     notice = ""
     try:
@@ -139,9 +165,13 @@ def stream(speaker: Speaker, ids: list[int], options: ChatOptions) -> list[int]:
         else:
             if len(ids) + len(new) >= speaker.config.max_len:
                 notice = f"（写满了 {speaker.config.max_len} 个词元的上下文）"
+            elif len(new) >= options.max:
+                notice = f"（写满了 {options.max} 个词元，/max 可以调）"
+            elif not new:
+                notice = "（它一个字也没写：认为到这里就完了）"
     except KeyboardInterrupt:
         notice = "（已停止）"
     print()
     if notice:
-        print(notice, file=sys.stderr)
+        notify(notice)
     return new

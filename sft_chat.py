@@ -7,7 +7,7 @@ python sft_chat.py --prompt "画蛇添足是什么意思？"  只答一次，供
 import sys
 
 import repl
-from config import run_script
+from config import UserError, run_script
 
 
 def trim(turns: list[list[int]], limit: int) -> list[list[int]]:
@@ -29,6 +29,7 @@ def main() -> None:
     turns: list[list[int]] = []
 
     def answer(text: str) -> None:
+        """接着前几轮，回答这一句。"""
         nonlocal turns
         if not text.strip():
             return
@@ -36,9 +37,11 @@ def main() -> None:
         # 至少空出四分之一的上下文给回答。
         limit = max_len * 3 // 4 - len(tokenizer.reply_prefix())
         if len(question) > limit:
-            print(f"（这句话有 {len(question)} 个词元，最多 {limit} 个；请说短一些）")
-            return
-        turns = trim([*turns, question], limit)
+            raise UserError(f"这句话有 {len(question)} 个词元，最多 {limit} 个；请说短一些")
+        remembered = trim([*turns, question], limit)
+        if forgotten := (len(turns) + 1 - len(remembered)) // 2:
+            repl.notify(f"（前文太长，忘掉了最早的 {forgotten} 轮）")
+        turns = remembered
         ids = [i for turn in turns for i in turn] + tokenizer.reply_prefix()
         turns.append(tokenizer.turn_ids("assistant", repl.stream(speaker, ids, options)))
 

@@ -17,21 +17,19 @@ from tqdm import tqdm
 from config import UserError, describe, load_config, run_script, save_config
 from dataset import IGNORE, SFTBatches, prepare, rows_of_step
 from generate import Sampling, make_speaker
+from optimizer import build_optimizers, learning_rate, set_learning_rate, total_steps
 from tokenizer import Tokenizer
 from training import (
     Device,
     Metrics,
     bits_per_character,
-    build_optimizers,
     compile_if_possible,
     evaluate,
     inherit,
-    learning_rate,
     load,
     loss_sum,
     save,
-    set_learning_rate,
-    total_steps,
+    share_row,
 )
 
 
@@ -60,6 +58,8 @@ def main() -> None:
     )
     if train.skipped:
         print(f"（{train.skipped} 段对话在 {config.seq_len} 个词元之内没有助手的话，不用）")
+    if train.cut:
+        print(f"（{train.cut} 段对话超过 {config.seq_len} 个词元，末尾没有放进来）")
     rows_per_step = config.batch_size * config.grad_accum
     max_steps = total_steps(
         config.sft_max_steps, config.sft_epochs or 2, train.n_rows, rows_per_step
@@ -68,6 +68,7 @@ def main() -> None:
     # ---------- 3. 模型与优化器 ----------
     model.to(device.torch)
     optimizers = build_optimizers(model, config, device, config.sft_lr)
+    shared = share_row(model, train.tokens, newborn=False)
     loss_fn = compile_if_possible(loss_sum, device)
     speaker = make_speaker(model, config, tokenizer, "sft")
     eval_every = config.eval_every or min(500, math.ceil(max_steps / 10))
@@ -76,14 +77,15 @@ def main() -> None:
         f"模型：{n_params / 1e6:.1f} M 参数；共 {max_steps} 步，"
         f"每步 {rows_per_step * config.seq_len} 个词元"
     )
+    if shared:
+        print(f"（词表里有 {len(shared.members)} 个词元语料从没用过，合用词嵌入的一行，只算一次）")
 
     def check(step: int, everything: bool) -> dict:
         """检验，再采样一段给人看；返回检验的结果。"""
         limit = config.eval_tokens * (10 if everything else 1)
         loss = evaluate(loss_fn, model, val, config.batch_size, limit, device)
         bpc = bits_per_character(loss, data.card)
-        question = tokenizer.turn_ids("user", tokenizer.encode(config.sft_prompt))
-        prompt = question + tokenizer.reply_prefix()
+        prompt = tokenizer.question_ids(config.sft_prompt)
         written = speaker.generate(prompt, Sampling(seed=config.seed + 1, max=60))
         sample = tokenizer.decode(written).replace("\n", "\n    ")
         tqdm.write(
@@ -117,7 +119,7 @@ def main() -> None:
         loss = 0.0
         for batch in batches:
             with device.autocast():
-                part = loss_fn(model, batch.to(device.torch)) / n_targets
+                part = loss_fn(model, batch.to(device.torch), shared) / n_targets
             device.scaler.scale(part).backward()
             loss += part.item()
 
@@ -136,6 +138,8 @@ def main() -> None:
             device.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         device.scaler.update()
+        if shared:
+            shared.spread(model)
 
         # 4.5 记录
         tokens += n_targets

@@ -112,6 +112,10 @@ class Tokenizer:
         """轮到助手发言时的开头。"""
         return [self.bos_id, self.role_ids["assistant"]]
 
+    def question_ids(self, text: str) -> list[int]:
+        """一句提问，加上助手发言的开头：接着往下写的就是回答。"""
+        return self.turn_ids("user", self.encode(text)) + self.reply_prefix()
+
     def never_sampled(self) -> list[int]:
         """生成时绝不该抽到的编号：占位符、BERT 的标记、[UNK]，以及除 <|im_end|> 外的控制词元。"""
         vocab = self.backend.get_vocab()

@@ -1,15 +1,13 @@
 """两个训练脚本必须做得一模一样的事；训练的故事本身在 pre_train.py 与 sft_train.py 里。
 
-    Device            用哪个设备、哪种精度，能不能编译
-    learning_rate     学习率曲线：升温、平稳、下降
-    Muon              给矩阵用的优化器
-    build_optimizers  哪些参数归 Muon，哪些归 AdamW
-    loss_sum          一批数据的损失之和
-    evaluate          在留出的文档上检验
-    save / load       检查点
-    Metrics           逐步的记录与损失曲线
+    Device        用哪个设备、哪种精度，能不能编译
+    loss_sum      一批数据的损失之和
+    SharedRow     语料里从没出现过的词元合用一行，词表那一层少算几倍
+    evaluate      在留出的文档上检验
+    save / load   检查点
+    Metrics       逐步的记录与损失曲线
 
-本文件不认识分词之前的文字，也不决定训练的次序。
+参数怎样更新见 optimizer.py。本文件不认识分词之前的文字，也不决定训练的次序。
 """
 
 import ctypes
@@ -20,18 +18,18 @@ import platform
 import shlex
 import shutil
 import time
-from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import PER_PRESET, SHAPE, Config, UserError
-from dataset import IGNORE, Batch
+from dataset import IGNORE, Batch, row_order, used_ids
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -121,122 +119,79 @@ def cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-# ---------- 2. 学习率与优化器 ----------
+# ---------- 2. 损失与检验 ----------
 
 
-def learning_rate(step: int, max_steps: int, warmup: float, decay: float) -> float:
-    """第 step 步（从 0 数）的学习率是最高值的几倍：升温 -> 平稳 -> 下降到 0。
+class SharedRow(NamedTuple):
+    """语料里从没出现过的词元合用词嵌入的一行：算的仍是整张词表的 softmax，重复的部分只算一次。
 
-    平稳段让训练随时可以延长，最后一段的下降换来大部分的好处（WSD，arXiv 2404.06395）。
-    """
-    rising = (step + 1) / max(1, warmup * max_steps)  # 1. 从 0 线性升到 1
-    falling = (max_steps - step) / max(1, decay * max_steps)  # 3. 最后线性降到 0
-    return min(1.0, rising, falling)  # 2. 中间保持 1
+    没出现过的词元从来不是答案，每一步受到的推力一模一样；起点相同，便一直相同。n 个相同的打分
 
+        n · exp(s) = exp(s + ln n)
 
-def total_steps(max_steps: int | None, epochs: float, n_rows: int, rows_per_step: int) -> int:
-    """这次训练共多少步：指定了步数就用它，否则由遍数算出。"""
-    return max_steps or max(1, math.ceil(epochs * n_rows / rows_per_step))
+    于是只算其中一个，加上 ln n。内置语料只用到词表的四分之一，词表那一层的运算也就只剩四分之一。
 
-
-class Muon(torch.optim.Optimizer):
-    """给矩阵用的优化器：把动量正交化，使每个方向上的更新一样大（Muon，arXiv 2502.16982）。
-
-    与 `torch.optim.Muon` 的算法相同（测试里逐步比对），不同处有二：同形状的矩阵叠在一起算，
-    少发几十次小的矩阵乘法；精度可选，因为没有 bf16 指令的 CPU 上，bf16 会慢上百倍。
-
-    Args:
-        matrices: 二维参数。
-        lr: 学习率，已换算成与 AdamW 相当的大小（每个元素的更新约为 0.2 lr）。
-        weight_decay: 解耦的权重衰减。
-        dtype: 正交化时的精度。
+    Fields:
+        rows: 要算打分的 R 个编号 (R,)，最后一个代表所有合用的。
+        column: 每个编号的打分在第几列 (V,)，取值 0 … R-1。
+        bias: 加在各列上的数 (R,)：最后一列是 ln n，其余是 0。
+        members: 合用一行的 n 个编号 (n,)。
     """
 
-    def __init__(
-        self, matrices, lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
-    ):
-        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype = dtype
+    rows: Tensor
+    column: Tensor
+    bias: Tensor
+    members: Tensor
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """按已经算好的梯度更新一次。"""
-        for group in self.param_groups:
-            same_shape = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    same_shape[p.shape].append(p)
-            for shape, params in same_shape.items():
-                updates = []
-                for p in params:
-                    state = self.state[p]
-                    if not state:
-                        state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov
-                size = 0.2 * max(shape) ** 0.5  # 使更新的均方根与 AdamW 的相当
-                for p, update in zip(
-                    params, orthogonalize(torch.stack(updates), self.dtype), strict=True
-                ):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * size)
+    def spread(self, model: Transformer) -> None:
+        """训练只更新代表的那一行；抄给其余的，整张词嵌入便与逐个训练的一样。"""
+        weight = model.embedding.weight
+        weight[self.members] = weight[self.rows[-1]].clone()
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
-    """把每个矩阵的奇异值都推到 1 附近，方向不变：牛顿–舒尔茨迭代，不用做奇异值分解。
+@torch.no_grad()
+def share_row(model: Transformer, tokens: np.ndarray, newborn: bool) -> SharedRow | None:
+    """找出可以合用一行的词元；语料用到了一大半的词表时不值得，返回 None。
 
     Args:
-        matrices: (N, 行, 列)。
-        dtype: 计算的精度；bfloat16 就够。
-        steps: 迭代次数。
+        tokens: 训练要用的全部编号，一维 uint16。
+        newborn: 模型刚出生，没出现过的词元可以从同一个起点出发；否则（微调）只合并起点已经相同的，
+            预训练时见过的词元各有各的行。
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan 选的系数：在 0 附近升得最快
-    x = matrices.to(dtype)
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x  # 让较小的一边在前，乘积的矩阵更小
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    weight = model.embedding.weight
+    unused = torch.from_numpy(~used_ids(tokens, len(weight))).to(weight.device)
+    if not newborn:
+        unused &= (weight == weight[-1]).all(dim=1)  # 末尾是补齐词表用的，哪份语料里都没有
+    order = unused.int().argsort(stable=True)  # 单独一行的在前
+    n_rows = -(-(len(weight) - int(unused.sum()) + 1) // 128) * 128  # 128 的倍数，GPU 算得快
+    if n_rows > len(weight) // 2:
+        return None
+    bias = torch.zeros(n_rows, device=weight.device)
+    bias[-1] = math.log(len(weight) - n_rows + 1)
+    column = torch.empty_like(order)
+    column[order] = torch.arange(len(weight), device=weight.device).clamp(max=n_rows - 1)
+    shared = SharedRow(order[:n_rows], column, bias, order[n_rows - 1 :])
+    shared.spread(model)
+    return shared
 
 
-def build_optimizers(model: Transformer, config: Config, device: Device, lr: float):
-    """各层的矩阵归 Muon；词嵌入与归一化的增益归 AdamW，它们没有「方向」可以正交化。"""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    dtype = torch.bfloat16 if device.dtype == torch.bfloat16 else torch.float32
-    muon = Muon(matrices, lr, config.weight_decay, dtype)
-    adamw = torch.optim.AdamW(
-        rest,
-        lr * config.embed_lr_scale,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        fused=device.torch.type != "mps",
-    )
-    for optimizer in (muon, adamw):
-        for group in optimizer.param_groups:
-            group["max_lr"] = group["lr"]
-    return muon, adamw
+def loss_sum(model: Transformer, batch: Batch, shared: SharedRow | None = None) -> Tensor:
+    """这一批所有目标的负对数概率之和，单位奈特；平均由调用者除以目标的总数得到。
 
-
-def set_learning_rate(optimizers, factor: float) -> None:
-    """每组参数的学习率 = 它的最高值 × factor。"""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["max_lr"] * factor
-
-
-# ---------- 3. 损失与检验 ----------
-
-
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """这一批所有目标的负对数概率之和，单位奈特；平均由调用者除以目标的总数得到。"""
-    logits = model(batch.ids, batch.positions, batch.segments)  # (B, T, V)
+    Args:
+        shared: 给了就用它省去重复的打分，结果相同；目标须是训练语料里出现过的词元。
+    """
+    targets = batch.targets
+    if shared is None:
+        logits = model(batch.ids, batch.positions, batch.segments)  # (B, T, V)
+    else:
+        x = model.hidden(batch.ids, batch.positions, batch.segments)  # (B, T, C)
+        logits = F.linear(x, model.embedding.weight[shared.rows], shared.bias)  # (B, T, R)
+        targets = torch.where(targets == IGNORE, IGNORE, shared.column[targets.clamp(min=0)])
     return F.cross_entropy(
         logits.view(-1, logits.size(-1)).float(),  # (B·T, V)
-        batch.targets.reshape(-1),
+        targets.reshape(-1),
         ignore_index=IGNORE,
         reduction="sum",
     )
@@ -265,13 +220,17 @@ def compile_if_possible(fn, device: Device):
 
 @torch.no_grad()
 def evaluate(loss_fn, model, batches, batch_size: int, max_tokens: int, device: Device) -> float:
-    """留出数据上每个目标的平均损失（奈特）；用开头的若干行，每次检验都是同样的数据。"""
-    rows = min(batches.n_rows, -(-max_tokens // batches.seq_len))
+    """留出数据上每个目标的平均损失（奈特）。
+
+    只够检验一部分时，用的是打乱之后的开头若干行：每次都是同样的行，而且不偏向文件的前一段。
+    """
+    n_rows = min(batches.n_rows, -(-max_tokens // batches.seq_len))
+    rows = row_order(batches.n_rows, seed=0, epoch=0)[:n_rows].tolist()
     total, count = 0.0, 0
-    for first in range(0, rows, batch_size):
-        wanted = list(range(first, min(first + batch_size, rows)))
+    for first in range(0, n_rows, batch_size):
+        wanted = rows[first : first + batch_size]
         # 最后一批用重复的行凑满：形状不变，编译过的代码才能沿用；凑数的行不算。
-        batch = batches.get(wanted + [first] * (batch_size - len(wanted)))
+        batch = batches.get(wanted + wanted[:1] * (batch_size - len(wanted)))
         batch.targets[len(wanted) :] = IGNORE
         count += int((batch.targets != IGNORE).sum())
         with device.autocast():
@@ -279,7 +238,7 @@ def evaluate(loss_fn, model, batches, batch_size: int, max_tokens: int, device: 
     return total / count
 
 
-# ---------- 4. 检查点 ----------
+# ---------- 3. 检查点 ----------
 
 FORMAT = 1
 
@@ -323,14 +282,14 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[st
         UserError: 文件不存在、已损坏，或与这个程序、这个分词器不配。
     """
     if not path.is_file():
-        others = sorted(map(str, Path("out").glob("*/*.pt")))
-        hint = "请先运行 python pre_train.py"
-        if others:
-            hint = f"现有的是 {'、'.join(others)}，请用 --checkpoint（微调时用 --preset）指定"
-        raise UserError(f"找不到检查点 {path}；{hint}")
+        raise UserError(f"找不到检查点 {path}；{what_to_do_without(path)}")
     try:
+        with path.open("rb"):  # 没有权限不等于文件坏了
+            pass
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         found = checkpoint["format"]
+    except PermissionError as error:
+        raise UserError(f"读不了 {path}（{error.strerror}）；请检查权限") from error
     except Exception as error:  # torch.load 对坏文件抛出的异常种类繁多，没有共同的基类
         raise UserError(f"{path} 不是完好的检查点（{type(error).__name__}）；请重新训练") from error
     if found != FORMAT:
@@ -346,6 +305,20 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[st
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"{path} 的参数与它的配置对不上（{reason}）") from error
     return model, config, checkpoint
+
+
+def what_to_do_without(path: Path) -> str:
+    """缺了这个检查点，下一步该做什么：先训练，还是指定已有的另一个。"""
+    others = "、".join(sorted(map(str, Path("out").glob(f"*/{path.name}"))))
+    if path.name == "sft.pt":
+        return (
+            f"现有的是 {others}，请用 --checkpoint 指定"
+            if others
+            else ("请先运行 python sft_train.py（之前还要 python pre_train.py）")
+        )
+    if others:
+        return f"现有的是 {others}，请用 --checkpoint（微调时用 --init_from）指定"
+    return "请先运行 python pre_train.py"
 
 
 def inherit(config: Config, origins: dict[str, str], source: Config, path: str) -> None:
@@ -379,7 +352,7 @@ def inherit(config: Config, origins: dict[str, str], source: Config, path: str) 
         raise UserError(f"seq_len（{config.seq_len}）超过了 {path} 的 max_len（{config.max_len}）")
 
 
-# ---------- 5. 记录 ----------
+# ---------- 4. 记录 ----------
 
 
 class Metrics:

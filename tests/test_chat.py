@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import repl
+from config import UserError
 from generate import Sampling
 from repl import HELP, ChatOptions, obey, run, stream
 from sft_chat import trim
@@ -96,6 +97,36 @@ def test_ctrl_c_keeps_what_was_said(tokenizer, capsys):
 def test_a_full_context_is_said(tokenizer, capsys):
     stream(fake_speaker(tokenizer, [3, 4, 5], max_len=4), [1], ChatOptions())
     assert "4 个词元的上下文" in capsys.readouterr().err
+
+
+def test_why_it_stopped_is_said(tokenizer, capsys):
+    stream(fake_speaker(tokenizer, [3, 4, 5]), [1], ChatOptions(max=3))
+    assert "3 个词元，/max 可以调" in capsys.readouterr().err
+    stream(fake_speaker(tokenizer, []), [1], ChatOptions())
+    assert "一个字也没写" in capsys.readouterr().err
+    stream(fake_speaker(tokenizer, [3]), [1], ChatOptions())
+    assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_be_answered_ends_a_script_but_not_a_chat(tokenizer, monkeypatch, capsys):
+    def answer(text):
+        if text != "再见":
+            raise UserError("太长了")
+
+    with pytest.raises(UserError, match="太长了"):
+        run(ChatOptions(prompt="你好"), None, answer, None)
+    with pytest.raises(UserError, match="--prompt 是空的"):
+        run(ChatOptions(prompt=" "), None, answer, None)
+    monkeypatch.setattr(repl, "read_inputs", lambda history: iter(["你好", "再见"]))
+    run(ChatOptions(checkpoint="x/sft.pt"), None, answer, None)
+    assert capsys.readouterr().err == "（太长了）\n"
+
+
+def test_words_after_a_command_do_not_hide_it(monkeypatch, capsys):
+    monkeypatch.setattr(repl, "read_inputs", lambda history: iter(["/reset 吧", "/quit 了", "x"]))
+    answered, resets = [], []
+    run(ChatOptions(checkpoint="x/sft.pt"), None, answered.append, lambda: resets.append(1))
+    assert (answered, resets) == ([], [1])
 
 
 def test_quit_reset_and_commands_are_not_answered(tokenizer, monkeypatch, capsys):

@@ -1,7 +1,11 @@
 """配置：改过的值必须算数，写错的值必须在加载任何东西之前、一次全部说清。"""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +106,36 @@ def test_two_impossible_combinations_come_in_one_report():
     assert "seq_len" in str(caught.value)
 
 
+def test_every_kind_of_problem_comes_in_one_report():
+    """写错的名字、变不成数的值、出界的值、不相容的组合，一次说全；出界的值不再牵出别的话。"""
+    with pytest.raises(UserError) as caught:
+        load_config(
+            "pretrain",
+            ["--lerning_rate", "1", "--n_layers", "x", "--lr", "-1", "--n_heads", "5"],
+            Config(warmup="很快", dtype="int8"),
+        )
+    text = str(caught.value)
+    for part in ("--lerning_rate", "n_layers 要的是整数", "lr 必须是正数", "必须整除 dim",
+                 "warmup 要的是 float，得到的是 '很快'", "dtype 只能是"):  # fmt: skip
+        assert text.count(part) == 1
+    assert "sft_lr" not in text
+
+
+def test_flags_of_the_other_stage_are_not_silently_ignored():
+    with pytest.raises(UserError, match="--init_from 只用于微调") as caught:
+        load_config("pretrain", ["--init_from", "a.pt", "--sft_lr", "1"])
+    assert "--sft_lr 只用于微调" in str(caught.value)
+    config, _ = load_config("sft", ["--data", "chat.jsonl", "--prompt", "你好？"])
+    assert (config.sft_data, config.sft_prompt) == ("chat.jsonl", "你好？")
+    assert config.data == "builtin"
+
+
+def test_arguments_that_are_not_utf8_are_named():
+    """别的编码的终端送来的字节，Python 读成不成对的代理字符。"""
+    with pytest.raises(UserError, match="--data 要的是 UTF-8 编码的文字"):
+        load_config("pretrain", ["--data", "\udcb5\udca5.txt"])
+
+
 def test_wrong_type_edited_into_the_class_is_named():
     with pytest.raises(UserError, match="lr 要的是 float，得到的是 '3e-4'"):
         load_config("pretrain", [], Config(lr="3e-4"))
@@ -129,7 +163,11 @@ def test_help_names_the_value_of_every_preset():
 
 
 def test_out_of_memory_and_full_disks_are_one_line(capsys):
-    for error in (RuntimeError("CUDA out of memory. Tried"), OSError(28, "No space left", "x.bin")):
+    for error in (
+        RuntimeError("CUDA out of memory. Tried"),
+        MemoryError(),
+        OSError(28, "No space left", "x.bin"),
+    ):
 
         def fail(error=error):
             raise error
@@ -138,6 +176,25 @@ def test_out_of_memory_and_full_disks_are_one_line(capsys):
             config_module.run_script(fail)
         assert caught.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_closed_streams_and_broken_pipes_are_not_tracebacks(tmp_path):
+    """输入输出一开始就关着，或者接在后面的程序先走了。"""
+    script = tmp_path / "s.py"
+    script.write_text(
+        "import sys\nfrom config import run_script\n"
+        "run_script(lambda: [print(i, sys.stdin.isatty()) for i in range(99999)])\n"
+    )
+    root = Path(config_module.__file__).parent
+    for shell, code in (
+        ("$0 $1 <&- >&-", 0),
+        ("$0 $1 | head -1 >/dev/null; exit ${PIPESTATUS[0]}", 141),
+    ):
+        result = subprocess.run(
+            ["bash", "-c", shell, sys.executable, script],
+            env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert (result.returncode, result.stderr) == (code, b"")
 
 
 def test_sft_learning_rate_is_a_fifth_of_lr():

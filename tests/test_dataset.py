@@ -23,6 +23,7 @@ from dataset import (
     PretrainBatches,
     SFTBatches,
     TokenFile,
+    encode_documents,
     is_held_out,
     pack,
     prepare,
@@ -141,8 +142,8 @@ class OtherTokenizer(Tokenizer):
         return "other"
 
 
-@pytest.mark.parametrize("change", ["longer", "same_size", "val_fraction", "tokenizer"])
-def test_anything_changed_means_it_is_redone(work, tokenizer, change):
+@pytest.mark.parametrize("change", ["longer", "same_size", "val_fraction", "tokenizer", "code"])
+def test_anything_changed_means_it_is_redone(work, tokenizer, monkeypatch, change):
     """否则用户改了数据或设置，训练的却还是旧的，而且看不出来。"""
     work.prepare()
     before, texts = work.stamp(), texts_of(200)
@@ -152,6 +153,8 @@ def test_anything_changed_means_it_is_redone(work, tokenizer, change):
         write_rows(work.source, texts := ["地" + text[1:] for text in texts])
     elif change == "val_fraction":
         work.config.val_fraction = 0.3
+    elif change == "code":
+        monkeypatch.setattr(dataset, "encode_documents", another_way_to_encode)
     else:
         work.tokenizer = OtherTokenizer()
     file = work.prepare()
@@ -163,6 +166,11 @@ def test_anything_changed_means_it_is_redone(work, tokenizer, change):
     after = work.stamp()
     work.prepare()
     assert work.stamp() == after  # 重做一次就够
+
+
+def another_way_to_encode(chunk, tokenizer):
+    """结果与 encode_documents 相同，代码不同。"""
+    return encode_documents(chunk, tokenizer)
 
 
 @pytest.mark.parametrize("damage", ["bin", "idx", "no_bin", "no_idx", "no_card", "", "{", "[]",
@@ -223,6 +231,17 @@ def test_two_sources_and_two_stages_do_not_mix(work, tokenizer):
     work.prepare(), other.prepare(), work.prepare("sft")
     assert counts == [200, 150, 200]
     assert work.stamp() == before
+
+
+def test_a_run_keeps_the_data_it_started_with(work):
+    """训练到一半，另一个程序用别的划分重做了词元文件：正在训练的，手里的还是原来那一份。"""
+    file = work.prepare()
+    kept = {side: (file.tokens[side].copy(), file.starts[side].copy()) for side in SIDES}
+    work.config.val_fraction = 0.3
+    assert len(work.prepare().tokens["val"]) > len(file.tokens["val"])
+    for side in SIDES:
+        assert np.array_equal(file.tokens[side], kept[side][0])
+        assert np.array_equal(file.starts[side], kept[side][1])
 
 
 def test_gzip_gives_the_same_tokens(work):
@@ -294,7 +313,7 @@ def test_unwritable_data_dir_is_one_sentence(work):
     """data_dir 写不进去：说出是哪里。"""
     (work.folder / "file").write_text("")
     work.config.data_dir = str(work.folder / "file")
-    with pytest.raises(UserError, match="写不了"):
+    with pytest.raises(UserError, match="读写失败.*file"):
         work.prepare()
 
 
@@ -549,7 +568,7 @@ def test_too_long_conversations_are_cut_at_the_end():
     long_question = [("user", list(range(2000, 2100))), ("assistant", [702])]
     batches = sft_batches([long_answer, long_question], seq_len=16)
     batch = batches.get(range(batches.n_rows))
-    assert (batches.n_rows, batches.skipped) == (1, 1)
+    assert (batches.n_rows, batches.cut, batches.skipped) == (1, 1, 1)
     assert batch.ids[0].tolist()[2:4] == [700, 701]
     targets = batch.targets[0].tolist()
     assert targets == [IGNORE] * 6 + list(range(1000, 1010))

@@ -43,6 +43,20 @@ def good_rows(n: int) -> list[dict]:
     return [{"text": f"第 {i} 篇文档，写得很好。"} for i in range(n)]
 
 
+def test_a_wrong_file_is_refused_without_reading_it_all(tmp_path):
+    """拿错了文件：开头一千条全是坏行就停下，不必读完几个 GB。"""
+    path = write(tmp_path / "x.jsonl", jsonl([{"body": "文"}] * 5000))
+    log = ReadLog(str(path))
+    with pytest.raises(UserError, match="1000 / 1000 条坏行"):
+        list(read_documents(path, log))
+
+
+def test_utf16_is_named(tmp_path):
+    path = write(tmp_path / "x.txt", "守株待兔".encode("utf-16"))
+    with pytest.raises(UserError, match="iconv -f UTF-16 -t UTF-8"):
+        read(path)
+
+
 # ---------- 1. 文档：每一种格式 ----------
 
 WIKI_ROW = {"id": "13", "url": "https://zh.wikipedia.org/wiki?curid=13", "title": "数学"}

@@ -1,12 +1,13 @@
-"""训练的公共部分：优化器与官方的一致，累积不改变结果，检查点要么完整、要么说清哪里不对。"""
+"""训练的公共部分：累积不改变结果，省下的打分不改变结果，检查点要么完整、要么说清哪里不对。"""
 
-import itertools
 import json
 import math
 import resource
 import signal
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,22 +15,19 @@ import training
 from config import Config, UserError, load_config
 from dataset import IGNORE, Batch
 from model import Transformer
+from optimizer import build_optimizers
 from tokenizer import Tokenizer
 from training import (
     Device,
     Metrics,
-    Muon,
-    build_optimizers,
     compile_if_possible,
     evaluate,
     inherit,
-    learning_rate,
     load,
     loss_sum,
-    orthogonalize,
     repeat_flags,
     save,
-    total_steps,
+    share_row,
 )
 
 # 词表必须装得下分词器，其余尽量小。
@@ -61,62 +59,12 @@ def batch_of(rows, length=8, supervised=1.0, seed=0):
     return Batch(ids, targets)
 
 
-def test_learning_rate_rises_stays_and_falls():
-    curve = [learning_rate(step, 100, 0.1, 0.5) for step in range(100)]
-    assert curve[0] == pytest.approx(0.1)
-    assert curve[9:51] == [1.0] * 42
-    assert all(a > b for a, b in itertools.pairwise(curve[50:]))
-    assert 0 < curve[-1] <= 0.02
-    assert learning_rate(0, 1, 0.03, 0.5) > 0  # 只有一步也要学得动
-
-
-def test_total_steps():
-    assert total_steps(7, 3, 100, 10) == 7
-    assert total_steps(None, 1.5, 100, 10) == 15
-    assert total_steps(None, 1, 3, 10) == 1
-
-
-def test_muon_equals_the_one_of_torch_step_by_step():
-    torch.manual_seed(0)
-    shapes = [(6, 10), (10, 6), (6, 10), (8, 8)]
-    ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a = Muon(ours, lr=0.02, weight_decay=0.1, dtype=torch.bfloat16)
-    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    for _ in range(4):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        a.step()
-        b.step()
-        for p, q in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(p, q, atol=2e-3, rtol=0)  # bf16 的舍入次序不同
-
-
-def test_orthogonalized_singular_values_are_near_one():
-    torch.manual_seed(0)
-    for shape in ((3, 16, 40), (2, 40, 16), (1, 16, 16)):
-        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape), torch.float32))
-        assert values.max() < 1.3
-        assert values.min() > 0.2
-
-
 def test_the_next_command_repeats_what_it_needs():
     config, origins = load_config(
         "pretrain", ["--out_dir", "out/my run", "--preset", "tiny", "--lr", "0.1", "--no-compile"]
     )
     assert repeat_flags(config, origins) == " --preset tiny --out_dir 'out/my run' --no-compile"
     assert repeat_flags(*load_config("pretrain", ["--device", "cpu"])) == " --device cpu"
-
-
-def test_every_parameter_has_exactly_one_optimizer(model):
-    muon, adamw = build_optimizers(model, SMALL, Device(SMALL), 0.01)
-    groups = [p for o in (muon, adamw) for g in o.param_groups for p in g["params"]]
-    assert sorted(map(id, groups)) == sorted(map(id, model.parameters()))
-    matrices = muon.param_groups[0]["params"]
-    assert all(p.ndim == 2 for p in matrices)
-    assert len(matrices) == 7 * SMALL.n_layers
-    assert all(p is not model.embedding.weight for p in matrices)
 
 
 def test_uneven_masks_accumulated_equal_one_large_batch(model):
@@ -150,6 +98,71 @@ def test_loss_is_the_mean_negative_log_probability_of_the_counted_targets(model)
     assert loss_sum(model, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
+def shared_of(model, newborn=True):
+    """语料只用到编号 0–199 的词表；batch_of 也只用这些。"""
+    return share_row(model, np.arange(200, dtype=np.uint16), newborn)
+
+
+def test_sharing_a_row_gives_the_loss_and_the_gradients_of_the_whole_softmax(model):
+    shared = shared_of(model)
+    assert len(shared.rows) == 256  # 200 个用到的，加上代表的一行，补到 128 的倍数
+    batch = batch_of(4, supervised=0.5)
+    losses, gradients = [], []
+    for way in (None, shared):
+        loss = loss_sum(model, batch, way)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        model.zero_grad()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    table, compact = (g.pop("embedding.weight") for g in gradients)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4)
+    alone = shared.rows[:-1]
+    torch.testing.assert_close(compact[alone], table[alone], atol=1e-4, rtol=1e-3)
+    # 合用的每个词元受到同样的推力，代表的那一行收到它们的和。
+    pushes = table[shared.members]
+    torch.testing.assert_close(pushes, pushes[:1].expand_as(pushes), atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(compact[shared.rows[-1]], pushes.sum(0), atol=1e-5, rtol=1e-4)
+
+
+def test_training_with_a_shared_row_ends_where_training_every_row_ends(model):
+    """AdamW 只看梯度的方向，所以代表的那一行走的，正是每个合用的词元自己会走的路。"""
+    shared = shared_of(model)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    ends = []
+    for way in (None, shared):
+        model.load_state_dict(start)
+        optimizers = build_optimizers(model, SMALL, Device(SMALL), 0.01)
+        for step in range(5):
+            loss_sum(model, batch_of(4, seed=step), way).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if way:
+                way.spread(model)
+        ends.append({name: value.clone() for name, value in model.state_dict().items()})
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, atol=1e-4, rtol=1e-3)
+    assert (ends[1]["embedding.weight"] - start["embedding.weight"]).abs().mean() > 5e-3
+
+
+def test_fine_tuning_shares_only_the_rows_that_are_already_equal(model):
+    assert shared_of(model, newborn=False) is None  # 每一行都不同，没有可以合用的
+    pretrained = share_row(model, np.arange(1000, dtype=np.uint16), newborn=True)
+    before = model.embedding.weight.detach().clone()
+    shared = shared_of(model, newborn=False)
+    assert set(shared.members.tolist()) <= set(pretrained.members.tolist())
+    assert {*range(1000)} <= set(shared.rows.tolist())  # 预训练见过的，各有各的行
+    assert torch.equal(model.embedding.weight, before)
+
+
+def test_a_corpus_that_uses_most_of_the_vocabulary_shares_nothing(model):
+    before = model.embedding.weight.detach().clone()
+    assert share_row(model, np.arange(20000, dtype=np.uint16), newborn=True) is None
+    assert torch.equal(model.embedding.weight, before)
+
+
 class Rows:
     """假的数据：第 r 行由 r 决定。"""
 
@@ -164,6 +177,36 @@ def test_evaluation_counts_every_row_once_whatever_the_batch_size(model):
     results = [evaluate(loss_sum, model, Rows(), size, 1000, Device(SMALL)) for size in (1, 5, 3)]
     assert results[0] == pytest.approx(results[1], rel=1e-6)
     assert results[0] == pytest.approx(results[2], rel=1e-6)  # 5 行分两批，最后一批凑数
+
+
+def test_a_partial_evaluation_uses_the_same_rows_every_time_from_all_over_the_file(model):
+    seen = []
+
+    class Recording(Rows):
+        n_rows = 100
+
+        def get(self, rows):
+            seen.append(rows)
+            return super().get(rows)
+
+    for _ in range(2):
+        evaluate(loss_sum, model, Recording(), 10, 10 * 8, Device(SMALL))
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) == 10
+    assert max(seen[0]) > 50
+
+
+def test_a_missing_checkpoint_names_the_next_command(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"请先运行 python pre_train\.py$"):
+        load(Path("out/tiny/pretrain.pt"), tokenizer)
+    other = tmp_path / "out/wide/pretrain.pt"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    with pytest.raises(UserError, match=r"现有的是 out/wide/pretrain\.pt.*--init_from"):
+        load(Path("out/tiny/pretrain.pt"), tokenizer)
+    with pytest.raises(UserError, match=r"请先运行 python sft_train\.py"):
+        load(Path("out/tiny/sft.pt"), tokenizer)  # 预训练的检查点代替不了
 
 
 def test_checkpoint_describes_itself_and_loads_equal(model, tokenizer, tmp_path):

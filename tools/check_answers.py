@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import idioms
-from config import Config, UserError, option, parse_flags, run_script
+from config import Config, UserError, help_text, option, parse_flags, run_script
 from dataset import is_held_out
 from generate import Sampling, load_for_chat
 from readers import ReadLog
@@ -36,11 +36,18 @@ class Options:
 
 def main() -> None:
     """逐个提问，数一数样子对的有多少。"""
+    if "--help" in sys.argv:
+        print(help_text(Options, "用法：python -m tools.check_answers [--参数 值 …]"))
+        return
     problems: list[str] = []
     options = Options(**parse_flags(Options, sys.argv[1:], problems))
+    if options.n < 1:
+        problems.append(f"--n 必须是正数，得到的是 {options.n}")
     if problems:
         raise UserError("；".join(problems))
     speaker = load_for_chat(Path(options.checkpoint), Device(Config(device="auto")))
+    if speaker.stage != "sft":
+        raise UserError(f"{options.checkpoint} 还没有微调过；请先运行 python sft_train.py")
     tokenizer, fraction = speaker.tokenizer, speaker.config.val_fraction
     entries = idioms.read_entries(idioms.dictionary_file(), ReadLog("builtin"))
     unseen = [e for e in entries if is_held_out(e["explanation"], fraction)]
@@ -49,7 +56,7 @@ def main() -> None:
     for number, entry in enumerate(unseen):
         for kind, (question, form) in QUESTIONS.items():
             asked = question.format(**entry)
-            ids = tokenizer.turn_ids("user", tokenizer.encode(asked)) + tokenizer.reply_prefix()
+            ids = tokenizer.question_ids(asked)
             greedy = Sampling(temp=0, penalty=1.1, max=150)
             answer = tokenizer.decode(speaker.generate(ids, greedy))
             fits = re.fullmatch(form, answer, re.S) is not None

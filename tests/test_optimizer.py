@@ -1,0 +1,67 @@
+"""参数的更新：学习率的曲线，Muon 与官方的一致，每个参数恰好归一个优化器。"""
+
+import itertools
+
+import pytest
+import torch
+
+from config import Config
+from model import Transformer
+from optimizer import Muon, build_optimizers, learning_rate, orthogonalize, total_steps
+from training import Device
+
+SMALL = Config(
+    dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, vocab_size=64,
+    device="cpu", dtype="float32", compile=False,
+)  # fmt: skip
+
+
+def test_learning_rate_rises_stays_and_falls():
+    curve = [learning_rate(step, 100, 0.1, 0.5) for step in range(100)]
+    assert curve[0] == pytest.approx(0.1)
+    assert curve[9:51] == [1.0] * 42
+    assert all(a > b for a, b in itertools.pairwise(curve[50:]))
+    assert 0 < curve[-1] <= 0.02
+    assert learning_rate(0, 1, 0.03, 0.5) > 0  # 只有一步也要学得动
+
+
+def test_total_steps():
+    assert total_steps(7, 3, 100, 10) == 7
+    assert total_steps(None, 1.5, 100, 10) == 15
+    assert total_steps(None, 1, 3, 10) == 1
+
+
+def test_muon_equals_the_one_of_torch_step_by_step():
+    torch.manual_seed(0)
+    shapes = [(6, 10), (10, 6), (6, 10), (8, 8)]
+    ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a = Muon(ours, lr=0.02, weight_decay=0.1, dtype=torch.bfloat16)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, atol=2e-3, rtol=0)  # bf16 的舍入次序不同
+
+
+def test_orthogonalized_singular_values_are_near_one():
+    torch.manual_seed(0)
+    for shape in ((3, 16, 40), (2, 40, 16), (1, 16, 16)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape), torch.float32))
+        assert values.max() < 1.3
+        assert values.min() > 0.2
+
+
+def test_every_parameter_has_exactly_one_optimizer():
+    model = Transformer(SMALL)
+    muon, adamw = build_optimizers(model, SMALL, Device(SMALL), 0.01)
+    groups = [p for o in (muon, adamw) for g in o.param_groups for p in g["params"]]
+    assert sorted(map(id, groups)) == sorted(map(id, model.parameters()))
+    matrices = muon.param_groups[0]["params"]
+    assert all(p.ndim == 2 for p in matrices)
+    assert len(matrices) == 7 * SMALL.n_layers
+    assert all(p is not model.embedding.weight for p in matrices)
