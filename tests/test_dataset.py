@@ -313,7 +313,7 @@ def test_unwritable_data_dir_is_one_sentence(work):
     """data_dir 写不进去：说出是哪里。"""
     (work.folder / "file").write_text("")
     work.config.data_dir = str(work.folder / "file")
-    with pytest.raises(UserError, match="读写失败.*file"):
+    with pytest.raises(UserError, match=r"读写失败.*file"):
         work.prepare()
 
 
