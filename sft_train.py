@@ -78,7 +78,8 @@ def main() -> None:
         f"每步 {rows_per_step * config.seq_len} 个词元"
     )
     if shared:
-        print(f"（词表里有 {len(shared.members)} 个词元语料从没用过，合用词嵌入的一行，只算一次）")
+        n = len(shared.members)
+        print(f"（词表里有 {n} 个词元这份语料从没用过：合用词嵌入的一行，打分只算一次）")
 
     def check(step: int, everything: bool) -> dict:
         """检验，再采样一段给人看；返回检验的结果。"""

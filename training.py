@@ -84,7 +84,9 @@ class Device:
         if self.torch.type == "mps":
             return False  # Inductor 的 MPS 后端还在试验阶段
         if self.torch.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
-            self.notes.append("没有找到 C++ 编译器，跳过 torch.compile：结果一样，慢一些")
+            self.notes.append(
+                "没有找到 C++ 编译器，跳过 torch.compile：结果相近，通常慢一些，也多用些内存"
+            )
             return False
         return True
 
@@ -187,7 +189,11 @@ def loss_sum(model: Transformer, batch: Batch, shared: SharedRow | None = None) 
         logits = model(batch.ids, batch.positions, batch.segments)  # (B, T, V)
     else:
         x = model.hidden(batch.ids, batch.positions, batch.segments)  # (B, T, C)
-        logits = F.linear(x, model.embedding.weight[shared.rows], shared.bias)  # (B, T, R)
+        table = model.embedding.weight[shared.rows]  # (R, C)
+        # 代表的那一行收到 n 份推力之和，只留它自己的一份（exp(-ln n) = 1/n），与逐个训练时一样。
+        own = torch.exp(-shared.bias)[:, None]
+        table = own * table + (1 - own) * table.detach()
+        logits = F.linear(x, table, shared.bias)  # (B, T, R)
         targets = torch.where(targets == IGNORE, IGNORE, shared.column[targets.clamp(min=0)])
     return F.cross_entropy(
         logits.view(-1, logits.size(-1)).float(),  # (B·T, V)
@@ -212,7 +218,7 @@ def compile_if_possible(fn, device: Device):
             except ShortenTraceback as error:
                 device.compile = False
                 reason = str(error).strip().splitlines()[0][:100]
-                print(f"（torch.compile 失败，改为不编译：结果一样，慢一些。原因：{reason}）")
+                print(f"（torch.compile 失败，改为不编译：结果相近，通常慢一些。原因：{reason}）")
         return fn(*args)
 
     return call
