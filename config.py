@@ -177,7 +177,8 @@ def convert(name: str, text: str, kind: type, problems: list[str]) -> Any:
 def help_text(cls: type, usage: str) -> str:
     """列出每个参数的名字、单位、默认值与说明。"""
     types = field_types(cls)
-    lines = [usage, "", "参数（写在命令行上，或改 config.py 里的默认值）："]
+    where = "参数（写在命令行上，或改 config.py 里的默认值）：" if cls is Config else "参数："
+    lines = [usage, "", where]
     for f in fields(cls):
         default = f.default
         if default is None:  # 各预设里的值

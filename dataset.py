@@ -165,8 +165,8 @@ def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None
     for side, name in (("train", "训练"), ("val", "检验")):
         if len(starts[side]) == 1:
             raise UserError(
-                f"{identity['source']} 只有 {log.rows} 条数据，没有一条分到{name}那边；"
-                f"请增加数据，或调整 --val_fraction（现在是 {identity['val_fraction']}）"
+                f"{identity['source']} 的 {log.rows} 条数据碰巧没有一条分到{name}那边；"
+                f"请增加数据，或换一个 --val_fraction（现在是 {identity['val_fraction']}）"
             )
 
     # 一律改名，不在原处改写：正在用旧文件训练的程序，手里的还是旧的那一份。

@@ -26,7 +26,7 @@ from training import Device, load
 class Sampling:
     """怎样从概率里选下一个词元。"""
 
-    temp: float = option(0.6, "温度：越低越稳，越高越野；0 表示总选最可能的")
+    temp: float = option(0.6, "温度：越低越稳，越高越野；0 表示总选最可能的；sft_chat.py 用 0.3")
     top_k: int = option(50, "只从最可能的几个里选；0 表示不限", "个")
     top_p: float = option(0.95, "只从概率之和刚够这么多的最可能的几个里选；1 表示不限")
     min_p: float = option(0.0, "不选概率低于最高者这么多倍的；0 表示不限", "倍")

@@ -48,7 +48,6 @@ def main() -> None:
         print(f"（{note}）")
     out_dir = Path(config.out_dir)
     checkpoint_path = out_dir / "pretrain.pt"
-    save_config(config, out_dir / "pretrain" / "config.json")
 
     # ---------- 2. 数据：一个词元文件，切成等长的行 ----------
     tokenizer = Tokenizer()
@@ -72,7 +71,8 @@ def main() -> None:
     n_params = sum(p.numel() for p in model.parameters())
     print(
         f"模型：{n_params / 1e6:.1f} M 参数；共 {max_steps} 步，"
-        f"每步 {rows_per_step * config.seq_len} 个词元"
+        f"每步 {rows_per_step * config.seq_len} 个词元，"
+        f"合计读 {max_steps * rows_per_step / train.n_rows:.2g} 遍"
     )
     if shared:
         n = len(shared.members)
@@ -92,6 +92,7 @@ def main() -> None:
         return {"val_loss": loss, "val_bpc": bpc}
 
     # ---------- 4. 训练 ----------
+    save_config(config, out_dir / "pretrain" / "config.json")
     metrics = Metrics(out_dir / "pretrain")
     print("第一步之前要编译，约一分钟……" if device.compile else "开始训练……")
     result = check(0, everything=False)

@@ -198,7 +198,8 @@ def _read_jsonl(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
             yield f"第 {number} 行", json.loads(line)
         except (ValueError, RecursionError) as error:
             complete = line.endswith("\n")
-            log.add(f"第 {number} 行", f"不是合法的 JSON（{error}）" if complete else CUT_LINE)
+            reason = str(error).partition(": line")[0]  # 它说的行号是这一行里面的，只会误导
+            log.add(f"第 {number} 行", f"不是合法的 JSON（{reason}）" if complete else CUT_LINE)
 
 
 def _read_array(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ from generate import Sampling, Speaker, is_looping, load_for_chat
 from training import Device
 
 HELP = """\
-  /help              这份说明
+  /help              这份说明；下面的数是举例，只写名字就说出现在的值
   /reset             忘掉前文，重新开始
   /temp 0.6          温度（0：总选最可能的）      /top_k 50     只从最可能的几个里选
   /top_p 0.95        概率之和到此为止             /min_p 0.05   太不可能的不选
@@ -42,7 +42,8 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
         print(help_text(ChatOptions, f"用法：python {script} [--参数 值 …]"))
         raise SystemExit(0)
     problems: list[str] = []
-    options = ChatOptions(**parse_flags(ChatOptions, argv, problems))
+    calm = {"temp": 0.3} if stage == "sft" else {}  # 接龙要活，回答要稳
+    options = ChatOptions(**calm | parse_flags(ChatOptions, argv, problems))
     problems = problems or options.problems()
     devices = next(f.metadata["choices"] for f in fields(ChatOptions) if f.name == "device")
     if options.device not in devices:
@@ -117,6 +118,8 @@ def run(
         answer(options.prompt)
         return
     for text in read_inputs(Path(options.checkpoint).with_name("chat_history")):
+        if text.startswith(("/", "／")):  # 中文输入法打出来的是全角的
+            text = "/" + text[1:].lower()
         command = text.split()[0] if text.startswith("/") else ""
         if command in ("/quit", "/exit"):
             return

@@ -43,7 +43,10 @@ def main() -> None:
             repl.notify(f"（前文太长，忘掉了最早的 {forgotten} 轮）")
         turns = remembered
         ids = [i for turn in turns for i in turn] + tokenizer.reply_prefix()
-        turns.append(tokenizer.turn_ids("assistant", repl.stream(speaker, ids, options)))
+        if reply := repl.stream(speaker, ids, options):
+            turns.append(tokenizer.turn_ids("assistant", reply))
+        else:
+            turns.pop()  # 一个字也没答的提问不留着，免得它接着答上一句
 
     repl.run(options, speaker, answer, reset=lambda: turns.clear())
 

@@ -43,12 +43,14 @@ def main() -> None:
     model, pretrained, checkpoint = load(Path(config.init_from), tokenizer)
     inherit(config, origins, pretrained, config.init_from)
     print(f"微调 · {device.describe()}\n{describe(config, origins)}")
-    print(f"起点：{config.init_from}，检验 {checkpoint['val_bpc']:.3f} 比特每字")
+    print(
+        f"起点：{config.init_from}（{checkpoint['stage']} 阶段，第 {checkpoint['step']} 步，"
+        f"检验 {checkpoint['val_bpc']:.3f} 比特每字）"
+    )
     for note in device.notes:
         print(f"（{note}）")
     out_dir = Path(config.out_dir)
     checkpoint_path = out_dir / "sft.pt"
-    save_config(config, out_dir / "sft" / "config.json")
 
     # ---------- 2. 数据：一个词元文件，几段对话拼成一行 ----------
     data = prepare(config.sft_data, "sft", tokenizer, config)
@@ -75,7 +77,8 @@ def main() -> None:
     n_params = sum(p.numel() for p in model.parameters())
     print(
         f"模型：{n_params / 1e6:.1f} M 参数；共 {max_steps} 步，"
-        f"每步 {rows_per_step * config.seq_len} 个词元"
+        f"每步 {rows_per_step * config.seq_len} 个词元，"
+        f"合计读 {max_steps * rows_per_step / train.n_rows:.2g} 遍"
     )
     if shared:
         n = len(shared.members)
@@ -96,6 +99,7 @@ def main() -> None:
         return {"val_loss": loss, "val_bpc": bpc}
 
     # ---------- 4. 训练 ----------
+    save_config(config, out_dir / "sft" / "config.json")
     metrics = Metrics(out_dir / "sft")
     print("第一步之前要编译，约一分钟……" if device.compile else "开始训练……")
     result = check(0, everything=False)

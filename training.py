@@ -328,7 +328,7 @@ def what_to_do_without(path: Path) -> str:
 
 
 def inherit(config: Config, origins: dict[str, str], source: Config, path: str) -> None:
-    """微调时，形状与留出的比例取自预训练的检查点；明确指定过、又不相同的，一次报告。
+    """微调时，形状取自预训练的检查点；明确指定过、又不相同的，一次报告。
 
     Args:
         config: 会被就地改成与检查点一致。
@@ -339,7 +339,9 @@ def inherit(config: Config, origins: dict[str, str], source: Config, path: str) 
     if config.preset != source.preset:
         raise UserError(f"{path} 是 {source.preset} 预设的；请加上 --preset {source.preset}")
     conflicts = []
-    for name in (*SHAPE, "val_fraction"):
+    # 两个阶段读的是同一部词典时，留出的必须是同样的成语；自己的对话，留多少由自己定。
+    held_out = ("val_fraction",) if config.sft_data == source.data else ()
+    for name in (*SHAPE, *held_out):
         mine, theirs = getattr(config, name), getattr(source, name)
         explicit = origins[name] == "命令行" or (
             origins[name] == "config.py" and name in PER_PRESET

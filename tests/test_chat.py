@@ -123,10 +123,11 @@ def test_what_cannot_be_answered_ends_a_script_but_not_a_chat(tokenizer, monkeyp
 
 
 def test_words_after_a_command_do_not_hide_it(monkeypatch, capsys):
-    monkeypatch.setattr(repl, "read_inputs", lambda history: iter(["/reset 吧", "/quit 了", "x"]))
+    lines = ["/reset 吧", "／RESET", "/quit 了", "x"]  # 全角的斜线是中文输入法打的
+    monkeypatch.setattr(repl, "read_inputs", lambda history: iter(lines))
     answered, resets = [], []
     run(ChatOptions(checkpoint="x/sft.pt"), None, answered.append, lambda: resets.append(1))
-    assert (answered, resets) == ([], [1])
+    assert (answered, resets) == ([], [1, 1])
 
 
 def test_quit_reset_and_commands_are_not_answered(tokenizer, monkeypatch, capsys):

@@ -268,12 +268,17 @@ def test_full_disk_keeps_the_previous_checkpoint(model, tokenizer, tmp_path):
 
 
 def test_sft_takes_its_shape_from_the_checkpoint():
-    changed = {"preset": "tiny", "n_layers": 5, "dim": 64, "max_len": 200, "val_fraction": 0.1}
+    changed = {"preset": "tiny", "n_layers": 5, "dim": 64, "max_len": 200, "val_fraction": 0.1,
+               "data": "builtin"}  # fmt: skip
     source = Config(**{**vars(SMALL), **changed, "lr": 0.1})
     config, origins = load_config("sft", ["--preset", "tiny"])
     inherit(config, origins, source, "x.pt")
     assert (config.n_layers, config.dim, origins["dim"]) == (5, 64, "检查点")
     assert config.val_fraction == 0.1  # 预训练没见过的，微调也不许见
+    own, own_origins = load_config("sft", ["--data", "my.jsonl", "--val_fraction", "0.2"])
+    own.preset = "tiny"
+    inherit(own, own_origins, source, "x.pt")
+    assert own.val_fraction == 0.2  # 自己的对话，留多少由自己定
     assert config.sft_lr == pytest.approx(0.02)  # 预训练真正用过的 lr 的五分之一
     assert config.seq_len == 200  # 预设的 256 放不进这个模型
     config, origins = load_config("sft", ["--preset", "deep"])
