@@ -179,13 +179,7 @@ class Transformer(nn.Module):
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.feed_forward.down.weight)
 
-    def forward(
-        self,
-        ids: Tensor,
-        positions: Tensor | None = None,
-        segments: Tensor | None = None,
-        cache=None,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, positions=None, segments=None, cache=None) -> Tensor:
         """每个位置上，下一个词元的打分（未归一的对数概率）：(B, T) -> (B, T, V)，参数同 `hidden`。
 
         输出与词嵌入共用一张表（arXiv 1608.05859）：打分就是与每个词元的嵌入作内积。

@@ -212,6 +212,7 @@ def compile_if_possible(fn, device: Device):
     compiled = torch.compile(fn, dynamic=False)
 
     def call(*args):
+        """编译过的 fn；编译失败过一次，以后都用原来的。"""
         if device.compile:
             try:
                 return compiled(*args)

@@ -641,7 +641,7 @@ def questions_and_answers(file: TokenFile, side: str, tokenizer: Tokenizer):
     first_end = first_end[np.searchsorted(first_end, starts[:-1])]
     last_start = np.flatnonzero(tokens == tokenizer.bos_id)
     last_start = last_start[np.searchsorted(last_start, starts[1:]) - 1]
-    questions = {tokens[s + 2 : e].tobytes() for s, e in zip(starts, first_end, strict=False)}
+    questions = {tokens[s + 2 : e].tobytes() for s, e in zip(starts[:-1], first_end, strict=True)}
     answers = {tokens[s + 2 : e - 1].tobytes()
                for s, e in zip(last_start, starts[1:], strict=True)}  # fmt: skip
     return questions, answers
