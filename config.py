@@ -7,7 +7,10 @@
 import difflib
 import json
 import os
+import re
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,9 +21,12 @@ class UserError(ValueError):
     """用户能改正的错误：说明发生了什么、是哪个值、现在该做什么。脚本把它印成一句话。"""
 
 
-def option(default: Any, help: str, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """一个配置项：默认值、中文说明、单位、可选值。"""
-    return field(default=default, metadata={"help": help, "unit": unit, "choices": choices})
+def option(
+    default: Any, help: str, unit: str = "", choices: tuple[str, ...] = (), auto: bool = False
+) -> Any:
+    """一个配置项：默认值、中文说明、单位、可选值；数字也可以写成 "auto" 的，auto 为真。"""
+    metadata = {"help": help, "unit": unit, "choices": choices, "auto": auto}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -58,7 +64,12 @@ class Config:
     norm_eps: float = option(1e-6, "归一化时防止除以零的小数")
 
     # 一步训练多少词元：batch_size × seq_len × grad_accum
-    batch_size: int | None = option(None, "一次前向的行数；显存不够就减半，grad_accum 加倍", "行")
+    batch_size: int | None = option(
+        None,
+        "一次前向的行数；显存不够就减半，grad_accum 加倍；auto：在显卡上试出来，每步的行数不变",
+        "行",
+        auto=True,
+    )
     seq_len: int | None = option(None, "每行的长度，不超过 max_len", "词元")
     grad_accum: int | None = option(None, "梯度累积：几次前向合成一步", "次")
     isolate_documents: bool | None = option(None, "同一行里的几篇文档互相看不见；文档短时更好")
@@ -73,6 +84,11 @@ class Config:
 
     # 设备
     device: str = option("auto", "设备", choices=("auto", "cuda", "mps", "cpu"))
+    parallel: str = option(
+        "ddp",
+        "多个进程时：ddp 每个进程一份完整的模型；fsdp 把模型分开放，一块显卡放不下时用",
+        choices=("ddp", "fsdp"),
+    )
     dtype: str = option(
         "auto",
         "矩阵乘法的精度；auto：硬件支持就用 bfloat16",
@@ -84,13 +100,21 @@ class Config:
     val_fraction: float = option(0.03, "留出多大比例的文档不训练，只用来检验")
     eval_tokens: int = option(16384, "每次检验最多用多少词元；最后一次用十倍", "词元")
     eval_every: int | None = option(
-        None, "每隔多少步检验、采样并保存一次；默认全程十次，至多隔 500 步", "步"
+        None, "每隔多少步检验并采样一次；默认全程十次，至多隔 500 步", "步"
+    )
+    save_every: float | None = option(
+        None, "每隔多少秒保存一次；默认 60，磁盘慢就自动少存，保存占用的时间不超过 2%", "秒"
     )
     prompt: str = option("守株待兔：", "预训练时用来采样的固定开头")
     sft_prompt: str = option("守株待兔是什么意思？", "微调时用来采样的固定问题")
     data_dir: str = option("data", "下载的数据与词元文件放在哪里")
     out_dir: str | None = option(None, "检查点与记录放在哪里；默认 out/预设名")
     init_from: str | None = option(None, "从哪个预训练检查点开始微调；默认 out_dir/pretrain.pt")
+    resume: bool = option(False, "接着 out_dir 里最新的检查点练；其余设置取自检查点，不必再写")
+    allow_changes: bool = option(
+        False, "接着练时允许改学习率、步数等；结果与不中断的那一次不再相同"
+    )
+    overwrite: bool = option(False, "从头练，盖掉 out_dir 里已有的训练")
 
 
 BOTH_STAGES = ("data", "prompt", "lr", "max_steps", "epochs")  # 微调的那一份前面加 sft_
@@ -131,6 +155,7 @@ def parse_flags(cls: type, argv: list[str], problems: list[str]) -> dict[str, An
         problems: 收集问题，一条一句。
     """
     types = field_types(cls)
+    may_be_auto = {f.name for f in fields(cls) if f.metadata["auto"]}
     given: dict[str, Any] = {}
     rest = list(argv)
     while rest:
@@ -151,7 +176,9 @@ def parse_flags(cls: type, argv: list[str], problems: list[str]) -> dict[str, An
             problems.append(f"参数 --{name} 后面要跟一个值")
         else:
             text = value if has_value else rest.pop(0)
-            if (value := convert(name, text, types[name], problems)) is not None:
+            if name in may_be_auto and text == "auto":
+                given[name] = text
+            elif (value := convert(name, text, types[name], problems)) is not None:
                 given[name] = value
     return given
 
@@ -250,6 +277,8 @@ def fill_in(config: Config, origins: dict[str, str]) -> None:
         on_gpu = config.device in ("auto", "cuda") and has_cuda()
         fill("preset", "wide" if on_gpu else "tiny", "自动")
     preset = dict(PRESETS[config.preset])
+    if config.batch_size == "auto":  # 一大批有多少行由预设决定，训练脚本再试出怎样分成小批
+        fill("batch_size", preset["batch_size"], "auto")
     for steps, epochs in STEPS_OR_EPOCHS:
         if getattr(config, epochs) is not None:
             preset.pop(steps, None)  # 用户指定了遍数，预设的步数便不作数
@@ -288,7 +317,7 @@ def check_types(config: Config, problems: list[str]) -> set[str]:
         if kind is float and type(value) is int:
             value = float(value)
             setattr(config, f.name, value)
-        if value is None and f.default is None:
+        if (value is None and f.default is None) or (f.metadata["auto"] and value == "auto"):
             continue
         if type(value) is not kind:
             problems.append(f"{f.name} 要的是 {kind.__name__}，得到的是 {value!r}")
@@ -327,6 +356,11 @@ def check_values(c: Config, problems: list[str], wrong: set[str]) -> None:
         "val_fraction",
         lambda: 0 < c.val_fraction < 0.5,
         f"val_fraction 必须在 0 与 0.5 之间，得到的是 {c.val_fraction}",
+    )
+    require(
+        "save_every",
+        lambda: c.save_every is None or 0 <= c.save_every < float("inf"),
+        f"save_every 不能是负数，得到的是 {c.save_every}",
     )
     require("seed", lambda: 0 <= c.seed < 2**63, f"seed 必须在 0 与 2^63 之间，得到的是 {c.seed}")
     require(
@@ -387,7 +421,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """运行脚本的 main()；用户的错误印成一句话，退出码 2；Ctrl-C 的退出码是 130。"""
+    """运行脚本的 main()；用户的错误印成一句话，退出码 2；Ctrl-C 是 130，SIGTERM 是 143。"""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # 启动时就被关掉了（<&-）
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
@@ -395,10 +429,13 @@ def run_script(main: Callable[[], None]) -> None:
             getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
     if hasattr(sys.stdout, "reconfigure"):  # 输出接到文件或管道时，也写一行看得到一行
         sys.stdout.reconfigure(line_buffering=True)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
     except UserError as error:
-        print(f"错误：{error}", file=sys.stderr)
+        who = f"第 {rank} 个进程" if (rank := os.environ.get("RANK", "0")) != "0" else ""
+        print(f"{who}错误：{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\n已中断", file=sys.stderr)
@@ -413,8 +450,11 @@ def run_script(main: Callable[[], None]) -> None:
         )
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        torch_says = any(words in str(error) for words in ("out of memory", "allocate memory"))
-        if isinstance(error, RuntimeError) and not torch_says:
-            raise
-        print("错误：内存不够；请把 --batch_size 减半、--grad_accum 加倍", file=sys.stderr)
-        sys.exit(2)
+        says = str(error)
+        if isinstance(error, MemoryError) or "out of memory" in says or "allocate memory" in says:
+            print("错误：内存不够；请把 --batch_size 减半、--grad_accum 加倍", file=sys.stderr)
+            sys.exit(2)
+        if "WORLD_SIZE" in os.environ and re.search("gloo|nccl|onnection", says, re.IGNORECASE):
+            print("错误：与别的进程断了联系，结束；原因请看最先出错的那个进程", file=sys.stderr)
+            sys.exit(1)
+        raise

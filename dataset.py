@@ -12,13 +12,15 @@ import hashlib
 import inspect
 import json
 import os
+import time
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ from config import Config, UserError
 from readers import ReadLog, Record
 from tokenizer import Tokenizer
 
-FORMAT = 1  # 词元文件的格式变了就加一，旧文件会自动重做
+FORMAT = 2  # 词元文件的格式变了就加一，旧文件会自动重做
 CHUNK = 2048  # 一次最多分词多少篇
 CHUNK_CHARACTERS = 1 << 20  # 一次最多分词多少字：分词时一个字要占一百多字节
 IGNORE = -100  # 不算损失的目标
@@ -49,12 +51,15 @@ class TokenFile(NamedTuple):
 # ---------- 1. 词元文件 ----------
 
 
-def prepare(source: str, stage: str, tokenizer: Tokenizer, config: Config) -> TokenFile:
+def prepare(
+    source: str, stage: str, tokenizer: Tokenizer, config: Config, wait: bool = False
+) -> TokenFile:
     """把数据变成词元文件；来源、分词器、划分都没变时，用上次的。
 
     Args:
         source: "builtin" 或文件路径。
         stage: "pretrain" 读成文档，"sft" 读成对话。
+        wait: 真时自己不做，等同一台机器上的第 0 个进程做好。
     Raises:
         UserError: 数据不能用，并说明该怎么办。
     """
@@ -75,22 +80,43 @@ def prepare(source: str, stage: str, tokenizer: Tokenizer, config: Config) -> To
     if (ready := _load(base, identity, path)) is not None:
         print(f"数据：沿用 {base}.*（{_summary(ready.card)}）")
         return ready
+    while wait:
+        time.sleep(0.2)
+        if (ready := _load(base, identity, path)) is not None:
+            return ready
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _build(base, identity, path, tokenizer)
-        finally:
-            for part in base.parent.glob(f"{base.name}.*.{os.getpid()}.part"):
-                part.unlink()
+        with only_one(Path(f"{base}.lock")):
+            if (ready := _load(base, identity, path)) is None:  # 等的时候也许别人做好了
+                try:
+                    _build(base, identity, path, tokenizer)
+                finally:
+                    for part in base.parent.glob(f"{base.name}.*.part"):
+                        part.unlink()
     except OSError as error:
         raise UserError(
             f"准备数据时读写失败（{error.strerror}：{error.filename or base.parent}）；"
             f"请检查权限与剩余的空间"
         ) from error
-    ready = _load(base, identity, path)
+    ready = ready or _load(base, identity, path)
     assert ready is not None, f"刚写好的词元文件读不回来：{base}"
     print(f"数据：写好 {base}.*（{_summary(ready.card)}）")
     return ready
+
+
+@contextmanager
+def only_one(lock_file: Path) -> Iterator[None]:
+    """同时只有一个程序做这件事，别的等着；程序死了，系统会替它松手。"""
+    lock = filelock.FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print("（另一个程序正在准备这份数据，等它做完……）")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def code_fingerprint() -> str:
@@ -142,8 +168,8 @@ def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None
     starts = {side: array("q", [0]) for side in SIDES}  # 64 位整数，一千万篇也只有 80 MB
     n_targets, characters = dict.fromkeys(SIDES, 0), dict.fromkeys(SIDES, 0)
     unknown = 0
-    # 临时文件的名字里有进程号：两个程序同时准备同一份数据，也互不妨碍。
-    parts = {side: Path(f"{base}.{side}.{os.getpid()}.part") for side in SIDES}
+    digests = {side: hashlib.sha256() for side in SIDES}  # 接着练时，据此确认数据没有变
+    parts = {side: Path(f"{base}.{side}.part") for side in SIDES}
     size = path.stat().st_size
     with ExitStack() as stack:
         outputs = {side: stack.enter_context(part.open("wb")) for side, part in parts.items()}
@@ -152,6 +178,7 @@ def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None
             for record, (ids, targets, text) in zip(chunk, encode(chunk, tokenizer), strict=True):
                 side = "val" if is_held_out(record.key, identity["val_fraction"]) else "train"
                 outputs[side].write(ids.tobytes())
+                digests[side].update(ids.tobytes())
                 starts[side].append(starts[side][-1] + len(ids))
                 n_targets[side] += targets
                 characters[side] += len(text)
@@ -182,7 +209,9 @@ def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None
         card[f"{side}_tokens"] = starts[side][-1]
         card[f"{side}_targets"] = n_targets[side]  # 要猜的词元数，与它们写出的字数：
         card[f"{side}_characters"] = characters[side]  # 由此换算每个字的比特数
-    part = Path(f"{base}.json.{os.getpid()}.part")
+        digests[side].update(starts[side])
+        card[f"{side}_sha256"] = digests[side].hexdigest()
+    part = Path(f"{base}.json.part")
     part.write_text(json.dumps(card, ensure_ascii=False, indent=2), encoding="utf-8")
     os.replace(part, f"{base}.json")
 

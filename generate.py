@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from checkpoint import load
 from config import Config, option
 from model import Transformer
 from tokenizer import Tokenizer
-from training import Device, load
+from training import Device
 
 
 @dataclass

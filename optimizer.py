@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from config import Config
+from distributed import is_sharded, shard_like
 from model import Transformer
 from training import Device
 
@@ -71,12 +72,14 @@ class Muon(torch.optim.Optimizer):
                         state["momentum"] = torch.zeros_like(p)
                     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov
+                # 模型分开放时（FSDP），正交化要先把矩阵凑齐；结果各取各的。
+                updates = [u.full_tensor() if is_sharded(u) else u for u in updates]
                 size = 0.2 * max(shape) ** 0.5  # 使更新的均方根与 AdamW 的相当
                 for p, update in zip(
                     params, orthogonalize(torch.stack(updates), self.dtype), strict=True
                 ):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * size)
+                    p.add_(shard_like(update, p), alpha=-group["lr"] * size)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:

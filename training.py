@@ -1,37 +1,45 @@
 """两个训练脚本必须做得一模一样的事；训练的故事本身在 pre_train.py 与 sft_train.py 里。
 
-    Device        用哪个设备、哪种精度，能不能编译
-    loss_sum      一批数据的损失之和
-    SharedRow     语料里从没出现过的词元合用一行，词表那一层少算几倍
-    evaluate      在留出的文档上检验
-    save / load   检查点
-    Metrics       逐步的记录与损失曲线
+    Device          用哪个设备、哪种精度，能不能编译
+    loss_sum        一批数据的损失之和
+    SharedRow       语料里从没出现过的词元合用一行，词表那一层少算几倍
+    evaluate        在留出的文档上检验
+    Stop            Ctrl-C 与 kill：做完这一步，存好了再走
+    skip_step       损失或梯度不是有限的数：这一步不更新
+    memory_advice   内存不够：该改哪个，能省多少
+    Metrics         逐步的记录与损失曲线
 
-参数怎样更新见 optimizer.py。本文件不认识分词之前的文字，也不决定训练的次序。
+参数怎样更新见 optimizer.py，检查点见 checkpoint.py，几个进程怎样合作见 distributed.py。
+本文件不认识分词之前的文字，也不决定训练的次序。
 """
 
 import ctypes
+import itertools
 import json
 import math
 import os
 import platform
 import shlex
 import shutil
+import signal
+import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from config import PER_PRESET, SHAPE, Config, UserError
+from checkpoint import Folder, Progress, write
+from config import Config, UserError
 from dataset import IGNORE, Batch, row_order, used_ids
+from distributed import World
 from model import Transformer
-from tokenizer import Tokenizer
 
 # ---------- 1. 设备与精度 ----------
 
@@ -40,26 +48,42 @@ class Device:
     """这次运行用的设备、精度与编译与否；`notes` 是该告诉用户的话。
 
     Args:
-        config: 用到 device、dtype、compile。
+        config: 用到 device、dtype、compile、parallel。
+        world: 多个进程时，每个进程用自己的那块显卡。
     Raises:
         UserError: 指定的设备不存在，或不支持指定的精度。
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, world: World | None = None):
         self.notes: list[str] = []
+        self.world = world or World()
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         name = config.device
         if name == "auto":
             name = next((d for d, there in available.items() if there), "cpu")
         if not available.get(name, True):
             raise UserError(f"这台机器上没有 {name}；请去掉 --device，或改成 --device cpu")
-        self.torch = torch.device(name)
+        self.torch = self._my_own(name) if self.world.launched else torch.device(name)
         if name == "cpu":
             keep_freed_memory()
         self.dtype = self._choose_dtype(config.dtype)
         self.compile = config.compile and self._can_compile()
+        if self.compile and self.world.size > 1 and config.parallel == "fsdp":
+            self.compile = False
+            self.notes.append("--parallel fsdp 时不编译")
         # fp16 的梯度太小会变成 0：先放大损失，更新前再缩回去。
         self.scaler = torch.amp.GradScaler(name, enabled=self.dtype == torch.float16)
+
+    def _my_own(self, name: str) -> torch.device:
+        """torchrun 启动的第 local_rank 个进程，用第 local_rank 块显卡。"""
+        if name == "mps" and self.world.size > 1:
+            raise UserError("多个进程只能用 NVIDIA 显卡或 CPU；请加上 --device cpu")
+        if name != "cuda":
+            return torch.device(name)
+        if self.world.local_rank >= (n := torch.cuda.device_count()):
+            raise UserError(f"这台机器有 {n} 块显卡，启动的进程比显卡多；请用 --nproc_per_node={n}")
+        torch.cuda.set_device(self.world.local_rank)
+        return torch.device(name, self.world.local_rank)
 
     def _choose_dtype(self, wanted: str) -> torch.dtype:
         kind = self.torch.type
@@ -99,7 +123,10 @@ class Device:
     def describe(self) -> str:
         """例如「cpu · float32 · torch.compile」。"""
         name = torch.cuda.get_device_name() if self.torch.type == "cuda" else self.torch.type
-        return f"{name} · {str(self.dtype)[6:]} · {'torch.compile' if self.compile else '不编译'}"
+        parts = [name, str(self.dtype)[6:], "torch.compile" if self.compile else "不编译"]
+        if self.world.size > 1:
+            parts.append(f"{self.world.size} 个进程")
+        return " · ".join(parts)
 
 
 def keep_freed_memory() -> None:
@@ -137,7 +164,7 @@ class SharedRow(NamedTuple):
         rows: 要算打分的 R 个编号 (R,)，最后一个代表所有合用的。
         column: 每个编号的打分在第几列 (V,)，取值 0 … R-1。
         bias: 加在各列上的数 (R,)：最后一列是 ln n，其余是 0。
-        members: 合用一行的 n 个编号 (n,)。
+        members: 没出现过的全部编号；为了凑整，其中有几个另外算打分，值仍与代表的一行相同。
     """
 
     rows: Tensor
@@ -173,7 +200,7 @@ def share_row(model: Transformer, tokens: np.ndarray, newborn: bool) -> SharedRo
     bias[-1] = math.log(len(weight) - n_rows + 1)
     column = torch.empty_like(order)
     column[order] = torch.arange(len(weight), device=weight.device).clamp(max=n_rows - 1)
-    shared = SharedRow(order[:n_rows], column, bias, order[n_rows - 1 :])
+    shared = SharedRow(order[:n_rows], column, bias, order[len(weight) - int(unused.sum()) :])
     shared.spread(model)
     return shared
 
@@ -227,170 +254,297 @@ def compile_if_possible(fn, device: Device):
 
 @torch.no_grad()
 def evaluate(loss_fn, model, batches, batch_size: int, max_tokens: int, device: Device) -> float:
-    """留出数据上每个目标的平均损失（奈特）。
+    """留出数据上每个目标的平均损失（奈特）；几个进程分着做，合起来算。
 
     只够检验一部分时，用的是打乱之后的开头若干行：每次都是同样的行，而且不偏向文件的前一段。
     """
     n_rows = min(batches.n_rows, -(-max_tokens // batches.seq_len))
     rows = row_order(batches.n_rows, seed=0, epoch=0)[:n_rows].tolist()
     total, count = 0.0, 0
-    for first in range(0, n_rows, batch_size):
-        wanted = rows[first : first + batch_size]
+    for first in range(0, n_rows, batch_size * device.world.size):
+        mine = first + batch_size * device.world.rank
+        wanted = rows[mine : min(mine + batch_size, n_rows)]
         # 最后一批用重复的行凑满：形状不变，编译过的代码才能沿用；凑数的行不算。
-        batch = batches.get(wanted + wanted[:1] * (batch_size - len(wanted)))
+        batch = batches.get(wanted + rows[:1] * (batch_size - len(wanted)))
         batch.targets[len(wanted) :] = IGNORE
         count += int((batch.targets != IGNORE).sum())
         with device.autocast():
             total += loss_fn(model, batch.to(device.torch)).item()
+    total, count = device.world.sum(total, count)
     return total / count
 
 
-# ---------- 3. 检查点 ----------
-
-FORMAT = 1
+# ---------- 3. 出了意外 ----------
 
 
-def save(path: Path, model: Transformer, config: Config, tokenizer: Tokenizer, **facts) -> None:
-    """写检查点：先写临时文件并落盘，再改名；断电时要么是旧的，要么是新的。
+class Stop:
+    """Ctrl-C、kill 与断线：第一次只记下来，做完这一步、存好了再走；第二次立刻退出。
+
+    从走完第一步起才生效：在那之前没有什么要存，照平常那样立刻中断。
+    `signal` 是收到的信号，0 表示没有。
+    """
+
+    SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
+    def __init__(self, world: World):
+        self.world, self.signal, self.watching = world, 0, False
+
+    def watch(self) -> None:
+        """从现在起留心信号；nohup 等事先要求忽略的，仍然忽略。"""
+        if self.watching:
+            return
+        self.watching = True
+        for number in self.SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._caught)
+
+    def _caught(self, number: int, frame) -> None:
+        self.signal = number
+        # torchrun 会把同一个 Ctrl-C 再转发一次，不能当成第二次；它自己等 30 秒，再不走就杀掉。
+        again = signal.SIG_IGN if self.world.launched else signal.SIG_DFL
+        for known in self.SIGNALS:
+            signal.signal(known, again)
+        if number == getattr(signal, "SIGHUP", None):  # 终端没了，再往上面写会出错
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
+        if self.world.rank == 0:  # 信号随时会来，这时只有 os.write 是安全的
+            again = "" if self.world.launched else "；再按一次，立刻退出"
+            os.write(2, f"\n（做完这一步就保存并退出{again}）\n".encode())
+
+    def leave(self, folder: Folder, progress: Progress, max_steps: int, saved: bool) -> NoReturn:
+        """说清停在哪里、怎样接着练，然后退出；退出码是 128 加信号，与系统的约定相同。"""
+        where = f"已经存进 {folder.path}" if saved else f"没有存下，{folder.path} 是早先的"
+        print(
+            f"停在第 {progress.step} 步，共 {max_steps} 步；{where}。\n"
+            f"接着练：{folder.how_to_resume}"
+        )
+        self.world.disconnect()
+        sys.exit(128 + (self.signal or signal.SIGTERM))
+
+
+def skip_step(
+    progress: Progress, loss: float, batches: list[list[int]], losses: list[float], n_rows: int,
+    scaler: torch.amp.GradScaler,
+) -> dict:  # fmt: skip
+    """损失或梯度不是有限的数：这一步不更新，记下是哪些数据。
 
     Args:
-        facts: 一并记下的事实，例如 stage、step、tokens、val_loss。
-    Raises:
-        UserError: 磁盘写不进去。
-    """
-    checkpoint = {
-        "format": FORMAT,
-        "config": asdict(config),
-        "tokenizer": tokenizer.fingerprint(),
-        "model": {name: p.detach().cpu() for name, p in model.state_dict().items()},
-        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
-        **facts,
-    }
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # 写到一半磁盘满了，torch 报的是 RuntimeError
-        part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"写不了检查点 {path}（{reason}）；请腾出空间或检查权限") from error
-
-
-def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[str, Any]]:
-    """读检查点，建好模型（在 CPU 上）。形状取自检查点，一个参数都不许对不上。
-
+        loss: 整个大批的损失；有限，便是梯度的错。
+        batches: 我的各个小批用的行。
+        losses: 各小批的损失。
+        n_rows: 一遍的行数。
     Returns:
-        (model, config, checkpoint)
-    Raises:
-        UserError: 文件不存在、已损坏，或与这个程序、这个分词器不配。
+        写进记录的几项。
     """
-    if not path.is_file():
-        raise UserError(f"找不到检查点 {path}；{what_to_do_without(path)}")
-    try:
-        with path.open("rb"):  # 没有权限不等于文件坏了
-            pass
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        found = checkpoint["format"]
-    except PermissionError as error:
-        raise UserError(f"读不了 {path}（{error.strerror}）；请检查权限") from error
-    except Exception as error:  # torch.load 对坏文件抛出的异常种类繁多，没有共同的基类
-        raise UserError(f"{path} 不是完好的检查点（{type(error).__name__}）；请重新训练") from error
-    if found != FORMAT:
-        raise UserError(f"{path} 的格式是 {found}，这个程序只认识 {FORMAT}；请更新程序或重新训练")
-    if checkpoint["tokenizer"] != tokenizer.fingerprint():
-        raise UserError(f"{path} 是用另一个分词器训练的；请换回当时的 tokenizer.py，或重新训练")
-    names = {f.name for f in fields(Config)}
-    config = Config(**{k: v for k, v in checkpoint["config"].items() if k in names})
-    model = Transformer(config)
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UserError(f"{path} 的参数与它的配置对不上（{reason}）") from error
-    return model, config, checkpoint
-
-
-def what_to_do_without(path: Path) -> str:
-    """缺了这个检查点，下一步该做什么：先训练，还是指定已有的另一个。"""
-    others = "、".join(sorted(map(str, Path("out").glob(f"*/{path.name}"))))
-    if path.name == "sft.pt":
-        return (
-            f"现有的是 {others}，请用 --checkpoint 指定"
-            if others
-            else ("请先运行 python sft_train.py（之前还要 python pre_train.py）")
+    progress.skipped += 1
+    progress.skipped_in_a_row += 1
+    bad = [rows for rows, x in zip(batches, losses, strict=True) if not math.isfinite(x)]
+    rows = sorted(itertools.chain(*(bad or batches)))
+    epoch = progress.step * sum(map(len, batches)) // n_rows
+    # fp16 的梯度偶尔溢出是正常的：scaler 会把放大的倍数减半，不必说。
+    if not (scaler.is_enabled() and math.isfinite(loss)):
+        what = "梯度" if math.isfinite(loss) else "损失"
+        shown = "、".join(map(str, rows[:8])) + ("……" if len(rows) > 8 else "")
+        tqdm.write(
+            f"（第 {progress.step + 1} 步的{what}不是有限的数，没有更新；"
+            f"用的数据：第 {epoch + 1} 遍，训练数据的第 {shown} 行）"
         )
-    if others:
-        return f"现有的是 {others}，请用 --checkpoint（微调时用 --init_from）指定"
-    return "请先运行 python pre_train.py"
+    return {"skipped_rows": rows}
 
 
-def inherit(config: Config, origins: dict[str, str], source: Config, path: str) -> None:
-    """微调时，形状取自预训练的检查点；明确指定过、又不相同的，一次报告。
+def too_many_skipped(progress: Progress, scaler: torch.amp.GradScaler) -> bool:
+    """接连几步都不是有限的数，就不会自己好了；fp16 开头要试好几次才知道放大多少倍合适。"""
+    return progress.skipped_in_a_row >= (20 if scaler.is_enabled() else 3)
+
+
+def diverged(state: dict, folder: Folder, progress: Progress, lr_flag: str, lr: float) -> UserError:
+    """训练发散了：另存此刻的状态，不碰好的检查点；说清该改哪个。"""
+    broken = folder.path.with_name(f"{folder.path.stem}.diverged.pt")
+    where = f"出事时的状态存在 {broken}，供查看"
+    if folder.world.rank == 0:
+        try:
+            write(broken, state)
+        except UserError as error:
+            where = str(error)
+    advice = f"{lr_flag} {lr / 3:.2g}（现在是 {lr:g}）"
+    if folder.path.exists():
+        todo = f"请从上一个检查点起改小学习率：{folder.how_to_resume} --allow_changes {advice}"
+    else:
+        todo = f"还没有存过检查点，请改小学习率重新开始：{advice}"
+    return UserError(
+        f"接连 {progress.skipped_in_a_row} 步的损失或梯度不是有限的数，停在第 {progress.step} 步；"
+        f"{where}。{todo}；也可以减小 --grad_clip，或检查上面说的那几行数据"
+    )
+
+
+@contextmanager
+def memory_advice(config: Config, model: Transformer):
+    """这里面如果内存不够，换成一句话：哪个设置占了多少，改成多少能省多少。"""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(config, model) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """是不是内存或显存不够；PyTorch 在 CPU 上抛出的只是 RuntimeError。"""
+    words = ("out of memory", "allocate memory")
+    return isinstance(error, MemoryError) or any(w in str(error) for w in words)
+
+
+def out_of_memory(config: Config, model: Transformer) -> UserError:
+    """内存不够时该说的话；大小是估计的，见 `memory_needed`。"""
+    fixed, per_row = memory_needed(config, model)
+    half, double = max(1, config.batch_size // 2), config.grad_accum * 2
+    gb = 1 / 1e9
+    sentence = (
+        f"内存不够：参数、梯度与优化器约占 {fixed * gb:.1f} GB，"
+        f"一次前向的 {config.batch_size} 行约占 {config.batch_size * per_row * gb:.1f} GB（估计）。"
+    )
+    if config.batch_size > 1:
+        saved = (config.batch_size - half) * per_row * gb
+        same = f"--batch_size {half} --grad_accum {double}"
+        sentence += f"请加上 {same}，约省 {saved:.1f} GB，结果相同；"
+    if config.seq_len > 64:
+        saved = config.batch_size * per_row / 2 * gb
+        sentence += f"或 --seq_len {config.seq_len // 2}，约省 {saved:.1f} GB，但模型学不到那么长；"
+    return UserError(sentence + "或者换一个小些的 --preset")
+
+
+def memory_needed(config: Config, model: Transformer) -> tuple[int, int]:
+    """估计训练要多少内存，单位字节：(与批次无关的, 每行的)。
+
+    与批次无关的：参数、梯度，加上优化器的状态——Muon 管的矩阵一份，AdamW 管的两份。
+    每行的：各层留给反向用的中间结果，加上整张词表的打分（fp32 一份、它的梯度一份、半精度一份）。
+    """
+    n_parameters = sum(p.numel() for p in model.parameters())
+    n_matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    fixed = 4 * (2 * n_parameters + n_matrices + 2 * (n_parameters - n_matrices))
+    per_layer = 4 * (34 * config.dim + 6 * config.hidden_dim)
+    per_token = config.n_layers * per_layer + 10 * config.vocab_size
+    return fixed, config.seq_len * per_token
+
+
+def fit_batch(rows: int, attempt: Callable[[int], None]) -> int:
+    """找出放得下的最大的小批：从整个大批起，逐个试它的约数。
 
     Args:
-        config: 会被就地改成与检查点一致。
-        source: 检查点里的配置。
+        rows: 一个大批归这个进程的行数；小批乘以累积的次数始终等于它，结果因此不变。
+        attempt: 用这么多行走一次前向与反向；放不下就抛出内存不够的异常。
     Raises:
-        UserError: 列出对不上的字段。
+        UserError: 一行也放不下。
     """
-    if config.preset != source.preset:
-        raise UserError(f"{path} 是 {source.preset} 预设的；请加上 --preset {source.preset}")
-    conflicts = []
-    # 两个阶段读的是同一部词典时，留出的必须是同样的成语；自己的对话，留多少由自己定。
-    held_out = ("val_fraction",) if config.sft_data == source.data else ()
-    for name in (*SHAPE, *held_out):
-        mine, theirs = getattr(config, name), getattr(source, name)
-        explicit = origins[name] == "命令行" or (
-            origins[name] == "config.py" and name in PER_PRESET
+    for size in (n for n in range(rows, 0, -1) if rows % n == 0):
+        try:
+            attempt(size)
+            return size
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+    raise UserError("一行也放不下；请减小 --seq_len，或换一个小些的 --preset")
+
+
+def auto_batch(config: Config, model: Transformer, device: Device) -> None:
+    """``batch_size=auto``：在显卡上试出放得下的小批，就地改写 batch_size 与 grad_accum。
+
+    试的时候先占住优化器将来要用的显存，再多留一成余地；不编译，编译过的只会更省。
+    """
+    rows = config.batch_size * config.grad_accum
+    if device.torch.type != "cuda":
+        print(f"（batch_size=auto 只在显卡上试；这里用预设的 {config.batch_size}）")
+        return
+    optimizer_bytes = memory_needed(config, model)[0] - 8 * sum(
+        p.numel() for p in model.parameters()
+    )
+    total = torch.cuda.get_device_properties(device.torch).total_memory
+
+    def attempt(size: int) -> None:
+        torch.cuda.empty_cache()
+        reserved = torch.empty(
+            int(optimizer_bytes + total * 0.1), dtype=torch.uint8, device=device.torch
         )
-        if mine != theirs and explicit:
-            conflicts.append(f"{name} 指定为 {mine}，检查点里是 {theirs}")
-        setattr(config, name, theirs)
-        origins[name] = "检查点"
-    if conflicts:
-        raise UserError(f"与 {path} 不符：{'；'.join(conflicts)}；请去掉这些设置")
-    if origins["sft_lr"] == "自动":
-        config.sft_lr = source.lr / 5
-    if origins["seq_len"].startswith("预设"):
-        config.seq_len = min(config.seq_len, config.max_len)
-    if config.seq_len > config.max_len:
-        raise UserError(f"seq_len（{config.seq_len}）超过了 {path} 的 max_len（{config.max_len}）")
+        shape = (size, config.seq_len)
+        ids = torch.zeros(shape, dtype=torch.long, device=device.torch)
+        segments = ids if config.isolate_documents else None
+        try:
+            with device.autocast():
+                loss = loss_sum(model, Batch(ids, ids, None, segments))
+            loss.backward()
+        finally:
+            model.zero_grad(set_to_none=True)
+            del reserved
+
+    share = rows // device.world.size
+    sizes = device.world.gather(fit_batch(share, attempt))
+    config.batch_size = min(sizes)
+    config.grad_accum = rows // config.batch_size
+    torch.cuda.empty_cache()
+    print(
+        f"（batch_size=auto：一次前向 {config.batch_size} 行，累积成每步 {rows} 行，"
+        f"结果与这样的划分无关）"
+    )
 
 
 # ---------- 4. 记录 ----------
 
 
 class Metrics:
-    """训练的记录：每行一个 JSON 对象写进 metrics.jsonl，结束时画成 loss.png。"""
+    """训练的记录：每行一个 JSON 对象写进 metrics.jsonl，结束时画成 loss.png。
 
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
+    Args:
+        folder: 放在哪里。
+        world: 只有第 0 个进程写。
+        progress: 接着练时，保留到这一步为止的记录；之后的会重新走一遍。
+    """
+
+    def __init__(self, folder: Path, world: World, progress: Progress):
         self.path = folder / "metrics.jsonl"
         self.picture = folder / "loss.png"
-        self.file = self.path.open("w", encoding="utf-8")
+        self.start = time.monotonic() - progress.seconds
+        self.file: BinaryIO | None = None
+        self.unwritten = b""
         self.rows: list[dict] = []
-        self.start = time.monotonic()
+        if world.rank > 0:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if progress.step:
+            self.rows = [r for r in read_metrics(self.path) if r["step"] <= progress.step]
+        part = self.path.with_name("metrics.jsonl.part")
+        with part.open("w", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in self.rows)
+        os.replace(part, self.path)
+        self.file = self.path.open("ab", buffering=0)
 
     def write(self, **row) -> None:
-        """记一行；浮点数保留六位有效数字，另记从开始起的秒数。"""
-        row["seconds"] = time.monotonic() - self.start
+        """记一行；浮点数保留六位有效数字，另记从开始起的秒数。磁盘满时先留在内存里。"""
+        row["seconds"] = self.seconds()
         for name, value in row.items():
             if isinstance(value, float):  # JSON 里没有无穷大
                 row[name] = float(f"{value:.6g}") if math.isfinite(value) else None
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        if self.file is None:
+            return
+        self.unwritten += (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        with suppress(OSError):
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
-    def minutes(self) -> float:
-        """从开始到现在的分钟数。"""
-        return (time.monotonic() - self.start) / 60
+    def sync(self) -> None:
+        """让写过的记录落盘：先于检查点，接着练时它之前的记录便一行不缺。"""
+        if self.file is not None:
+            with suppress(OSError):
+                os.fsync(self.file.fileno())
+
+    def seconds(self) -> float:
+        """从开始到现在的秒数，不含中断的时候。"""
+        return time.monotonic() - self.start
 
     def draw(self) -> None:
         """画训练与检验的损失曲线。"""
+        if self.file is None:
+            return
         import matplotlib
 
         matplotlib.use("Agg")
@@ -406,6 +560,18 @@ class Metrics:
         axes.legend()
         figure.savefig(self.picture, dpi=120)
         plt.close(figure)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """读回记录；断电时写了一半的最后一行不要。"""
+    rows = []
+    with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                row["step"] + 0
+                rows.append(row)
+    return rows
 
 
 def bits_per_character(loss: float, card: dict) -> float:
