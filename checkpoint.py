@@ -228,8 +228,10 @@ def config_of(checkpoint: dict, path: Path, tokenizer: Tokenizer) -> Config:
     config = Config(**{k: v for k, v in checkpoint["config"].items() if k in names})
     problems: list[str] = []
     wrong = check_types(config, problems)
-    check_values(config, problems, wrong)
-    problems += [f"缺少 {name}" for name in SHAPE if getattr(config, name) is None]
+    optional = {name for pair in STEPS_OR_EPOCHS for name in pair}
+    problems += [f"缺少 {n}" for n in sorted(PER_PRESET - optional) if getattr(config, n) is None]
+    if not problems:
+        check_values(config, problems, wrong)
     if problems:
         raise UserError(f"{path} 里的配置不对：{'；'.join(problems)}")
     return config

@@ -1,33 +1,36 @@
-"""训练的公共部分：累积不改变结果，省下的打分不改变结果，检查点要么完整、要么说清哪里不对。"""
+"""训练的公共部分：累积不改变结果，省下的打分不改变结果，出了意外说得清、停得住。"""
 
 import json
 import math
-import resource
+import os
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import training
+from checkpoint import Progress
 from config import Config, UserError, load_config
 from dataset import IGNORE, Batch
+from distributed import World
 from model import Transformer
 from optimizer import build_optimizers
-from tokenizer import Tokenizer
 from training import (
     Device,
     Metrics,
+    Stop,
     compile_if_possible,
     evaluate,
-    inherit,
-    load,
+    fit_batch,
     loss_sum,
+    memory_advice,
+    memory_needed,
     repeat_flags,
-    save,
     share_row,
+    skip_step,
+    too_many_skipped,
 )
 
 # 词表必须装得下分词器，其余尽量小。
@@ -35,11 +38,6 @@ SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, seq_len=8,
     device="cpu", dtype="float32", compile=False, lr=0.01, sft_lr=0.002, out_dir="out/x",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer()
 
 
 @pytest.fixture
@@ -198,101 +196,6 @@ def test_a_partial_evaluation_uses_the_same_rows_every_time_from_all_over_the_fi
     assert max(seen[0]) > 50
 
 
-def test_a_missing_checkpoint_names_the_next_command(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"请先运行 python pre_train\.py$"):
-        load(Path("out/tiny/pretrain.pt"), tokenizer)
-    other = tmp_path / "out/wide/pretrain.pt"
-    other.parent.mkdir(parents=True)
-    other.touch()
-    with pytest.raises(UserError, match=r"现有的是 out/wide/pretrain\.pt.*--init_from"):
-        load(Path("out/tiny/pretrain.pt"), tokenizer)
-    with pytest.raises(UserError, match=r"请先运行 python sft_train\.py"):
-        load(Path("out/tiny/sft.pt"), tokenizer)  # 预训练的检查点代替不了
-
-
-def test_checkpoint_describes_itself_and_loads_equal(model, tokenizer, tmp_path):
-    path = tmp_path / "a" / "m.pt"
-    save(path, model, SMALL, tokenizer, stage="pretrain", step=3)
-    again, config, checkpoint = load(path, tokenizer)
-    assert config == SMALL
-    assert (checkpoint["stage"], checkpoint["step"]) == ("pretrain", 3)
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[name], value, atol=0, rtol=0)
-    assert list(path.parent.iterdir()) == [path]  # 没有留下临时文件
-
-
-def test_bad_checkpoints_are_refused_with_a_sentence(model, tokenizer, tmp_path):
-    path = tmp_path / "m.pt"
-    with pytest.raises(UserError, match="找不到检查点"):
-        load(path, tokenizer)
-    path.write_bytes(b"")
-    with pytest.raises(UserError, match="不是完好的检查点"):
-        load(path, tokenizer)
-    save(path, model, SMALL, tokenizer, stage="pretrain")
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(UserError, match="不是完好的检查点"):
-        load(path, tokenizer)
-    torch.save({"format": 99}, path)
-    with pytest.raises(UserError, match="格式是 99"):
-        load(path, tokenizer)
-    save(path, model, replace(SMALL, n_layers=3), tokenizer, stage="pretrain")
-    with pytest.raises(UserError, match="参数与它的配置对不上"):
-        load(path, tokenizer)
-
-
-def test_checkpoint_of_another_tokenizer_is_refused(model, tokenizer, tmp_path, monkeypatch):
-    path = tmp_path / "m.pt"
-    save(path, model, SMALL, tokenizer, stage="pretrain")
-    monkeypatch.setattr(Tokenizer, "fingerprint", lambda self: "另一个")
-    with pytest.raises(UserError, match="另一个分词器"):
-        load(path, tokenizer)
-
-
-def test_full_disk_keeps_the_previous_checkpoint(model, tokenizer, tmp_path):
-    """真的写到一半写不下去：文件大小受限，与磁盘写满走的是同一条路。"""
-    path = tmp_path / "m.pt"
-    save(path, model, SMALL, tokenizer, stage="pretrain", step=1)
-    before = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        with pytest.raises(UserError, match="腾出空间"):
-            save(path, model, SMALL, tokenizer, stage="pretrain", step=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_sft_takes_its_shape_from_the_checkpoint():
-    changed = {"preset": "tiny", "n_layers": 5, "dim": 64, "max_len": 200, "val_fraction": 0.1,
-               "data": "builtin"}  # fmt: skip
-    source = Config(**{**vars(SMALL), **changed, "lr": 0.1})
-    config, origins = load_config("sft", ["--preset", "tiny"])
-    inherit(config, origins, source, "x.pt")
-    assert (config.n_layers, config.dim, origins["dim"]) == (5, 64, "检查点")
-    assert config.val_fraction == 0.1  # 预训练没见过的，微调也不许见
-    own, own_origins = load_config("sft", ["--data", "my.jsonl", "--val_fraction", "0.2"])
-    own.preset = "tiny"
-    inherit(own, own_origins, source, "x.pt")
-    assert own.val_fraction == 0.2  # 自己的对话，留多少由自己定
-    assert config.sft_lr == pytest.approx(0.02)  # 预训练真正用过的 lr 的五分之一
-    assert config.seq_len == 200  # 预设的 256 放不进这个模型
-    config, origins = load_config("sft", ["--preset", "deep"])
-    with pytest.raises(UserError, match="请加上 --preset tiny"):
-        inherit(config, origins, source, "x.pt")
-    config, origins = load_config("sft", ["--n_layers", "4", "--dim", "66", "--preset", "tiny"])
-    with pytest.raises(UserError, match="n_layers 指定为 4，检查点里是 5") as caught:
-        inherit(config, origins, source, "x.pt")
-    assert "dim 指定为 66，检查点里是 64" in str(caught.value)  # 一次说全
-    config, origins = load_config("sft", [], Config(preset="tiny", n_layers=4))
-    with pytest.raises(UserError, match="n_layers 指定为 4"):  # 改在 config.py 里的也算指定
-        inherit(config, origins, source, "x.pt")
-
-
 @pytest.mark.parametrize(
     ("device", "capability", "bf16", "expected"),
     [
@@ -367,7 +270,7 @@ def test_compiled_bf16_loss_on_the_gpu_is_close_to_fp32(model):
 
 
 def test_metrics_are_one_json_object_a_line_and_a_picture(tmp_path):
-    metrics = Metrics(tmp_path / "pretrain")
+    metrics = Metrics(tmp_path / "pretrain", World(), Progress())
     metrics.write(step=0, tokens=0, val_loss=math.log(21248), val_bpc=14.7)
     for step in (1, 2):
         metrics.write(step=step, tokens=step * 10, train_loss=9.0 / step, lr=0.1, grad_norm=1.0,
@@ -379,3 +282,123 @@ def test_metrics_are_one_json_object_a_line_and_a_picture(tmp_path):
     assert rows[-1]["grad_norm"] is None
     assert all("seconds" in r for r in rows)
     assert metrics.picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_metrics_go_on_where_the_checkpoint_is(tmp_path):
+    """检查点之后多记的、断电时写了一半的，都不要；时间接着数。"""
+    metrics = Metrics(tmp_path, World(), Progress())
+    for step in range(5):
+        metrics.write(step=step, tokens=step)
+    with metrics.path.open("a") as f:
+        f.write('{"step": 5, "tok')
+    again = Metrics(tmp_path, World(), Progress(step=3, seconds=100.0))
+    again.write(step=4, tokens=44)
+    rows = [json.loads(line) for line in again.path.read_text().splitlines()]
+    assert [(r["step"], r["tokens"]) for r in rows] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 44)]
+    assert rows == again.rows
+    assert rows[-1]["seconds"] >= 100
+    fresh = Metrics(tmp_path, World(), Progress())
+    assert fresh.path.read_text() == ""
+
+
+def test_metrics_wait_in_memory_while_the_disk_is_full(tmp_path):
+    metrics = Metrics(tmp_path, World(), Progress())
+    real, full = metrics.file, True
+
+    class Disk:
+        def write(self, content):
+            if full:
+                raise OSError(28, "No space left on device")
+            return real.write(content[:7]) if len(content) > 7 else real.write(content)
+
+    metrics.file = Disk()
+    metrics.write(step=1, tokens=1)
+    metrics.write(step=2, tokens=2)
+    full = False
+    for step in range(3, 60):  # 一次只写得进几个字节，也一个不丢
+        metrics.write(step=step, tokens=step)
+    metrics.file = real
+    metrics.write(step=60, tokens=60)
+    assert [json.loads(x)["step"] for x in metrics.path.open()] == list(range(1, 61))
+
+
+# ---------- 出了意外 ----------
+
+
+def test_the_first_signal_waits_for_the_step_and_the_second_does_not(capfd):
+    before = {number: signal.getsignal(number) for number in Stop.SIGNALS}
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nohup 一类：事先要求忽略的
+        stop = Stop(World())
+        with pytest.raises(KeyboardInterrupt):  # 第一步之前，照平常那样中断
+            os.kill(os.getpid(), signal.SIGINT)
+        stop.watch()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        assert "做完这一步就保存" in capfd.readouterr().err
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # 再来一次，立刻退出
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_skipped_step_names_its_data(capsys):
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    progress = Progress(step=10)
+    nan = float("nan")
+    notes = skip_step(progress, nan, [[1, 2], [3, 4]], [0.5, nan], 20, scaler)
+    assert notes == {"skipped_rows": [3, 4]}  # 第二个小批的错
+    assert "第 11 步的损失不是有限的数" in (said := capsys.readouterr().out)
+    assert "第 3 遍，训练数据的第 3、4 行" in said  # 每步 4 行，一遍 20 行
+    assert skip_step(progress, 1.0, [[1, 2]], [1.0], 20, scaler) == {"skipped_rows": [1, 2]}
+    assert "梯度" in capsys.readouterr().out
+    assert not too_many_skipped(progress, scaler)
+    skip_step(progress, nan, [[1]], [nan], 20, scaler)
+    assert too_many_skipped(progress, scaler)
+    assert progress.skipped == 3
+    half = torch.amp.GradScaler("cpu", enabled=True)
+    capsys.readouterr()
+    skip_step(progress, 1.0, [[1]], [1.0], 20, half)  # fp16 溢出是常事，不必说
+    assert capsys.readouterr().out == ""
+    assert not too_many_skipped(progress, half)
+
+
+def test_out_of_memory_names_the_knobs_and_how_much_they_save(model):
+    config = replace(SMALL, batch_size=4, grad_accum=1, seq_len=128)
+    fixed, per_row = memory_needed(config, model)
+    with (
+        pytest.raises(UserError, match=r"--batch_size 2 --grad_accum 2，约省 \d.*--seq_len 64"),
+        memory_advice(config, model),
+    ):
+        torch.empty(1 << 60)  # 真的要一次
+    with pytest.raises(RuntimeError, match="别的错"), memory_advice(config, model):
+        raise RuntimeError("别的错")
+    assert memory_needed(replace(config, seq_len=256), model) == (fixed, 2 * per_row)
+
+
+@pytest.mark.parametrize(("fits", "expected"), [(100, 12), (11, 6), (5, 4), (1, 1)])
+def test_auto_batch_is_the_largest_divisor_that_fits(fits, expected):
+    tried = []
+
+    def attempt(size):
+        tried.append(size)
+        if size > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert fit_batch(12, attempt) == expected
+    assert tried == [n for n in (12, 6, 4, 3, 2, 1) if n >= expected]
+
+
+def test_auto_batch_says_when_not_even_one_row_fits_and_hides_no_other_error():
+    def never(size):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def bug(size):
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(UserError, match="一行也放不下"):
+        fit_batch(4, never)
+    with pytest.raises(RuntimeError, match="shape"):
+        fit_batch(4, bug)
