@@ -2,6 +2,7 @@
 
 import pytest
 from hypothesis import settings
+from scripts import QUICK, STEPS, run
 
 from config import Config
 from dataset import TokenFile, prepare
@@ -33,3 +34,12 @@ def builtin_pretrain(tokenizer, builtin_config) -> TokenFile:
 def builtin_sft(tokenizer, builtin_config) -> TokenFile:
     """内置语料的微调词元文件：全部近十万段对话。"""
     return prepare("builtin", "sft", tokenizer, builtin_config)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, builtin_config, builtin_pretrain, builtin_sft):
+    """预训练八步，再微调四步，都用内置语料；返回工作目录与两份输出。"""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "data").symlink_to(builtin_config.data_dir)
+    outputs = [run(folder, script, "--max_steps", str(n), *QUICK)[0] for script, n in STEPS.items()]
+    return folder, *outputs

@@ -3,15 +3,13 @@
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import checkpoint
@@ -176,7 +174,6 @@ def test_full_disk_keeps_the_previous_checkpoint(tokenizer, tmp_path):
 # ---------- 坏的与恶意的文件 ----------
 
 
-@settings(max_examples=40)
 @given(st.data())
 def test_a_damaged_file_is_named_or_still_says_the_same(whole_file, tmp_path_factory, data):
     """翻转、截断、删掉、插入任意的字节：要么说它坏了，要么内容一个比特也没变。"""
@@ -201,7 +198,6 @@ def test_a_damaged_file_is_named_or_still_says_the_same(whole_file, tmp_path_fac
     assert same(found, read(whole_file))
 
 
-@settings(max_examples=40)
 @given(st.binary(max_size=3000))
 @example(b"")
 @example(b"PK\x05\x06" + bytes(18))  # 空的 zip
@@ -225,7 +221,6 @@ SPOTS = ["format", "stage", "config", "tokenizer", "model", "progress", "max_ste
          "model.blocks.0.attention.key.weight"]  # fmt: skip
 
 
-@settings(max_examples=60)
 @given(st.sampled_from(SPOTS), VALUES | st.just("删掉"))
 @example("config.n_layers", 10**9)
 @example("config.dim", 2**40)
@@ -323,20 +318,14 @@ def out(tmp_path, monkeypatch):
     return start
 
 
-def test_a_second_run_on_one_folder_is_refused(out, tmp_path):
-    config, origins = load_config("pretrain", ["--out_dir", "out/x"])
-    first = Folder("pretrain", config, origins, World())
-    again = (
-        "from checkpoint import Folder; from config import *; from distributed import World\n"
-        "run_script(lambda: Folder('sft', *load_config('sft', ['--out_dir', 'out/x']), World()))"
-    )
-    repo = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(repo)!r})\n{again}"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8")
-    assert result.returncode == 2
-    assert result.stderr.startswith("错误：另一个训练正在写 out/x")
+def test_a_second_run_on_one_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [load_config(stage, ["--out_dir", "out/x"]) for stage in ("pretrain", "sft")]
+    first = Folder("pretrain", *runs[0], World())
+    with pytest.raises(UserError, match="另一个训练正在写 out/x"):
+        Folder("sft", *runs[1], World())
     first.lock.release()
-    assert subprocess.run(command, cwd=tmp_path).returncode == 0
+    Folder("sft", *runs[1], World()).lock.release()
 
 
 def test_a_finished_or_unfinished_run_is_never_silently_overwritten(out, tokenizer):
@@ -400,7 +389,7 @@ def test_resume_takes_every_setting_from_the_checkpoint(out, tokenizer):
     [
         (["--seed", "9"], r"不能改 seed（42 → 9）"),
         (["--seq_len", "16"], r"不能改 seq_len"),
-        (["--dim", "32"], r"不能改 dim（16 → 32）"),
+        (["--n_layers", "3"], r"不能改 n_layers（2 → 3）"),
         (["--val_fraction", "0.1"], r"不能改 val_fraction"),
         (["--batch_size", "4"], r"不能变.*2 × 1.*4 × 1"),
         (["--lr", "0.5"], r"lr（0.01 → 0.5）.*--allow_changes"),

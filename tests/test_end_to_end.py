@@ -11,34 +11,9 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 
 import pytest
-
-REPO = Path(__file__).resolve().parent.parent
-# 语料用整场测试已经备好的那一份；从零准备由 .ci/run 里 README 的命令走过。
-QUICK = ["--no-compile", "--eval_tokens", "512", "--batch_size", "2", "--seq_len", "128"]
-
-
-def run(folder, script, *args, stdin="", code=0):
-    """像用户那样，在 folder 里运行一个脚本；返回 (stdout, stderr)。"""
-    result = subprocess.run(
-        [sys.executable, str(REPO / script), *args],
-        cwd=folder, input=stdin, capture_output=True, encoding="utf-8", timeout=170,
-    )  # fmt: skip
-    assert result.returncode == code, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    return result.stdout, result.stderr
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, builtin_config, builtin_pretrain, builtin_sft):
-    """预训练八步，再微调四步，都用内置语料；返回工作目录与两份输出。"""
-    folder = tmp_path_factory.mktemp("reader")
-    (folder / "data").symlink_to(builtin_config.data_dir)
-    first, _ = run(folder, "pre_train.py", "--max_steps", "8", *QUICK)
-    second, _ = run(folder, "sft_train.py", "--max_steps", "4", *QUICK)
-    return folder, first, second
+from scripts import REPO, run
 
 
 def test_pretraining_says_what_it_does_and_learns(trained):
@@ -52,7 +27,7 @@ def test_pretraining_says_what_it_does_and_learns(trained):
     assert rows[0]["val_loss"] == pytest.approx(9.96, abs=0.1)
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 1
     wanted = {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_second", "val_loss",
-              "val_bpc", "seconds"}  # fmt: skip
+              "val_bpc", "sample", "seconds"}  # fmt: skip
     assert set(rows[-1]) == wanted
     assert rows[-1]["tokens"] == 8 * 2 * 128
     for name in ("pretrain.pt", "pretrain/loss.png", "pretrain/config.json"):
@@ -103,8 +78,13 @@ def test_sft_chat_serves_a_pipe_with_commands(trained):
 def test_mistakes_are_one_sentence_and_exit_code_2(trained, tmp_path):
     folder, *_ = trained
     for script, args, part in [
+        ("pre_train.py", [], "out/tiny/pretrain.pt 已经有了（练了 8 步，共 8 步）"),
         ("sft_train.py", ["--out_dir", "out/none"], "找不到检查点 out/none/pretrain.pt"),
-        ("sft_train.py", ["--n_layers", "9"], "n_layers 指定为 9，检查点里是 4"),
+        (
+            "sft_train.py",
+            ["--out_dir", "out/b", "--init_from", "out/tiny/pretrain.pt", "--n_layers", "9"],
+            "n_layers 指定为 9，检查点里是 4",
+        ),
         ("sft_chat.py", ["--checkpoint", "out/tiny/pretrain.pt"], "请改用 python pre_chat.py"),
         ("sft_chat.py", ["--prompt", "兔" * 500], "请说短一些"),
     ]:

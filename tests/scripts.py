@@ -1,0 +1,106 @@
+"""像用户那样运行真的脚本，供几份测试共用。"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+# 语料用整场测试已经备好的那一份；从零准备由 .ci/run 里 README 的命令走过。
+QUICK = ["--no-compile", "--eval_tokens", "512", "--batch_size", "2", "--seq_len", "128"]
+STEPS = {"pre_train.py": 8, "sft_train.py": 4}
+# 一个线程：几个进程挤在两个核上时，多了反而慢；结果也因此到处相同。
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+
+
+def run(folder, script, *args, stdin="", code=0, launcher=()):
+    """在 folder 里运行一个脚本；返回 (stdout, stderr)。"""
+    result = subprocess.run(
+        [sys.executable, *launcher, str(REPO / script), *args], env=ENVIRONMENT,
+        cwd=folder, input=stdin, capture_output=True, encoding="utf-8", timeout=170,
+    )  # fmt: skip
+    assert result.returncode == code, result.stdout + result.stderr
+    if not launcher:
+        assert "Traceback" not in result.stderr
+    return result.stdout, result.stderr
+
+
+class Running:
+    """一个在后台运行的脚本，输出写在 folder/log 里。"""
+
+    def __init__(self, folder, script, *args, launcher=()):
+        self.log = Path(folder) / "log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *launcher, str(REPO / script), *args],
+                cwd=folder, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                env=ENVIRONMENT, start_new_session=True,
+            )  # fmt: skip
+
+    def text(self) -> str:
+        """到现在为止的输出。"""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def until(self, happened: Callable[[], bool], seconds: float = 60) -> bool:
+        """等到某件事发生；程序先结束了，返回假。"""
+        deadline = time.monotonic() + seconds
+        while not happened():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.001)
+        return True
+
+    def end(self, signal: int) -> int:
+        """发一个信号，等它结束，返回退出码。"""
+        self.process.send_signal(signal)
+        return self.process.wait(60)
+
+
+def last_step(out: Path, stage: str) -> int:
+    """记录里走到了第几步；还没有记录是 -1。"""
+    path = out / stage / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+def differences(a, b, path="") -> list[str]:
+    """两份检查点（或其中一部分）有哪些不同；张量逐位比较。"""
+    if isinstance(a, dict):
+        names = {*a, *b}
+        return [d for n in names for d in differences(a.get(n), b.get(n), f"{path}.{n}")]
+    if isinstance(a, list):
+        if len(a) != len(b):
+            return [path]
+        return [
+            d
+            for i, pair in enumerate(zip(a, b, strict=True))
+            for d in differences(*pair, f"{path}.{i}")
+        ]
+    equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if equal else [path]
+
+
+TIMES = {".progress.seconds", ".progress.saving_seconds", ".config.resume", ".config.save_every",
+         ".config.out_dir", ".config.init_from", ".config.data_dir"}  # fmt: skip
+
+
+def assert_same_run(a: Path, b: Path, stage: str) -> None:
+    """两次训练的结果逐位相同：参数、优化器、随机数、记录与样本；用时除外。"""
+    found = [torch.load(out / f"{stage}.pt", weights_only=True) for out in (a, b)]
+    assert set(differences(*found)) <= TIMES
+    records = [metrics(out, stage) for out in (a, b)]
+    assert records[0] == records[1]
+    assert any("sample" in row for row in records[0])
+
+
+def metrics(out: Path, stage: str) -> list[dict]:
+    """记录，不含每次都不同的用时与速度。"""
+    rows = map(json.loads, (out / stage / "metrics.jsonl").open(encoding="utf-8"))
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in rows]
