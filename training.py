@@ -418,13 +418,14 @@ def memory_needed(config: Config, model: Transformer) -> tuple[int, int]:
     """估计训练要多少内存，单位字节：(与批次无关的, 每行的)。
 
     与批次无关的：参数、梯度，加上优化器的状态——Muon 管的矩阵一份，AdamW 管的两份。
-    每行的：各层留给反向用的中间结果，加上整张词表的打分（fp32 一份、它的梯度一份、半精度一份）。
+    每行的：各层留给反向用的中间结果，加上整张词表的打分、概率与梯度。系数是在 CPU 上量出来的
+    （fp32，不编译，与实际相差两三成，见 docs/lab-notes.md）；半精度与编译过的用得少些。
     """
     n_parameters = sum(p.numel() for p in model.parameters())
     n_matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     fixed = 4 * (2 * n_parameters + n_matrices + 2 * (n_parameters - n_matrices))
-    per_layer = 4 * (34 * config.dim + 6 * config.hidden_dim)
-    per_token = config.n_layers * per_layer + 10 * config.vocab_size
+    per_layer = 4 * (16 * config.dim + 6 * config.hidden_dim)
+    per_token = config.n_layers * per_layer + 16 * config.vocab_size
     return fixed, config.seq_len * per_token
 
 

@@ -95,9 +95,11 @@ def test_numbers_going_wrong_stop_before_the_update_and_keep_the_good_checkpoint
 # ---------- 二十次随机的 kill -9 ----------
 
 # 累积四次，每三步检验，每一步都保存：什么时候死，都可能正好撞上其中一件。
-MANY = ["--dim", "32", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "1", "--hidden_dim",
-        "48", "--no-compile", "--eval_tokens", "2048", "--batch_size", "2", "--grad_accum", "4",
-        "--seq_len", "64", "--eval_every", "3", "--save_every", "0", "--max_steps", "100"]  # fmt: skip
+SHAPE = ["--dim", "32", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "1",
+         "--hidden_dim", "48"]  # fmt: skip
+MANY = ["--no-compile", "--eval_tokens", "2048", "--batch_size", "2", "--grad_accum", "4",
+        "--seq_len", "64", "--eval_every", "3", "--save_every", "0", "--max_steps",
+        "100"]  # fmt: skip
 KILLS = 10
 
 
@@ -106,12 +108,10 @@ KILLS = 10
 def test_many_kills_at_random_moments_change_nothing(trained, tmp_path, script):
     stage = {"pre_train.py": "pretrain", "sft_train.py": "sft"}[script]
     (tmp_path / "data").symlink_to(trained[0] / "data")
-    if stage == "sft":
-        run(tmp_path, "pre_train.py", *MANY, "--max_steps", "3", "--out_dir", "out/start")
-    start = ["--init_from", "out/start/pretrain.pt"] if stage == "sft" else []
-    flags = [*MANY, *start, *(["--dim", "32"] if False else [])]
-    if stage == "sft":  # 形状取自检查点
-        flags = [*MANY[10:], *start]
+    flags = [*MANY, *SHAPE]
+    if stage == "sft":  # 形状取自预训练的检查点
+        run(tmp_path, "pre_train.py", *flags, "--max_steps", "3", "--out_dir", "out/start")
+        flags = [*MANY, "--init_from", "out/start/pretrain.pt"]
     whole = tmp_path / "out/whole"
     run(tmp_path, script, *flags, "--out_dir", str(whole))
     out = tmp_path / "out/killed"
@@ -145,7 +145,7 @@ def test_kills_while_preparing_data_leave_the_same_tokens(tmp_path):
     with source.open("w", encoding="utf-8") as f:
         for i in range(60000):
             f.write(json.dumps({"text": f"第{i}篇。" + "天地玄黄，宇宙洪荒。" * 10}) + "\n")
-    flags = [*MANY, "--max_steps", "1", "--data", str(source)]
+    flags = [*MANY, *SHAPE, "--max_steps", "1", "--data", str(source)]
     run(tmp_path, "pre_train.py", *flags, "--data_dir", "whole", "--out_dir", "out/whole")
     rng = random.Random(42)
     for i in range(4):

@@ -1,0 +1,154 @@
+"""几个进程一起训练：与一个进程的结果相同，检查点可以换着用，死了一个不会干等。"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import (
+    QUICK,
+    STEPS,
+    TORCHRUN,
+    Running,
+    last_step,
+    metrics,
+    run,
+)
+
+from config import UserError
+from distributed import World, shard_like, whole
+
+# 梯度相加的次序不同，fp32 的末位会不同；八步之内差不出这么多。
+TOLERANCE = 1e-4
+
+
+def assert_same_losses(a: list[dict], b: list[dict]) -> float:
+    """两份记录的步数与词元数相同，每个损失都在允许的误差之内；返回最大的差。"""
+    assert [(r["step"], r["tokens"]) for r in a] == [(r["step"], r["tokens"]) for r in b]
+    names = ("train_loss", "val_loss")
+    gaps = [abs(x[n] - y[n]) for x, y in zip(a, b, strict=True) for n in names if n in x]
+    assert max(gaps) <= TOLERANCE
+    return max(gaps)
+
+
+def world(rank: int, size: int, monkeypatch) -> World:
+    """假装是第 rank 个进程。"""
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", size)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # 第 0 个以外的会关掉自己的，用完恢复
+    return World()
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(1, 4), (1, 8), (2, 2), (4, 4), (2, 1)])
+def test_each_row_of_a_step_is_used_by_exactly_one_process(monkeypatch, size, batch_size):
+    rows = list(range(100, 116))
+    shares = [world(r, size, monkeypatch).my_share(rows, batch_size) for r in range(size)]
+    assert sorted(row for share in shares for part in share for row in part) == rows
+    assert all(len(part) <= batch_size for share in shares for part in share)
+    assert len({len(share) for share in shares}) == 1  # 前向的次数相同，才不会互相等
+
+
+def test_rows_that_cannot_be_divided_are_refused(monkeypatch):
+    three = world(0, 3, monkeypatch)
+    with pytest.raises(UserError, match=r"8 行.*不能平分给 3 个进程"):
+        three.connect(torch.device("cpu"), 8)
+
+
+def test_one_process_needs_no_communication():
+    alone = World()
+    assert alone.sum(1.5, 2) == (1.5, 2)
+    assert alone.gather("x") == ["x"]
+    alone.agree("步数", 3)
+    tensor = torch.ones(3)
+    assert shard_like(tensor, tensor) is tensor
+    nested = whole({"a": [tensor, 1], "b": {"c": None}})
+    assert nested == {"a": [tensor, 1], "b": {"c": None}}
+
+
+@pytest.mark.parametrize("script", ["pre_train.py", "sft_train.py"])
+def test_two_processes_give_the_losses_of_one(trained, tmp_path, script):
+    """每个进程读一半的行；只有第 0 个说话；检查点一个进程也能用。"""
+    stage = {"pre_train.py": "pretrain", "sft_train.py": "sft"}[script]
+    reference = trained[0] / "out/tiny"
+    (tmp_path / "data").symlink_to(trained[0] / "data")
+    start = ["--init_from", str(reference / "pretrain.pt")] if stage == "sft" else []
+    flags = ["--max_steps", str(STEPS[script]), *QUICK, *start]
+    text, _ = run(tmp_path, script, *flags, launcher=TORCHRUN)
+    assert text.count("完成，用时") == 1
+    assert "2 个进程" in text
+    out = tmp_path / "out/tiny"
+    gap = assert_same_losses(metrics(reference, stage), metrics(out, stage))
+    print(f"\n{script}：两个进程与一个进程的损失最多差 {gap:.1e}")
+    if stage == "pretrain":
+        written, _ = run(tmp_path, "pre_chat.py", "--prompt", "守株待兔：", "--max", "5")
+        assert written.startswith("守株待兔：")
+
+
+@pytest.mark.slow
+def test_a_sharded_model_gives_the_same_losses_and_its_checkpoint_goes_anywhere(trained, tmp_path):
+    """FSDP：模型分开放；检查点与别的一样，聊天能用，一个进程能接着练，反过来也行。"""
+    reference = trained[0] / "out/tiny"
+    (tmp_path / "data").symlink_to(trained[0] / "data")
+    out = tmp_path / "out/tiny"
+    flags = ["--max_steps", "8", "--save_every", "0", *QUICK]
+    sharded = Running(tmp_path, "pre_train.py", *flags, "--parallel", "fsdp", launcher=TORCHRUN)
+    assert sharded.until(lambda: last_step(out, "pretrain") >= 2)
+    os.killpg(sharded.process.pid, signal.SIGKILL)  # 全体一起断电
+    sharded.process.wait()
+    done = last_step(out, "pretrain")
+
+    alone = Running(tmp_path, "pre_train.py", "--resume", "--parallel", "ddp")
+    assert alone.until(lambda: last_step(out, "pretrain") > done)
+    assert alone.end(signal.SIGINT) == 130
+    assert last_step(out, "pretrain") < 8
+
+    run(tmp_path, "pre_train.py", "--resume", "--parallel", "fsdp", launcher=TORCHRUN)
+    gap = assert_same_losses(metrics(reference, "pretrain"), metrics(out, "pretrain"))
+    print(f"\nFSDP 两个进程 → 一个进程 → FSDP：与一个进程的损失最多差 {gap:.1e}")
+    written, _ = run(tmp_path, "pre_chat.py", "--prompt", "守株待兔：", "--max", "5")
+    assert written.startswith("守株待兔：")
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_the_run_and_a_restart_goes_on(trained, tmp_path):
+    """杀掉第 1 个进程：不重启的话，全体结束而不是干等；--max-restarts 会从检查点接着练完。"""
+    reference = trained[0] / "out/tiny"
+    (tmp_path / "data").symlink_to(trained[0] / "data")
+    out = tmp_path / "out/tiny"
+    flags = ["--max_steps", "8", "--save_every", "0", *QUICK]
+
+    def kill_the_second(running) -> None:
+        start = last_step(out, "pretrain")
+        assert running.until(lambda: last_step(out, "pretrain") >= start + 2)
+        pid = running.process.pid
+        workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        (second,) = [w for w in workers if b"\0RANK=1\0" in Path(f"/proc/{w}/environ").read_bytes()]
+        os.kill(int(second), signal.SIGKILL)
+
+    once = Running(tmp_path, "pre_train.py", *flags, launcher=TORCHRUN)
+    kill_the_second(once)
+    assert once.process.wait(60) != 0
+    assert "exitcode  : -9" in once.text() or "SIGKILL" in once.text()
+
+    again = [*TORCHRUN, "--max-restarts=1"]
+    restarted = Running(tmp_path, "pre_train.py", "--resume", launcher=again)
+    kill_the_second(restarted)
+    assert restarted.process.wait(120) == 0, restarted.text()
+    assert restarted.text().count("完成，用时") == 1
+    assert_same_losses(metrics(reference, "pretrain"), metrics(out, "pretrain"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_torchrun_saves_before_leaving(trained, tmp_path):
+    (tmp_path / "data").symlink_to(trained[0] / "data")
+    out = tmp_path / "out/tiny"
+    flags = ["--max_steps", "200", "--save_every", "1000", *QUICK]
+    running = Running(tmp_path, "pre_train.py", *flags, launcher=TORCHRUN)
+    assert running.until(lambda: last_step(out, "pretrain") >= 2)
+    os.killpg(running.process.pid, signal.SIGINT)  # 终端上的 Ctrl-C，人人都收到
+    running.process.wait(60)
+    assert "用同样的 torchrun 命令，加上 --resume" in running.text()
+    saved = torch.load(out / "pretrain.pt", weights_only=True)["progress"]["step"]
+    assert saved == last_step(out, "pretrain") >= 2
