@@ -51,7 +51,15 @@ class World:
                 f"请让它是 {self.size} 的倍数，或换一个 --nproc_per_node"
             )
         if self.size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            if os.environ.get("GROUP_WORLD_SIZE", "1") > "1":  # 多台机器
+                dist.init_process_group(backend)
+                return
+            # torchrun 重启之后，各进程交换地址用的还是原来的那张表，会读到已经死了的进程的地址
+            # （pytorch 的 issue 135712）；给每次启动的条目加上各自的前缀，就读不到旧的了。
+            store, *_ = next(dist.rendezvous("env://", self.rank, self.size))
+            store = dist.PrefixStore(f"restart_{self.restarts}", store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
 
     def disconnect(self) -> None:
         """训练结束，断开。"""
@@ -125,7 +133,7 @@ class Parallel:
                 fully_shard(block)
             fully_shard(self.module)
         elif world.size > 1:
-            self.module = DistributedDataParallel(Loss(model, loss_fn), broadcast_buffers=False)
+            self.module = DistributedDataParallel(Loss(model, loss_fn), forward_sync_buffers=False)
 
     def loss_fn(self, model: nn.Module, batch, shared=None) -> Tensor:
         """这一批的损失之和。"""

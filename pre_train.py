@@ -168,6 +168,9 @@ def main() -> None:
         loss, stopping, saving = world.sum(sum(losses), stop.signal > 0, saver.due())
 
         # 4.3 梯度太长就截短
+        table = model.embedding.weight
+        if shared:
+            shared.spread(table.grad)
         for optimizer in optimizers:
             device.scaler.unscale_(optimizer)
         norm = whole(clip_grad_norm_(model.parameters(), config.grad_clip)).item()
@@ -180,7 +183,7 @@ def main() -> None:
                 for optimizer in optimizers:
                     device.scaler.step(optimizer)
             if shared:
-                shared.spread(model)
+                shared.spread(table)
         else:
             notes = skip_step(progress, loss, micro_rows, losses, train.n_rows, device.scaler)
         device.scaler.update()

@@ -173,10 +173,9 @@ class SharedRow(NamedTuple):
     members: Tensor
 
     @torch.no_grad()
-    def spread(self, model: Transformer) -> None:
-        """训练只更新代表的那一行；抄给其余的，整张词嵌入便与逐个训练的一样。"""
-        weight = model.embedding.weight
-        weight[self.members] = weight[self.rows[-1]].clone()
+    def spread(self, table: Tensor) -> None:
+        """把代表的那一行抄给其余的：词嵌入的梯度与数值 (V, C) 于是与逐个训练的一样。"""
+        table[self.members] = table[self.rows[-1]].clone()
 
 
 @torch.no_grad()
@@ -201,7 +200,7 @@ def share_row(model: Transformer, tokens: np.ndarray, newborn: bool) -> SharedRo
     column = torch.empty_like(order)
     column[order] = torch.arange(len(weight), device=weight.device).clamp(max=n_rows - 1)
     shared = SharedRow(order[:n_rows], column, bias, order[len(weight) - int(unused.sum()) :])
-    shared.spread(model)
+    shared.spread(weight)
     return shared
 
 
