@@ -3,7 +3,7 @@
 认得的文件（.json .jsonl .txt，也可以是 .gz；看内容而不看扩展名）：
 
     JSONL             一行一个字符串，或一个有 text / content（可另有 title）的对象
-    JSON 数组         同样的内容放在一个大数组里；用 ijson 边读边给，不整个装进内存
+    JSON 数组         同样的内容放在一个大数组里；边读边给，不整个装进内存
     纯文本            空行隔开的段落，一段一篇
     wiki2019zh        一行一个 {"id", "url", "title", "text"}
     minimind          正文里写着 <|im_start|>…<|im_end|> 或 <s>…</s>，每一对里是一篇
@@ -12,27 +12,32 @@
 坏行不会悄悄丢掉：`ReadLog` 记下文件与行号，最后一并报告；超过 1% 就停下来。
 """
 
+import codecs
 import contextlib
 import gzip
 import hashlib
 import json
+import os
 import re
+import reprlib
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import ijson
-
 from config import UserError
 
-MAX_LINE = 8 << 20  # 一行最长多少字节；再长多半不是按行组织的数据
+MAX_LINE = 8 << 20  # 一行（一条）最长多少字节；再长多半不是按行组织的数据
+BLOCK = 1 << 18  # 大数组一次读进来多少字节
 MAX_DOCUMENT = 1 << 12  # 纯文本一篇最长多少字；没有空行的长文在换行处分篇
 BAD_ROWS_ALLOWED = 0.01
 GIVE_UP_AFTER = 1000  # 开头这么多条全是坏行，就不再往下读
 NOT_UTF8 = "不是 UTF-8（第 {} 字节）；可以先用 iconv -f GB18030 -t UTF-8 转换编码"
 CUT_LINE = "最后一行不完整，多半是下载中断了；请接着下载，或删掉这一行"
+JSON, JSON_TEXT = json.JSONDecoder(), json.JSONEncoder(ensure_ascii=False)
+JSON_BLANK = re.compile(r"[ \t\n\r]*")
+END = object()  # 大数组到此为止
 BROKEN_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
 
 Conversation = list[tuple[str, str]]  # [(角色, 正文), …]
@@ -119,10 +124,12 @@ def check_source(path: Path) -> bytes:
     Raises:
         UserError: 说明哪里不对、该怎么办。
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # 与 Path 的同名方法不同：名字太长时说不是，而不是抛出异常
         raise UserError(f"{path} 是目录，要的是一个文件；可以先用 cat 把里面的文件接成一个")
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"找不到数据文件 {path}；请检查路径，或先运行 python download.py")
+    if not os.path.isfile(path):  # 例如 /dev/zero，永远读不完
+        raise UserError(f"{path} 不是普通的文件；请先把数据存成文件")
     try:
         with open_binary(path) as f:
             head = f.read(1 << 16)
@@ -132,6 +139,8 @@ def check_source(path: Path) -> bytes:
         raise UserError(f"读不了 {path}（{error.strerror or error}）；请检查权限") from error
     if not head.strip():
         raise UserError(f"{path} 是空文件；请检查它是否下载完整")
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        raise UserError(f"{path} 是 UTF-32 编码；请先用 iconv -f UTF-32 -t UTF-8 转换")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path} 是 UTF-16 编码；请先用 iconv -f UTF-16 -t UTF-8 转换")
     return head
@@ -204,32 +213,58 @@ def _read_jsonl(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
 
 def _read_array(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
     """数组没有写完，少的只是末尾，算一条坏行；写完了却在中间出错，后面的全读不到，不能继续。"""
-    number = 0
-    try:
-        with open_binary(path, log) as f:
-            for number, row in enumerate(ijson.items(f, "item", use_float=True), start=1):
-                log.rows += 1
-                yield f"第 {number} 条", row
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        if _last_bytes(path).endswith(b"]"):
-            reason = str(error).splitlines()[0]
-            hint = "请先修好那一条"
-            if "UTF8" in reason.replace("-", ""):
-                hint = "可以先用 iconv -f GB18030 -t UTF-8 转换编码"
-            raise UserError(
-                f"{path} 第 {number} 条之后不是合法的 JSON（{reason}）；{hint}"
-            ) from error
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    text, at, number, more = "", 0, 0, True  # 读进来的文字、用到哪里、第几条、文件读完没有
+    with open_binary(path, log) as f:
+        try:
+            while True:
+                row, end, problem = _next_item(text, at, "," if number else "[")
+                if end == len(text) and more and end - at <= MAX_LINE:  # 也许只是还没读到
+                    block = f.read(max(BLOCK, end - at))
+                    text, at, more = text[at:] + decode(block), 0, bool(block)
+                elif row is END or problem:
+                    break
+                else:
+                    at, number, log.rows = end, number + 1, log.rows + 1
+                    yield f"第 {number} 条", row
+            if row is END and (text[end:].strip() or any(line.strip() for line in f)):
+                problem = "数组结束之后还有别的内容"
+        except UnicodeDecodeError as error:
+            problem = NOT_UTF8.format(f.tell() - len(error.object) + error.start)
+    if problem and end - at > MAX_LINE:
+        problem = f"一条长于 {MAX_LINE >> 20} MB"
+    if problem and end == len(text) and not more and not text.rstrip().endswith("]"):
         log.rows += 1
         log.add(f"第 {number} 条之后", "数组没有写完，不完整，多半是下载中断了；请接着下载")
+    elif problem:
+        raise UserError(f"{path} 第 {number} 条之后不是合法的 JSON（{problem}）；请先修好那一条")
 
 
-def _last_bytes(path: Path) -> bytes:
-    """文件末尾的字节，不含空白；压缩的文件要从头读过。"""
-    tail = b""
-    with contextlib.suppress(*BROKEN_GZIP), open_binary(path) as f:
-        while block := f.read(1 << 20):
-            tail = (tail + block)[-64:]
-    return tail.rstrip()
+def _next_item(text: str, at: int, opening: str) -> tuple[Any, int, str]:
+    """解析 text 里从 at 起的分隔符 opening 与它后面的一条。
+
+    Returns:
+        (那一条, 到哪里为止, 哪里不对)；数组到此为止时，那一条是 END。
+        错在末尾的，多半只是还没读到：「到哪里为止」就是末尾。
+    """
+    at = JSON_BLANK.match(text, at).end()
+    if text.startswith("]", at) and opening == ",":
+        return END, at + 1, ""
+    if not text.startswith(opening, at):
+        return None, at, f"少了 {opening}"
+    at = JSON_BLANK.match(text, at + 1).end()
+    if text.startswith("]", at) and opening == "[":
+        return END, at + 1, ""
+    try:
+        return *JSON.raw_decode(text, at), ""
+    except RecursionError:
+        return None, at, "嵌套得太深"
+    except json.JSONDecodeError as error:
+        # 没写完的字符串，错误记在它的开头；没写完的词，最长的是 -Infinity，九个字。
+        cut = error.msg.startswith("Unterminated") or error.pos > len(text.rstrip()) - 9
+        return None, len(text) if cut else error.pos, error.msg
+    except ValueError:  # Python 不肯把几千位的数字变成整数
+        return None, at, "有一个整数太长"
 
 
 def _read_text(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
@@ -274,12 +309,17 @@ def document_text(row: Any) -> str:
         raise ValueError(f"要的是字符串或对象，得到的是 {type(row).__name__}")
     text = row.get("text") if row.get("text") is not None else row.get("content")
     if not isinstance(text, str):
-        keys = "、".join(map(str, row)) or "什么也没有"
-        raise ValueError(f"没有写着文字的 text 或 content 字段（有的是：{keys}）")
+        raise ValueError(f"没有写着文字的 text 或 content 字段（有的是：{_keys(row)}）")
     title = row.get("title")
     if isinstance(title, str) and title and not text.lstrip().startswith(title):
         return f"{title}\n{text}"  # wiki2019zh 的正文已经以标题开头，不再重复
     return text
+
+
+def _keys(row: dict) -> str:
+    """有哪些字段，写给人看：只写前几个，太长的截短，看不见的字符转义。"""
+    names = [reprlib.repr(name)[1:-1] for name in row]
+    return "、".join(names[:8]) + "……" * (len(names) > 8) or "什么也没有"
 
 
 def well_formed(text: str) -> str:
@@ -334,8 +374,7 @@ def conversation_turns(row: Any, notes: Counter[str]) -> Conversation:
     else:
         rows = row.get("conversations") or row.get("messages")
         if not isinstance(rows, list):
-            keys = "、".join(map(str, row)) or "什么也没有"
-            raise ValueError(f"没有 conversations 或 instruction 字段（有的是：{keys}）")
+            raise ValueError(f"没有 conversations 或 instruction 字段（有的是：{_keys(row)}）")
         messages = [_message(message, notes) for message in rows]
     conversation = [(role, well_formed(text)) for role, text in messages if isinstance(text, str)]
     if len(conversation) < len(messages):
@@ -351,10 +390,13 @@ def _message(message: Any, notes: Counter[str]) -> tuple[str, str]:
         raise ValueError(f"一轮发言应该是对象，得到的是 {type(message).__name__}")
     name = message.get("role") or message.get("from")
     if not isinstance(name, str) or name not in ROLES:
-        raise ValueError(f"不认识的角色 {name!r}（认识：{'、'.join(ROLES)}）")
+        raise ValueError(f"不认识的角色 {reprlib.repr(name)}（认识：{'、'.join(ROLES)}）")
     text = message.get("content") if "content" in message else message.get("value")
     extras = [message.get(field) for field in ("tools", "tool_calls")]
-    extras = [e if isinstance(e, str) else json.dumps(e, ensure_ascii=False) for e in extras if e]
+    try:
+        extras = [e if isinstance(e, str) else JSON_TEXT.encode(e) for e in extras if e]
+    except RecursionError:
+        raise ValueError("工具的说明或调用嵌套得太深") from None
     if isinstance(text, str) or (text is None and (extras or ROLES[name] == "tool")):
         text = "\n".join(filter(None, [text, *extras]))
     if message.get("reasoning_content"):
