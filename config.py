@@ -193,12 +193,21 @@ def convert(name: str, text: str, kind: type, problems: list[str]) -> Any:
     """把命令行上的文字变成字段的类型；变不了就记下问题，返回 None。"""
     expected = {int: "整数", float: "数", bool: "true 或 false", str: " UTF-8 编码的文字"}
     try:
-        text.encode("utf-8")  # 别的编码的终端送来的字节，会变成不成对的代理字符
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        return kind(text)
+        if is_text(text):
+            return kind(text)
     except (ValueError, KeyError):
-        problems.append(f"--{name} 要的是{expected[kind]}，得到的是 {text!r}")
+        pass
+    problems.append(f"--{name} 要的是{expected[kind]}，得到的是 {text!r}")
+
+
+def is_text(text: str) -> bool:
+    """写得成 UTF-8，也能交给操作系统（其中不能有 NUL）。"""
+    try:
+        return b"\0" not in text.encode("utf-8")
+    except UnicodeEncodeError:  # 别的编码的终端送来的字节，会变成不成对的代理字符
+        return False
 
 
 def help_text(cls: type, usage: str) -> str:
@@ -287,10 +296,10 @@ def fill_in(config: Config, origins: dict[str, str]) -> None:
             fill(name, value, f"预设 {config.preset}")
     wiki = Path(config.data_dir) / "wiki_zh_texts_filtered.json"
     sft = Path(config.data_dir) / "sft_t2t_mini.jsonl"
-    if config.data == "auto":
-        fill("data", str(wiki) if wiki.exists() else "builtin", "自动")
+    if config.data == "auto":  # 与 Path.exists 不同：名字太长时说没有，而不是抛出异常
+        fill("data", str(wiki) if os.path.exists(wiki) else "builtin", "自动")
     if config.sft_data == "auto":
-        fill("sft_data", str(sft) if sft.exists() else "builtin", "自动")
+        fill("sft_data", str(sft) if os.path.exists(sft) else "builtin", "自动")
     if config.sft_lr is None and config.lr > 0:
         fill("sft_lr", config.lr / 5, "自动")
     if config.out_dir is None:
@@ -314,7 +323,7 @@ def check_types(config: Config, problems: list[str]) -> set[str]:
     types, wrong = field_types(Config), set()
     for f in fields(Config):
         value, kind, choices = getattr(config, f.name), types[f.name], f.metadata["choices"]
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
             setattr(config, f.name, value)
         if (value is None and f.default is None) or (f.metadata["auto"] and value == "auto"):
@@ -323,6 +332,10 @@ def check_types(config: Config, problems: list[str]) -> set[str]:
             problems.append(f"{f.name} 要的是 {kind.__name__}，得到的是 {value!r}")
         elif choices and value not in choices:
             problems.append(f"{f.name} 只能是 {'、'.join(choices)}，得到的是 {value!r}")
+        elif kind is str and not is_text(value):
+            problems.append(f"{f.name} 要的是 UTF-8 编码的文字，得到的是 {value!r}")
+        elif f.name in PLACES and not value.strip():
+            problems.append(f"{f.name} 不能是空的；请写上路径，或不写这一项")
         else:
             continue
         wrong.add(f.name)
@@ -330,6 +343,8 @@ def check_types(config: Config, problems: list[str]) -> set[str]:
     return wrong
 
 
+PLACES = ("data", "sft_data", "data_dir", "out_dir", "init_from")  # 文件与目录
+LARGEST = 10**9  # 再大的数，乘起来连 64 位整数也装不下
 POSITIVE = (*SHAPE, "batch_size", "seq_len", "grad_accum", "lr", "sft_lr", "embed_lr_scale",
             "grad_clip", "max_steps", "epochs", "sft_max_steps", "sft_epochs", "eval_every",
             "eval_tokens")  # fmt: skip
@@ -340,8 +355,9 @@ def check_values(c: Config, problems: list[str], wrong: set[str]) -> None:
     """单个值的范围，以及值与值之间能不能相容；本身就不对的值（wrong），不再与别的比。"""
     for name in POSITIVE:
         value = getattr(c, name)
-        if name not in wrong and value is not None and not 0 < value < float("inf"):
-            problems.append(f"{name} 必须是正数，得到的是 {value}")
+        if name not in wrong and value is not None and not 0 < value <= LARGEST:
+            rule = "不能超过 10^9" if value > 0 else "必须是正数"
+            problems.append(f"{name} {rule}，得到的是 {value}")
             wrong.add(name)
     for name in FRACTIONS:
         if name not in wrong and not 0 <= getattr(c, name) <= 1:
