@@ -8,6 +8,7 @@
 训练与检验按文档分开：每篇由自己的键散列决定去哪边，重复的文档因此总在同一边。
 """
 
+import glob
 import hashlib
 import inspect
 import json
@@ -75,8 +76,9 @@ def prepare(
         "val_fraction": config.val_fraction,
         "code": code_fingerprint(),
     }
-    name = hashlib.sha256(f"{path.resolve()} {stage}".encode()).hexdigest()[:8]
-    base = Path(config.data_dir) / "cache" / f"{path.stem}-{stage}-{name}"
+    name = hashlib.sha256(os.fsencode(f"{path.resolve()} {stage}")).hexdigest()[:8]
+    stem = path.stem[:40]  # 系统允许的文件名有长度限制，后面还要接别的
+    base = Path(config.data_dir) / "cache" / f"{stem}-{stage}-{name}"
     if (ready := _load(base, identity, path)) is not None:
         print(f"数据：沿用 {base}.*（{_summary(ready.card)}）")
         return ready
@@ -91,7 +93,7 @@ def prepare(
                 try:
                     _build(base, identity, path, tokenizer)
                 finally:
-                    for part in base.parent.glob(f"{base.name}.*.part"):
+                    for part in base.parent.glob(f"{glob.escape(base.name)}.*.part"):
                         part.unlink()
     except OSError as error:
         raise UserError(
