@@ -1,11 +1,12 @@
 """两个聊天程序共用的部分：命令行参数、行编辑、命令、一个字一个字地打印。"""
 
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from config import Config, UserError, convert, field_types, fill_in, help_text, option, parse_flags
+from config import UserError, convert, field_types, help_text, load_config, option, parse_flags
 from generate import Sampling, Speaker, is_looping, load_for_chat
 from training import Device
 
@@ -50,8 +51,7 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
         problems.append(f"device 只能是 {'、'.join(devices)}，得到的是 {options.device!r}")
     if problems:
         raise UserError("；".join(problems))
-    config = Config(compile=False)
-    fill_in(config, {})
+    config, _ = load_config(stage, ["--no-compile"])
     config.device = options.device
     path = Path(options.checkpoint or f"{config.out_dir}/{stage}.pt")
     options.checkpoint = str(path)
@@ -77,7 +77,7 @@ def as_text(line: str) -> str:
 def read_inputs(history: Path) -> Iterator[str]:
     """逐行给出用户输入的话；终端上有行编辑与历史，管道里就是一行一句。"""
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        yield from (as_text(line.rstrip("\n")) for line in sys.stdin)
         return
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, InMemoryHistory
@@ -137,14 +137,16 @@ def run(
 
 def obey(command: str, options: ChatOptions) -> str:
     """执行一条设置采样的命令，返回要打印的话；不合法的值不会生效。"""
-    name, _, value = command.strip().removeprefix("/").partition(" ")
+    name, *rest = command.removeprefix("/").split(maxsplit=1) or [""]  # 空格也可以是全角的
+    value = "".join(rest).strip()
     types = field_types(Sampling)
     if name not in types:
-        return HELP if name == "help" else f"没有命令 /{name}；输入 /help 看有哪些命令"
-    if not value.strip():
+        shown = reprlib.repr(name)[1:-1]
+        return HELP if name == "help" else f"没有命令 /{shown}；输入 /help 看有哪些命令"
+    if not value:
         return f"{name} 现在是 {getattr(options, name)}"
     problems: list[str] = []
-    before, new = getattr(options, name), convert(name, value.strip(), types[name], problems)
+    before, new = getattr(options, name), convert(name, value, types[name], problems)
     if not problems:
         setattr(options, name, new)
         problems = options.problems()
