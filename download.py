@@ -129,6 +129,8 @@ def download(dataset, name, data_dir):
         api = HubApi()
         info = choose_file(api.list_repo_files(dataset, "dataset"), name, dataset)
         target = data_dir / name
+        if not target.resolve().is_relative_to(data_dir.resolve()):
+            raise UserError(f"文件名 {name} 指向 data_dir（{data_dir}）之外，不下载；请换一个文件")
         if is_whole(target, info):
             print("文件完整，不必再下载")
             return target
