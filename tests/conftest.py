@@ -9,6 +9,7 @@ from dataset import TokenFile, prepare
 from tokenizer import Tokenizer
 
 settings.register_profile("mini-llm", deadline=None, derandomize=True, database=None)
+settings.register_profile("thorough", deadline=None, max_examples=2000, database=None)
 settings.load_profile("mini-llm")  # 机器忙时慢一点不算错；同样的代码每次试同样的例子
 
 
