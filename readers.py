@@ -233,7 +233,8 @@ def _read_array(path: Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
             problem = NOT_UTF8.format(f.tell() - len(error.object) + error.start)
     if problem and end - at > MAX_LINE:
         problem = f"一条长于 {MAX_LINE >> 20} MB"
-    if problem and end == len(text) and not more and not text.rstrip().endswith("]"):
+    closed = text.rstrip().endswith("]") and not problem.startswith("Unterminated")
+    if problem and end == len(text) and not more and not closed:
         log.rows += 1
         log.add(f"第 {number} 条之后", "数组没有写完，不完整，多半是下载中断了；请接着下载")
     elif problem:
