@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import re
+import reprlib
 import signal
 import sys
 import threading
@@ -199,7 +200,7 @@ def convert(name: str, text: str, kind: type, problems: list[str]) -> Any:
             return kind(text)
     except (ValueError, KeyError):
         pass
-    problems.append(f"--{name} 要的是{expected[kind]}，得到的是 {text!r}")
+    problems.append(f"--{name} 要的是{expected[kind]}，得到的是 {reprlib.repr(text)}")
 
 
 def is_text(text: str) -> bool:
