@@ -628,6 +628,7 @@ def test_a_command_typed_with_an_input_method_is_understood(line, monkeypatch, c
 
 
 @given(st.lists(lines, max_size=6))
+@example(["/top_k " + "9" * 5000, "/temp " + "x" * 5000])
 def test_no_line_breaks_the_chat(lines):
     """打什么都不会退出、不会让设置变得不能用；说给人看的话不长，也没有控制字符。"""
     options, answered, notices = ChatOptions(checkpoint="x/sft.pt"), [], []
