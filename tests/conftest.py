@@ -1,6 +1,10 @@
 """各个测试共用的零件：分词器，以及整场测试只准备一次的内置语料。"""
 
+import os
+from pathlib import Path
+
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from scripts import QUICK, STEPS, run
 
@@ -20,9 +24,16 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def builtin_config(tmp_path_factory) -> Config:
+def common(tmp_path_factory) -> Path:
+    """这一次测试的几个进程（pytest-xdist）共用的目录。"""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def builtin_config(common) -> Config:
     """数据写在临时目录里的配置；再用它 prepare 内置语料时，会沿用已经写好的。"""
-    return Config(data_dir=str(tmp_path_factory.mktemp("builtin")))
+    return Config(data_dir=str(common / "builtin"))
 
 
 @pytest.fixture(scope="session")
@@ -38,9 +49,14 @@ def builtin_sft(tokenizer, builtin_config) -> TokenFile:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, builtin_config, builtin_pretrain, builtin_sft):
-    """预训练八步，再微调四步，都用内置语料；返回工作目录与两份输出。"""
-    folder = tmp_path_factory.mktemp("reader")
-    (folder / "data").symlink_to(builtin_config.data_dir)
-    outputs = [run(folder, script, "--max_steps", str(n), *QUICK)[0] for script, n in STEPS.items()]
-    return folder, *outputs
+def trained(common, builtin_config, builtin_pretrain, builtin_sft):
+    """预训练八步，再微调四步，都用内置语料；返回工作目录与两份输出。几个进程只做一次。"""
+    folder = common / "reader"
+    with FileLock(common / "reader.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "data").symlink_to(builtin_config.data_dir)
+            for script, n in STEPS.items():
+                text, _ = run(folder, script, "--max_steps", str(n), *QUICK)
+                (folder / f"{script}.txt").write_text(text, encoding="utf-8")
+    return folder, *((folder / f"{script}.txt").read_text(encoding="utf-8") for script in STEPS)

@@ -79,6 +79,7 @@ def test_one_process_needs_no_communication():
     assert (nested["a"][1], nested["b"]) == (1, {"c": None})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["pre_train.py", "sft_train.py"])
 def test_two_processes_give_the_losses_of_one(trained, tmp_path, script):
     """每个进程读一半的行；只有第 0 个说话；检查点一个进程也能用。"""

@@ -73,23 +73,18 @@ def test_fine_tuning_survives_a_kill_and_a_sigterm(trained, tmp_path):
 
     run(tmp_path, "sft_train.py", "--resume")  # 预训练的检查点不在这里，也不需要
     assert_same_run(reference, out, "sft")
-    text, _ = run(tmp_path, "sft_train.py", "--resume")  # 已经练完的，再接着练也无妨
-    assert "已经走完 4 步，共 4 步" in text
-    assert_same_run(reference, out, "sft")
 
 
 def test_numbers_going_wrong_stop_before_the_update_and_keep_the_good_checkpoint(trained, tmp_path):
     (tmp_path / "data").symlink_to(trained[0] / "data")
-    _, err = run(tmp_path, "pre_train.py", "--max_steps", "9", "--lr", "1e30", *QUICK, code=2)
+    _, err = run(tmp_path, "pre_train.py", "--max_steps", "9", "--lr", "1e9", *QUICK, code=2)
     assert "接连 3 步的损失或梯度不是有限的数" in err
-    assert "--lr 3.3e+29" in err
+    assert "--lr 3.3e+08" in err
     out = tmp_path / "out/tiny"
     assert (out / "pretrain.diverged.pt").exists()
     rows = metrics(out, "pretrain")
     assert [bool(r.get("skipped_rows")) for r in rows[-3:]] == [True] * 3
     assert rows[-1]["train_loss"] is None or rows[-1]["grad_norm"] is None
-    run(tmp_path, "pre_train.py", "--resume", "--allow_changes", "--lr", "0.02")  # 照它说的做
-    assert metrics(out, "pretrain")[-1]["step"] == 9
 
 
 # ---------- 二十次随机的 kill -9 ----------
