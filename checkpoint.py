@@ -98,7 +98,7 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:  # 写到一半磁盘满了，torch 报的是 RuntimeError
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or "写到一半写不下去，多半是磁盘满了"
         raise UserError(f"写不了检查点 {path}（{reason}）；请腾出空间或检查权限") from error
 
 

@@ -50,7 +50,7 @@ def builtin_sft(tokenizer, builtin_config) -> TokenFile:
 
 @pytest.fixture(scope="session")
 def trained(common, builtin_config, builtin_pretrain, builtin_sft):
-    """预训练八步，再微调四步，都用内置语料；返回工作目录与两份输出。几个进程只做一次。"""
+    """预训练十六步，再微调十步，都用内置语料；返回工作目录与两份输出。几个进程只做一次。"""
     folder = common / "reader"
     with FileLock(common / "reader.lock"):
         if not folder.exists():

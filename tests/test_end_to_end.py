@@ -23,13 +23,13 @@ def test_pretraining_says_what_it_does_and_learns(trained):
     assert "[命令行]" in text
     assert "[预设 tiny]" in text
     rows = [json.loads(x) for x in (folder / "out/tiny/pretrain/metrics.jsonl").open()]
-    assert [r["step"] for r in rows] == list(range(9))
+    assert [r["step"] for r in rows] == list(range(17))
     assert rows[0]["val_loss"] == pytest.approx(9.96, abs=0.1)
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 1
     wanted = {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_second", "val_loss",
               "val_bpc", "sample", "seconds"}  # fmt: skip
     assert set(rows[-1]) == wanted
-    assert rows[-1]["tokens"] == 8 * 2 * 128
+    assert rows[-1]["tokens"] == 16 * 2 * 128
     for name in ("pretrain.pt", "pretrain/loss.png", "pretrain/config.json"):
         assert (folder / "out/tiny" / name).stat().st_size > 0
 
@@ -47,7 +47,7 @@ def test_sft_continues_from_pretraining(trained):
     assert "[检查点]" in text
     assert "合用词嵌入的一行" in text  # 预训练没见过、微调也没有的，起点仍然相同
     rows = [json.loads(x) for x in (folder / "out/tiny/sft/metrics.jsonl").open()]
-    assert [r["step"] for r in rows] == list(range(5))
+    assert [r["step"] for r in rows] == list(range(11))
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] < 9.9
 
 
@@ -78,7 +78,7 @@ def test_sft_chat_serves_a_pipe_with_commands(trained):
 def test_mistakes_are_one_sentence_and_exit_code_2(trained, tmp_path):
     folder, *_ = trained
     for script, args, part in [
-        ("pre_train.py", [], "out/tiny/pretrain.pt 已经有了（练了 8 步，共 8 步）"),
+        ("pre_train.py", [], "out/tiny/pretrain.pt 已经有了（练了 16 步，共 16 步）"),
         ("sft_train.py", ["--out_dir", "out/none"], "找不到检查点 out/none/pretrain.pt"),
         ("sft_chat.py", ["--checkpoint", "out/tiny/pretrain.pt"], "请改用 python pre_chat.py"),
         ("sft_chat.py", ["--prompt", "兔" * 500], "请说短一些"),

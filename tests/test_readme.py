@@ -13,11 +13,11 @@ from repl import ChatOptions
 REPO = Path(__file__).resolve().parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
-    part.strip().removeprefix("python ")
+    re.sub(r"^(python|torchrun( --[\w-]+(=\S+)?)*) ", "", part.strip())
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
     for line in block.splitlines()
     for part in re.split(r"&&|\|", line.partition("#")[0])
-    if part.strip().startswith("python ")
+    if part.strip().startswith(("python ", "torchrun "))
 ]
 
 
@@ -55,7 +55,14 @@ def test_every_program_is_on_the_map():
 
 
 def test_every_flag_it_names_exists():
-    known = {*parse_names(Config), *parse_names(ChatOptions), "help", "no_compile", "file"}
+    torchrun = {"nproc_per_node", "nnodes", "max_restarts", "rdzv_backend", "rdzv_endpoint"}
+    known = {
+        *parse_names(Config),
+        *parse_names(ChatOptions),
+        "help",
+        "no_compile",
+        "file",
+    } | torchrun
     for flag in re.findall(r"--([a-z][\w-]*)", README):
         assert flag.replace("-", "_") in known, flag
 
