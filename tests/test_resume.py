@@ -54,7 +54,7 @@ def test_pretraining_survives_two_kills_a_ctrl_c_and_a_full_disk(trained, tmp_pa
     assert not part.exists()
 
 
-def test_fine_tuning_survives_a_kill_and_a_sigterm(trained, tmp_path):
+def test_fine_tuning_survives_a_kill(trained, tmp_path):
     reference = trained[0] / "out/tiny"
     (tmp_path / "data").symlink_to(trained[0] / "data")
     out = tmp_path / "out/tiny"
@@ -65,16 +65,11 @@ def test_fine_tuning_survives_a_kill_and_a_sigterm(trained, tmp_path):
     assert script.until(lambda: last_step(out, "sft") >= 1)
     assert script.end(signal.SIGKILL) == -signal.SIGKILL
 
-    script = Running(tmp_path, "sft_train.py", "--resume")
-    start = last_step(out, "sft")
-    assert script.until(lambda: last_step(out, "sft") > start)
-    assert script.end(signal.SIGTERM) == 143
-    assert "接着练：python sft_train.py --resume" in script.text()
-
     run(tmp_path, "sft_train.py", "--resume")  # 预训练的检查点不在这里，也不需要
     assert_same_run(reference, out, "sft")
 
 
+@pytest.mark.slow
 def test_numbers_going_wrong_stop_before_the_update_and_keep_the_good_checkpoint(trained, tmp_path):
     (tmp_path / "data").symlink_to(trained[0] / "data")
     _, err = run(tmp_path, "pre_train.py", "--max_steps", "9", "--lr", "1e9", *QUICK, code=2)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import training
-from checkpoint import Progress
+from checkpoint import Folder, Progress
 from config import Config, UserError, load_config
 from dataset import IGNORE, Batch
 from distributed import World
@@ -344,6 +345,25 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(capfd):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_leaving_says_how_to_resume_with_the_code_of_the_signal(tmp_path, capsys, number, code):
+    config, origins = load_config("pretrain", ["--out_dir", str(tmp_path / "我的 模型")])
+    folder = Folder("pretrain", config, origins, World())
+    stop = Stop(World())
+    stop.signal = number
+    with pytest.raises(SystemExit) as left:
+        stop.leave(folder, Progress(step=3), 10, saved=True)
+    assert left.value.code == code
+    said = capsys.readouterr().out
+    assert "停在第 3 步，共 10 步；已经存进" in said
+    command = said.splitlines()[-1].removeprefix("接着练：python pre_train.py ")
+    again, _ = load_config("pretrain", shlex.split(command))  # 照着粘贴就能用
+    assert (again.out_dir, again.resume) == (config.out_dir, True)
+    with pytest.raises(SystemExit):
+        stop.leave(folder, Progress(step=3), 10, saved=False)
+    assert "没有存下" in capsys.readouterr().out
 
 
 def test_a_skipped_step_names_its_data(capsys):
