@@ -6,7 +6,8 @@
     Folder        一次训练的输出目录：上锁，不盖掉别人的，找到该接着练的那一个
     Saver         什么时候存，存不下怎么办
 
-目录里最多有两个：pretrain.pt 是最新的，pretrain.previous.pt 是它之前的一个。
+输出目录里：pretrain.pt 是最新的，pretrain.previous.pt 是它之前的一个。出过事的话，还会有
+pretrain.damaged.pt（坏了的）与 pretrain.diverged.pt（发散时的状态），留着供查看。
 """
 
 import math
@@ -63,19 +64,21 @@ class Progress:
     best_val_loss: float = math.inf  # 各次检验里最好的，以及它在第几步
     best_step: int = 0
 
-    def checked(self, val_loss: float, val_bpc: float) -> None:
-        """记下一次检验的结果。"""
+    def checked(self, val_loss: float, val_bpc: float, everything: bool) -> None:
+        """记下一次检验的结果；最后那次检验的数据多，不与平时的比高低。"""
         self.val_loss, self.val_bpc = val_loss, val_bpc
-        if val_loss < self.best_val_loss:
+        if val_loss < self.best_val_loss and not everything:
             self.best_val_loss, self.best_step = val_loss, self.step
 
 
 # ---------- 1. 一个文件 ----------
 
 
-def write(path: Path, checkpoint: dict[str, Any]) -> None:
+def write(path: Path, checkpoint: dict[str, Any], keep_previous: bool = True) -> None:
     """写检查点，原有的一个改名留着。任何时刻断电，磁盘上都至少有一个完好的。
 
+    Args:
+        keep_previous: 假时直接换掉原有的。
     Raises:
         UserError: 写不进去；原有的不受影响。
     """
@@ -86,7 +89,7 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())  # 先确定内容到了磁盘上，再改名
-        if path.exists():
+        if keep_previous and path.exists():
             previous = previous_of(path)
             try:  # 旧的多一个名字，原来的名字一刻也不空着
                 previous.unlink(missing_ok=True)
@@ -113,17 +116,20 @@ def sync_folder(folder: Path) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):  # 有的网络文件系统不支持；文件本身已经写好了
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, mmap: bool = False) -> dict[str, Any]:
     """读检查点，核对它完好，并且是这个程序认识的。
 
     检查点是一个 zip 文件，每一块都有 CRC-32。PyTorch 自己不核对它，翻转一个比特也照读不误，
     所以先用 zipfile 核对一遍。`weights_only=True`：文件里夹带的程序不会运行。
 
+    Args:
+        mmap: 真时用到哪块才读哪块，适合只要参数、马上就放手的。
     Raises:
         Damaged: 不完整，或者内容变了。
         UserError: 没有权限，或者是更新的程序写的。
@@ -131,22 +137,25 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             if (broken := archive.testzip()) is not None:
-                raise Damaged(f"{broken} 的校验和不符")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                raise Damaged(f"{path} 不是完好的检查点（{broken} 的校验和不符）")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (PermissionError, FileNotFoundError) as error:
         raise UserError(f"读不了 {path}（{error.strerror}）；请检查路径与权限") from error
-    except MemoryError:
+    except (Damaged, MemoryError):
         raise
     except Exception as error:  # 坏文件引起的异常种类繁多，没有共同的基类
         raise Damaged(f"{path} 不是完好的检查点（{type(error).__name__}）") from error
     kinds = {"stage": str, "config": dict, "tokenizer": str, "model": dict, "progress": dict,
-             "max_steps": int, "data": dict, "versions": dict}  # fmt: skip
+             "max_steps": int, "data": dict, "versions": dict, "device": str, "optimizers": list,
+             "scaler": dict, "rng": dict}  # fmt: skip
     if not isinstance(checkpoint, dict) or type(checkpoint.get("format")) is not int:
         raise Damaged(f"{path} 不是 mini-llm 的检查点")
     if (found := checkpoint["format"]) != FORMAT:
         todo = "是更新的程序写的，请更新程序" if found > FORMAT else "是旧程序写的，请重新训练"
         raise UserError(f"{path} {todo}（它的格式是 {found}，这个程序认识的是 {FORMAT}）")
     wrong = [k for k, kind in kinds.items() if not isinstance(checkpoint.get(k), kind)]
+    if not isinstance(checkpoint.get("shared_row", ""), dict | None):
+        wrong.append("shared_row")
     progress = checkpoint.get("progress")
     if not wrong and any(type(progress.get(k)) is not type(v) for k, v in vars(Progress()).items()):
         wrong = ["progress"]
@@ -157,12 +166,13 @@ def read(path: Path) -> dict[str, Any]:
 
 def capture(
     stage: str, config: Config, tokenizer: Tokenizer, model, optimizers, device, progress: Progress,
-    max_steps: int, rows: tuple[int, int], card: dict,
+    shared, max_steps: int, rows: tuple[int, int], card: dict,
 ) -> dict[str, Any]:  # fmt: skip
     """把训练的全部状态收进一个字典；模型分开放时，要全体进程一起调用。
 
     Args:
         device: `training.Device`。
+        shared: `training.SharedRow` 或 None。
         max_steps: 全程的步数；学习率的曲线由它和 config 决定。
         rows: (每步的行数, 一遍的行数)，由此知道读到了第几遍的第几行。
         card: 词元文件的卡片。
@@ -179,6 +189,7 @@ def capture(
         "model": whole(model.state_dict()),
         "optimizers": [whole(optimizer.state_dict()) for optimizer in optimizers],
         "scaler": device.scaler.state_dict(),
+        "shared_row": shared and whole(shared._asdict()),
         "progress": asdict(progress),
         "max_steps": max_steps,
         "data": data_identity(card) | {"epoch": epoch, "row": row},
@@ -187,9 +198,10 @@ def capture(
 
 
 def versions() -> dict[str, str]:
-    """会影响结果的软件的版本。"""
+    """会影响结果末位的：软件的版本，处理器的线程与指令集。"""
     return {"python": platform.python_version(), "torch": str(torch.__version__),
-            "numpy": np.__version__}  # fmt: skip
+            "numpy": np.__version__, "线程": str(torch.get_num_threads()),
+            "指令集": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
 
 
 def data_identity(card: dict) -> dict[str, Any]:
@@ -211,7 +223,7 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[st
     if not path.is_file():
         raise UserError(f"找不到检查点 {path}；{what_to_do_without(path)}")
     try:
-        checkpoint = read(path)
+        checkpoint = read(path, mmap=True)
     except Damaged as error:
         previous = previous_of(path)
         todo = f"前一个是 {previous}，可以改用它" if previous.is_file() else "请重新训练"
@@ -256,6 +268,8 @@ def build_model(config: Config, checkpoint: dict, path: Path) -> Transformer:
 
 def what_to_do_without(path: Path) -> str:
     """缺了这个检查点，下一步该做什么：先训练，还是指定已有的另一个。"""
+    if (previous := previous_of(path)).is_file():
+        return f"前一个还在：{previous}，可以指定它"
     others = "、".join(sorted(map(str, Path("out").glob(f"*/{path.name}"))))
     if path.name == "sft.pt":
         return (
@@ -328,13 +342,11 @@ class Folder:
         self.stage, self.world = stage, world
         self.root = Path(config.out_dir)
         self.path = self.root / f"{stage}.pt"
-        flags = "".join(
-            f" --{name} {shlex.quote(getattr(config, name))}"
-            for name in ("preset", "out_dir")
-            if origins[name] == "命令行"
-        )
-        command = "用同样的 torchrun 命令，加上" if world.launched else f"python {SCRIPTS[stage]}"
-        self.how_to_resume = f"{command}{flags if not world.launched else ''} --resume"
+        self.damaged = False
+        command = f"python {SCRIPTS[stage]}"
+        if world.launched:
+            command = f"torchrun … {SCRIPTS[stage]}"
+        self.how_to_resume = f"{command} --out_dir {shlex.quote(config.out_dir)} --resume"
         if world.rank == 0:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
@@ -358,7 +370,9 @@ class Folder:
             UserError: 目录里已有一次训练，却没有说要接着练还是盖掉；或者接不上。
         """
         existing = [p for p in (self.path, previous_of(self.path)) if p.exists()]
-        if not config.resume and not (self.world.restarts and existing):
+        # 这一次 torchrun 自己重新启动的，才不用说 --resume 就接着练。
+        restarted = self.world.restarts > 0 and self._launch_id() == self.world.launch_id != "none"
+        if not config.resume and not (restarted and existing):
             done = self._done(existing)
             if done != "0 步" and not config.overwrite:
                 raise UserError(
@@ -366,7 +380,7 @@ class Folder:
                     f"不要它了：加上 --overwrite；两个都要：用 --out_dir 换一个目录"
                 )
             return None
-        if config.overwrite and not self.world.restarts:
+        if config.overwrite and not restarted:
             raise UserError("--resume 与 --overwrite 只能写一个")
         if not existing:
             others = "、".join(sorted(map(str, Path("out").glob(f"*/{self.path.name}"))))
@@ -379,11 +393,22 @@ class Folder:
         adopt(config, origins, config_of(checkpoint, path, tokenizer), path)
         return checkpoint
 
-    def clear(self) -> None:
-        """从头练：盖掉原有的（到了真要开始的时候才做）。"""
-        if self.world.rank == 0:
+    def settle(self, fresh: bool) -> None:
+        """真要开始了：从头练，就删掉原有的；接着练，就把坏的挪开，免得下次保存时顶替了好的。"""
+        if self.world.rank > 0:
+            return
+        if fresh:
             for path in (self.path, previous_of(self.path)):
                 path.unlink(missing_ok=True)
+        elif self.damaged:
+            os.replace(self.path, self.path.with_name(f"{self.path.stem}.damaged.pt"))
+        (self.root / f".{self.stage}.launch").write_text(self.world.launch_id, encoding="utf-8")
+
+    def _launch_id(self) -> str:
+        """最近一次在这个目录里开始训练的，是哪一次 torchrun。"""
+        with suppress(OSError, UnicodeDecodeError):
+            return (self.root / f".{self.stage}.launch").read_text(encoding="utf-8")
+        return "none"
 
     def _newest_good(self, existing: list[Path]) -> tuple[Path, dict[str, Any]]:
         """最新的好检查点；坏的说出来，改个名字留着。"""
@@ -397,22 +422,24 @@ class Folder:
                 continue
             if checkpoint["stage"] != self.stage:
                 raise UserError(f"{path} 是 {checkpoint['stage']} 阶段的检查点；是不是改过名字？")
-            if problems and self.world.rank == 0:  # 下次保存时，别让坏的顶替了好的
-                damaged = self.path.with_name(f"{self.path.stem}.damaged.pt")
-                with suppress(FileNotFoundError):
-                    os.replace(self.path, damaged)
-                print(f"（坏的改名为 {damaged}，改用前一个 {path}）")
+            if problems:
+                self.damaged = True
+                print(f"（改用前一个 {path}；坏的改名为 {self.path.stem}.damaged.pt，留着）")
             return path, checkpoint
-        raise UserError(f"{'；'.join(problems)}；没有好的检查点，只能从头练：加上 --overwrite")
+        raise UserError(
+            f"{'；'.join(problems)}；没有好的检查点，只能从头练：去掉 --resume，加上 --overwrite"
+        )
 
     def _done(self, existing: list[Path]) -> str:
         """已有的训练走了几步；一步都没走的，盖掉也不可惜。"""
-        for path in existing:
-            with suppress(UserError):
-                checkpoint = read(path)
-                step, total = checkpoint["progress"]["step"], checkpoint["max_steps"]
-                return f"{step} 步，共 {total} 步" if step else "0 步"
-        return "不知道几步，检查点读不出来" if existing else "0 步"
+        if not existing:
+            return "0 步"
+        try:
+            checkpoint = read(existing[0], mmap=True)
+        except UserError:
+            return "不知道几步，检查点读不出来"
+        step, total = checkpoint["progress"]["step"], checkpoint["max_steps"]
+        return f"{step} 步，共 {total} 步" if step else "0 步"
 
 
 def adopt(config: Config, origins: dict[str, str], source: Config, path: Path) -> None:
@@ -426,6 +453,9 @@ def adopt(config: Config, origins: dict[str, str], source: Config, path: Path) -
     """
     local = {"resume", "overwrite", "allow_changes", "out_dir"}
     changed: dict[str, str] = {}
+    # 没有改过 config.py 时，这些项是空着的，由预设决定。
+    blank = PER_PRESET | {name for pair in STEPS_OR_EPOCHS for name in pair}
+    edited = {n: getattr(config, n) for n in blank if origins[n] == "config.py"}
     given = {name for name, origin in origins.items() if origin == "命令行"}
     for pair in STEPS_OR_EPOCHS:  # 二选一的，命令行上给了一个，另一个就不作数
         if given & set(pair):
@@ -437,6 +467,10 @@ def adopt(config: Config, origins: dict[str, str], source: Config, path: Path) -
         elif name not in local:
             setattr(config, name, theirs)
             origins[name] = "检查点"
+    ignored = [n for n, mine in edited.items() if mine not in (None, getattr(source, n))]
+    if ignored:
+        names = "、".join(sorted(ignored))
+        print(f"（接着练时以检查点为准，config.py 里改过的 {names} 不算数；要改请写在命令行上）")
     rows = config.batch_size * config.grad_accum
     if rows != source.batch_size * source.grad_accum:
         raise UserError(
@@ -465,34 +499,29 @@ def adopt(config: Config, origins: dict[str, str], source: Config, path: Path) -
         raise UserError("；".join(problems))
 
 
-def restore(checkpoint: dict[str, Any], card: dict, optimizers, device, folder: Folder) -> Progress:
+def restore(
+    checkpoint: dict[str, Any], card: dict, optimizers, device, folder: Folder, max_steps: int
+) -> Progress:
     """接着练：核对语料，装回优化器、scaler 与随机数的状态，返回上次走到了哪里。
 
     Raises:
-        UserError: 语料变了。
+        UserError: 语料变了，或者要的步数比走完的还少。
+        Damaged: 里面的状态与这个程序对不上。
     """
     if data_identity(card) != {k: checkpoint["data"].get(k) for k in data_identity(card)}:
         raise UserError(
             f"语料与 {folder.path} 训练时的不同，接不上；请换回原来的语料，"
             f"或用 --out_dir 换一个目录从头练"
         )
-    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        state = {}
-        for index, entry in saved["state"].items():
-            p = parameters[index]
-            # clone：读进来的张量映射着文件。模型分开放的，状态也照样分开。
-            state[index] = {
-                name: shard_like(v.clone(), p) if v.shape == p.shape else v.clone()
-                for name, v in entry.items()
-            }
-        # 学习率等取自现在的配置：--allow_changes 时会与存下的不同。
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-    device.scaler.load_state_dict(checkpoint["scaler"])
-    torch.set_rng_state(checkpoint["rng"]["cpu"])
-    for i, rng_state in enumerate(checkpoint["rng"]["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(rng_state, i)
+    try:
+        _restore_optimizers(checkpoint, optimizers)
+        if checkpoint["scaler"]:  # 上次不是 fp16 的，没有什么可装
+            device.scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        for i, state in enumerate(checkpoint["rng"]["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, i)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise Damaged(f"{folder.path} 里优化器或随机数的状态不对（{error}）") from error
 
     saved = checkpoint["progress"]
     progress = Progress(**{name: saved[name] for name in vars(Progress())})
@@ -500,8 +529,25 @@ def restore(checkpoint: dict[str, Any], card: dict, optimizers, device, folder: 
     before = {"设备": checkpoint["device"], **checkpoint["versions"]}
     if differ := [f"{k} {before.get(k)} → {now[k]}" for k in now if before.get(k) != now[k]]:
         print(f"（与上次不同：{'；'.join(differ)}。结果相近，但不保证逐位相同）")
-    print(f"接着 {folder.path} 练：已经走完 {progress.step} 步，共 {checkpoint['max_steps']} 步")
+    if progress.step > max_steps:
+        raise UserError(f"已经走完 {progress.step} 步，比现在要的 {max_steps} 步还多；请加大步数")
+    print(f"接着 {folder.root} 里的检查点练：已经走完 {progress.step} 步，共 {max_steps} 步")
     return progress
+
+
+def _restore_optimizers(checkpoint: dict[str, Any], optimizers) -> None:
+    """装回优化器的状态；模型分开放的，状态也照样分开。"""
+    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {}
+        for index, entry in saved["state"].items():
+            p = parameters[index]
+            state[index] = {
+                name: shard_like(v, p) if v.shape == p.shape else v for name, v in entry.items()
+            }
+        # 学习率等取自现在的配置：--allow_changes 时会与存下的不同。
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 # ---------- 4. 什么时候存 ----------
@@ -519,6 +565,7 @@ class Saver:
 
     def __init__(self, path: Path, every: float | None, world: World, progress: Progress):
         self.path, self.every, self.world, self.progress = path, every, world, progress
+        self.hint = ""  # 最后一次也没存下时，还该说什么
         self.last, self.cost = time.monotonic(), 0.0
 
     def due(self) -> bool:
@@ -542,7 +589,7 @@ class Saver:
                 write(self.path, checkpoint)
             except UserError as error:
                 if must:
-                    raise
+                    raise UserError(f"{error}{self.hint}") from error
                 saved = False
                 sentence = f"（{error}。上一个检查点不受影响；训练接着进行，下次再存）"
                 tqdm.write(sentence, file=sys.stderr)

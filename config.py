@@ -87,7 +87,7 @@ class Config:
     device: str = option("auto", "设备", choices=("auto", "cuda", "mps", "cpu"))
     parallel: str = option(
         "ddp",
-        "多个进程时：ddp 每个进程一份完整的模型；fsdp 把模型分开放，一块显卡放不下时用",
+        "多个进程时：ddp 每个进程一份完整的；fsdp 把参数、梯度与优化器的状态分开放，省显存",
         choices=("ddp", "fsdp"),
     )
     dtype: str = option(
@@ -467,11 +467,20 @@ def run_script(main: Callable[[], None]) -> None:
         )
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        says = str(error)
-        if isinstance(error, MemoryError) or "out of memory" in says or "allocate memory" in says:
+        if is_out_of_memory(error):
             print("错误：内存不够；请把 --batch_size 减半、--grad_accum 加倍", file=sys.stderr)
             sys.exit(2)
-        if "WORLD_SIZE" in os.environ and re.search("gloo|nccl|onnection", says, re.IGNORECASE):
-            print("错误：与别的进程断了联系，结束；原因请看最先出错的那个进程", file=sys.stderr)
+        reason = (str(error).splitlines() or [""])[0][:200]
+        if "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection", reason, re.IGNORECASE):
+            print(
+                f"错误：与别的进程联系不上，结束（{reason}）；若别的进程先出了错，原因在那里",
+                file=sys.stderr,
+            )
             sys.exit(1)
         raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """是不是内存或显存不够；PyTorch 在 CPU 上抛出的只是 RuntimeError。"""
+    words = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

@@ -32,11 +32,12 @@ class World:
             for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
         self.launched = "TORCHELASTIC_RUN_ID" in os.environ  # 由 torchrun 启动
+        self.launch_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # 哪一次启动
         # torchrun --max-restarts：有进程死了，全体重新启动，这里数第几次。
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.device = torch.device("cpu")
         if self.rank:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  话由第 0 个进程说
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  话由第 0 个进程说
 
     def connect(self, device: torch.device, rows_per_step: int) -> None:
         """与别的进程接上：显卡之间用 NCCL，处理器之间用 gloo。
@@ -126,12 +127,14 @@ class Parallel:
         self.module: nn.Module | None = None
         self.plain = loss_fn
         if self.sharded:  # 一层一组：算到哪一层，才把哪一层凑齐
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard  # 导入要一秒，用到才导入
 
+            mesh = init_device_mesh(world.device.type, (world.size,))
             self.module = Loss(model, loss_fn)
             for block in model.blocks:
-                fully_shard(block)
-            fully_shard(self.module)
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.module, mesh=mesh)
         elif world.size > 1:
             self.module = DistributedDataParallel(Loss(model, loss_fn), forward_sync_buffers=False)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import load
-from config import Config, option
+from config import Config, UserError, option
 from model import Transformer
 from tokenizer import Tokenizer
 from training import Device
@@ -147,6 +147,8 @@ class Speaker:
         new = context
         for _ in range(min(sampling.max, self.config.max_len - len(ids))):
             logits = self.model((new if use_cache else context)[None], cache=cache)[0, -1]  # (V,)
+            if not logits.isfinite().all():
+                raise UserError("模型的打分不是有限的数，写不下去：训练时发散了？请换一个检查点")
             written = context[len(ids) :]  # 只罚自己写过的：罚提问里的字，「你好」就答成「我好」
             probs = probabilities(logits, written, sampling, self.banned)
             new = torch.multinomial(probs, 1, generator=generator)

@@ -37,6 +37,7 @@ from training import (
     memory_advice,
     repeat_flags,
     share_row,
+    shared_before,
     skip_step,
     too_many_skipped,
 )
@@ -75,16 +76,20 @@ def main() -> None:
     torch.manual_seed(config.seed)
     model = build_model(config, checkpoint, folder.path) if checkpoint else Transformer(config)
     model.to(device.torch)
-    shared = share_row(model, train.tokens, newborn=True)
+    if checkpoint:
+        shared = shared_before(checkpoint, device)
+    else:
+        shared = share_row(model, train.tokens, newborn=True)
     if origins["batch_size"] == "auto":
         auto_batch(config, model, device)
     n_params = sum(p.numel() for p in model.parameters())
     parallel = Parallel(model, compile_if_possible(loss_sum, device), world, config.parallel)
     loss_fn, shared = parallel.loss_fn, None if parallel.sharded else shared
     optimizers = build_optimizers(model, config, device, config.lr)
-    progress = Progress()
+    progress, fresh = Progress(), checkpoint is None
     if checkpoint:
-        progress = restore(checkpoint, data.card, optimizers, device, folder)
+        progress = restore(checkpoint, data.card, optimizers, device, folder, max_steps)
+        checkpoint = None  # 用完就放手，不占内存
     speaker = make_speaker(model, config, tokenizer, "pretrain")
     eval_every = config.eval_every or min(500, math.ceil(max_steps / 10))
     print(
@@ -101,10 +106,12 @@ def main() -> None:
         limit = config.eval_tokens * (10 if everything else 1)
         loss = evaluate(loss_fn, model, val, config.batch_size, limit, device)
         bpc = bits_per_character(loss, data.card)
-        progress.checked(loss, bpc)
+        progress.checked(loss, bpc, everything)
         prompt = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
-        with parallel.gathered():
-            written = list(speaker.generate(prompt, Sampling(seed=config.seed + 1, max=60)))
+        written = []
+        if math.isfinite(loss):
+            with parallel.gathered():
+                written = list(speaker.generate(prompt, Sampling(seed=config.seed + 1, max=60)))
         sample = tokenizer.decode(written)
         shown = sample.replace("\n", "\n    ")
         tqdm.write(
@@ -117,15 +124,16 @@ def main() -> None:
         """此刻的全部状态：存进检查点，接着练的结果便与不中断的逐位相同。"""
         metrics.sync()
         progress.seconds = metrics.seconds()
+        if shared:
+            shared.spread_state(model.embedding.weight, optimizers[1])
         return capture(
-            "pretrain", config, tokenizer, model, optimizers, device, progress, max_steps,
+            "pretrain", config, tokenizer, model, optimizers, device, progress, shared, max_steps,
             (rows_per_step, train.n_rows), data.card,
         )  # fmt: skip
 
     # ---------- 4. 训练 ----------
     world.agree("起点（步数与语料）", f"{progress.step} {data.card['train_sha256'][:8]}")
-    if not checkpoint:
-        folder.clear()
+    folder.settle(fresh)
     if world.rank == 0:
         save_config(config, folder.root / "pretrain" / "config.json")
     metrics = Metrics(folder.root / "pretrain", world, progress)
@@ -157,7 +165,7 @@ def main() -> None:
         batches = [train.get(some) for some in micro_rows]
         (n_targets,) = world.sum(sum(int((b.targets != IGNORE).sum()) for b in batches))
         losses = []
-        with memory_advice(config, model):
+        with memory_advice(config, model, len(micro_rows[0])):
             for i, batch in enumerate(batches, start=1):
                 with parallel.accumulate(last=i == len(batches)):
                     with device.autocast():
@@ -168,9 +176,6 @@ def main() -> None:
         loss, stopping, saving = world.sum(sum(losses), stop.signal > 0, saver.due())
 
         # 4.3 梯度太长就截短
-        table = model.embedding.weight
-        if shared:
-            shared.spread(table.grad)
         for optimizer in optimizers:
             device.scaler.unscale_(optimizer)
         norm = whole(clip_grad_norm_(model.parameters(), config.grad_clip)).item()
@@ -179,13 +184,14 @@ def main() -> None:
         notes = {}
         if math.isfinite(loss) and math.isfinite(norm):
             progress.skipped_in_a_row = 0
-            with memory_advice(config, model):
+            with memory_advice(config, model, len(micro_rows[0])):
                 for optimizer in optimizers:
                     device.scaler.step(optimizer)
             if shared:
-                shared.spread(table)
+                shared.spread(model.embedding.weight)
         else:
-            notes = skip_step(progress, loss, micro_rows, losses, train.n_rows, device.scaler)
+            epoch = step * rows_per_step // train.n_rows
+            notes = skip_step(progress, loss, micro_rows, losses, epoch, device)
         device.scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -208,6 +214,7 @@ def main() -> None:
         if too_many_skipped(progress, device.scaler):
             raise diverged(state(), folder, progress, "--lr", config.lr)
         if last or saving or stopping:
+            saver.hint = f"；早先的检查点还在，腾出空间后接着练：{folder.how_to_resume}"
             saved = saver.save(state, must=last)
         if stopping and not last:
             bar.close()

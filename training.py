@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import Folder, Progress, write
-from config import Config, UserError
+from config import Config, UserError, is_out_of_memory
 from dataset import IGNORE, Batch, row_order, used_ids
 from distributed import World
 from model import Transformer
@@ -164,7 +164,7 @@ class SharedRow(NamedTuple):
         rows: 要算打分的 R 个编号 (R,)，最后一个代表所有合用的。
         column: 每个编号的打分在第几列 (V,)，取值 0 … R-1。
         bias: 加在各列上的数 (R,)：最后一列是 ln n，其余是 0。
-        members: 没出现过的全部编号；为了凑整，其中有几个另外算打分，值仍与代表的一行相同。
+        members: 合用一行的 n 个编号 (n,)。
     """
 
     rows: Tensor
@@ -174,8 +174,14 @@ class SharedRow(NamedTuple):
 
     @torch.no_grad()
     def spread(self, table: Tensor) -> None:
-        """把代表的那一行抄给其余的：词嵌入的梯度与数值 (V, C) 于是与逐个训练的一样。"""
+        """把代表的那一行抄给其余的：训练只更新它，词嵌入 (V, C) 于是与逐个训练的一样。"""
         table[self.members] = table[self.rows[-1]].clone()
+
+    def spread_state(self, table: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """优化器里那一行的状态也照抄：以后不合用了（例如改用 FSDP），也接得上。"""
+        for state in optimizer.state.get(table, {}).values():
+            if state.shape == table.shape:
+                self.spread(state)
 
 
 @torch.no_grad()
@@ -199,9 +205,15 @@ def share_row(model: Transformer, tokens: np.ndarray, newborn: bool) -> SharedRo
     bias[-1] = math.log(len(weight) - n_rows + 1)
     column = torch.empty_like(order)
     column[order] = torch.arange(len(weight), device=weight.device).clamp(max=n_rows - 1)
-    shared = SharedRow(order[:n_rows], column, bias, order[len(weight) - int(unused.sum()) :])
+    shared = SharedRow(order[:n_rows], column, bias, order[n_rows - 1 :])
     shared.spread(weight)
     return shared
+
+
+def shared_before(checkpoint: dict, device: Device) -> SharedRow | None:
+    """接着练时，合用的与上次的相同；上次没有合用的（例如 FSDP），这次也不合用。"""
+    saved = checkpoint["shared_row"]
+    return saved and SharedRow(**{k: v.to(device.torch) for k, v in saved.items()})
 
 
 def loss_sum(model: Transformer, batch: Batch, shared: SharedRow | None = None) -> Tensor:
@@ -276,6 +288,35 @@ def evaluate(loss_fn, model, batches, batch_size: int, max_tokens: int, device: 
 # ---------- 3. 出了意外 ----------
 
 
+class Lasting:
+    """标准输出或标准错误的替身：收到中断的信号之后，另一头没人读了也不要紧，先把检查点存好。
+
+    例如 ``python pre_train.py 2>&1 | tee log`` 时按 Ctrl-C，tee 会先走。
+    """
+
+    def __init__(self, stream):
+        self.stream, self.lasting = stream, False
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def _try(self, action, *args):
+        try:
+            return action(*args)
+        except BrokenPipeError:
+            if not self.lasting:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def write(self, text: str):
+        """写；没人读就算了。"""
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        """送出去；没人读就算了。"""
+        return self._try(self.stream.flush)
+
+
 class Stop:
     """Ctrl-C、kill 与断线：第一次只记下来，做完这一步、存好了再走；第二次立刻退出。
 
@@ -287,6 +328,7 @@ class Stop:
 
     def __init__(self, world: World):
         self.world, self.signal, self.watching = world, 0, False
+        sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
 
     def watch(self) -> None:
         """从现在起留心信号；nohup 等事先要求忽略的，仍然忽略。"""
@@ -307,9 +349,13 @@ class Stop:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, Lasting):
+                stream.lasting = True
         if self.world.rank == 0:  # 信号随时会来，这时只有 os.write 是安全的
             again = "" if self.world.launched else "；再按一次，立刻退出"
-            os.write(2, f"\n（做完这一步就保存并退出{again}）\n".encode())
+            with suppress(OSError):
+                os.write(2, f"\n（做完这一步就保存并退出{again}）\n".encode())
 
     def leave(self, folder: Folder, progress: Progress, max_steps: int, saved: bool) -> NoReturn:
         """说清停在哪里、怎样接着练，然后退出；退出码是 128 加信号，与系统的约定相同。"""
@@ -323,8 +369,8 @@ class Stop:
 
 
 def skip_step(
-    progress: Progress, loss: float, batches: list[list[int]], losses: list[float], n_rows: int,
-    scaler: torch.amp.GradScaler,
+    progress: Progress, loss: float, batches: list[list[int]], losses: list[float], epoch: int,
+    device: Device,
 ) -> dict:  # fmt: skip
     """损失或梯度不是有限的数：这一步不更新，记下是哪些数据。
 
@@ -332,22 +378,25 @@ def skip_step(
         loss: 整个大批的损失；有限，便是梯度的错。
         batches: 我的各个小批用的行。
         losses: 各小批的损失。
-        n_rows: 一遍的行数。
+        epoch: 正在读第几遍，从 0 数。
     Returns:
         写进记录的几项。
     """
+    scaler = device.scaler
     progress.skipped += 1
     progress.skipped_in_a_row += 1
     bad = [rows for rows, x in zip(batches, losses, strict=True) if not math.isfinite(x)]
-    rows = sorted(itertools.chain(*(bad or batches)))
-    epoch = progress.step * sum(map(len, batches)) // n_rows
+    # 几个进程各有各的行：出错的也许是别的进程的那几行。
+    everyone = device.world.gather((list(itertools.chain(*bad)), list(itertools.chain(*batches))))
+    rows = sorted(itertools.chain(*(mine for mine, _ in everyone)))
+    rows = rows or sorted(itertools.chain(*(mine for _, mine in everyone)))
     # fp16 的梯度偶尔溢出是正常的：scaler 会把放大的倍数减半，不必说。
     if not (scaler.is_enabled() and math.isfinite(loss)):
         what = "梯度" if math.isfinite(loss) else "损失"
         shown = "、".join(map(str, rows[:8])) + ("……" if len(rows) > 8 else "")
         tqdm.write(
             f"（第 {progress.step + 1} 步的{what}不是有限的数，没有更新；"
-            f"用的数据：第 {epoch + 1} 遍，训练数据的第 {shown} 行）"
+            f"用的数据：第 {epoch + 1} 遍，词元切成等长的行之后的第 {shown} 行，从 0 数）"
         )
     return {"skipped_rows": rows}
 
@@ -363,14 +412,14 @@ def diverged(state: dict, folder: Folder, progress: Progress, lr_flag: str, lr: 
     where = f"出事时的状态存在 {broken}，供查看"
     if folder.world.rank == 0:
         try:
-            write(broken, state)
+            write(broken, state, keep_previous=False)
         except UserError as error:
             where = str(error)
-    advice = f"{lr_flag} {lr / 3:.2g}（现在是 {lr:g}）"
-    if folder.path.exists():
-        todo = f"请从上一个检查点起改小学习率：{folder.how_to_resume} --allow_changes {advice}"
-    else:
-        todo = f"还没有存过检查点，请改小学习率重新开始：{advice}"
+    folder.world.gather(None)  # 等第 0 个写完
+    todo = (
+        f"学习率现在是 {lr:g}，请从上一个检查点起改小它："
+        f"{folder.how_to_resume} --allow_changes {lr_flag} {lr / 3:.2g} "
+    )
     return UserError(
         f"接连 {progress.skipped_in_a_row} 步的损失或梯度不是有限的数，停在第 {progress.step} 步；"
         f"{where}。{todo}；也可以减小 --grad_clip，或检查上面说的那几行数据"
@@ -378,39 +427,40 @@ def diverged(state: dict, folder: Folder, progress: Progress, lr_flag: str, lr: 
 
 
 @contextmanager
-def memory_advice(config: Config, model: Transformer):
-    """这里面如果内存不够，换成一句话：哪个设置占了多少，改成多少能省多少。"""
+def memory_advice(config: Config, model: Transformer, size: int):
+    """这里面如果内存不够，换成一句话：哪个设置占了多少，改成多少能省多少。
+
+    Args:
+        size: 这个进程一次前向的行数。
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise out_of_memory(config, model) from error
+        raise out_of_memory(config, model, size) from error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """是不是内存或显存不够；PyTorch 在 CPU 上抛出的只是 RuntimeError。"""
-    words = ("out of memory", "allocate memory")
-    return isinstance(error, MemoryError) or any(w in str(error) for w in words)
-
-
-def out_of_memory(config: Config, model: Transformer) -> UserError:
+def out_of_memory(config: Config, model: Transformer, size: int) -> UserError:
     """内存不够时该说的话；大小是估计的，见 `memory_needed`。"""
     fixed, per_row = memory_needed(config, model)
-    half, double = max(1, config.batch_size // 2), config.grad_accum * 2
-    gb = 1 / 1e9
+    rows, gb = config.batch_size * config.grad_accum, 1 / 1e9
     sentence = (
         f"内存不够：参数、梯度与优化器约占 {fixed * gb:.1f} GB，"
-        f"一次前向的 {config.batch_size} 行约占 {config.batch_size * per_row * gb:.1f} GB（估计）。"
+        f"一次前向的 {size} 行约占 {size * per_row * gb:.1f} GB（估计）。"
     )
-    if config.batch_size > 1:
-        saved = (config.batch_size - half) * per_row * gb
-        same = f"--batch_size {half} --grad_accum {double}"
-        sentence += f"请加上 {same}，约省 {saved:.1f} GB，结果相同；"
-    if config.seq_len > 64:
-        saved = config.batch_size * per_row / 2 * gb
-        sentence += f"或 --seq_len {config.seq_len // 2}，约省 {saved:.1f} GB，但模型学不到那么长；"
-    return UserError(sentence + "或者换一个小些的 --preset")
+    smaller = [n for n in range(1, size // 2 + 1) if rows % n == 0]
+    if smaller:
+        same = f"--batch_size {smaller[-1]} --grad_accum {rows // smaller[-1]}"
+        saved = (size - smaller[-1]) * per_row * gb
+        sentence += f"请加上 {same}，约省 {saved:.1f} GB，结果相同"
+    if not config.resume:  # 接着练时，长度与预设都不能改
+        saved = size * per_row / 2 * gb
+        sentence += (
+            f"；或者 --seq_len {max(1, config.seq_len // 2)}，约省 {saved:.1f} GB，"
+            f"但模型学不到那么长；或者换一个小些的 --preset"
+        )
+    return UserError(sentence)
 
 
 def memory_needed(config: Config, model: Transformer) -> tuple[int, int]:
@@ -514,7 +564,7 @@ class Metrics:
             self.rows = [r for r in read_metrics(self.path) if r["step"] <= progress.step]
         part = self.path.with_name("metrics.jsonl.part")
         with part.open("w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n" for row in self.rows)
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
         os.replace(part, self.path)
         self.file = self.path.open("ab", buffering=0)
 
@@ -528,12 +578,17 @@ class Metrics:
         if self.file is None:
             return
         self.unwritten += (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        self._write()
+
+    def _write(self) -> None:
         with suppress(OSError):
-            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def sync(self) -> None:
         """让写过的记录落盘：先于检查点，接着练时它之前的记录便一行不缺。"""
         if self.file is not None:
+            self._write()
             with suppress(OSError):
                 os.fsync(self.file.fileno())
 
@@ -558,7 +613,10 @@ class Metrics:
         axes.set(xlabel="tokens", ylabel="loss (nats / token)")
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(self.picture, dpi=120)
+        try:
+            figure.savefig(self.picture, dpi=120)
+        except OSError as error:
+            print(f"（画不了 {self.picture}（{error.strerror}），不影响检查点）")
         plt.close(figure)
 
 
@@ -582,6 +640,12 @@ def bits_per_character(loss: float, card: dict) -> float:
 def repeat_flags(config: Config, origins: dict[str, str]) -> str:
     """下一个命令也要带上的参数：文件在哪里，用什么设备。"""
     names = ("preset", "data_dir", "out_dir", "device", "dtype")
-    given = [n for n in names if origins[n] == "命令行"]
+    default = Config()
+    given = [
+        n
+        for n in names
+        if origins[n] == "命令行"
+        or (origins[n] == "检查点" and getattr(config, n) != getattr(default, n))
+    ]
     flags = "".join(f" --{n} {shlex.quote(getattr(config, n))}" for n in given)
     return flags if config.compile else flags + " --no-compile"

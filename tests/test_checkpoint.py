@@ -60,7 +60,7 @@ def snapshot(tokenizer, config=SMALL, stage="pretrain", step=3, model=None):
     made, optimizers, device = trained(config)
     return capture(
         stage, config, tokenizer, model or made, optimizers, device,
-        Progress(step=step, val_bpc=5.0), 10, (2, 7), CARD,
+        Progress(step=step, val_bpc=5.0), None, 10, (2, 7), CARD,
     )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def test_checkpoint_describes_itself_and_loads_equal(tokenizer, tmp_path):
     assert config == SMALL
     assert (found["stage"], found["progress"]["step"], found["max_steps"]) == ("pretrain", 5, 10)
     assert found["data"] == CARD | {"epoch": 1, "row": 3}  # 每步 2 行，一遍 7 行
-    assert set(found["versions"]) == {"python", "torch", "numpy"}
+    assert set(found["versions"]) == {"python", "torch", "numpy", "线程", "指令集"}
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
     assert list(path.parent.iterdir()) == [path]  # 没有留下临时文件
@@ -218,7 +218,7 @@ VALUES = st.recursive(
 SPOTS = ["format", "stage", "config", "tokenizer", "model", "progress", "max_steps", "data",
          "versions", "config.dim", "config.n_layers", "config.max_len", "config.lr",
          "config.n_heads", "config.rope_theta", "progress.step", "model.embedding.weight",
-         "model.blocks.0.attention.key.weight"]  # fmt: skip
+         "model.blocks.0.attention.key.weight", "optimizers", "rng", "shared_row"]  # fmt: skip
 
 
 @settings(max_examples=settings().max_examples // 2)  # 每个都要建一次模型
@@ -315,6 +315,7 @@ def out(tmp_path, monkeypatch):
             return folder.begin(config, origins, Tokenizer()), config, origins
         finally:
             folder.lock.release()
+            start.folder = folder
 
     return start
 
@@ -342,7 +343,6 @@ def test_a_finished_or_unfinished_run_is_never_silently_overwritten(out, tokeniz
     assert path.exists()  # 到了真要开始的时候才删
     path.write_bytes(b"broken")
     with pytest.raises(UserError, match="读不出来"):
-        previous_of(path).unlink()
         out()
     with pytest.raises(UserError, match="只能写一个"):
         out("--overwrite", "--resume")
@@ -362,6 +362,7 @@ def test_resume_finds_the_newest_good_one(out, tokenizer, capsys):
     said = capsys.readouterr().out
     assert "out/x/pretrain.pt 不是完好的检查点" in said
     assert "改用前一个 out/x/pretrain.previous.pt" in said
+    out.folder.settle(fresh=False)
     assert Path("out/x/pretrain.damaged.pt").read_bytes() == damaged
     write(path, snapshot(tokenizer, step=6))  # 坏的没有顶替掉好的
     assert read(previous_of(path))["progress"]["step"] == 4
@@ -371,10 +372,21 @@ def test_resume_finds_the_newest_good_one(out, tokenizer, capsys):
         out("--resume")
 
 
-def test_a_restart_by_torchrun_resumes_by_itself(out, tokenizer, monkeypatch):
+def test_only_the_launch_that_began_a_run_resumes_it_by_itself(out, tokenizer, monkeypatch):
+    """torchrun --max-restarts：自己开始的，重启后接着练；别人的训练，重启几次也不去碰。"""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "这一次")
     write(Path("out/x/pretrain.pt"), snapshot(tokenizer, step=4))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="已经有了"):
+        out()
+    config, origins = load_config("pretrain", ["--out_dir", "out/x"])
+    folder = Folder("pretrain", config, origins, World())
+    folder.settle(fresh=False)
+    folder.lock.release()
     assert out("--overwrite")[0]["progress"]["step"] == 4
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "下一次")
+    with pytest.raises(UserError, match="已经有了"):
+        out()
 
 
 def test_resume_takes_every_setting_from_the_checkpoint(out, tokenizer):
@@ -404,6 +416,16 @@ def test_changes_that_break_exactness_are_refused(out, tokenizer, flags, part):
         out("--resume", *flags)
 
 
+def test_edits_in_config_py_are_named_when_they_do_not_count(out, tokenizer, monkeypatch, capsys):
+    write(Path("out/x/pretrain.pt"), snapshot(tokenizer))
+    edited = Config(lr=0.3)
+    config, origins = load_config("pretrain", ["--out_dir", "out/x", "--resume"], edited)
+    folder = Folder("pretrain", config, origins, World())
+    folder.begin(config, origins, tokenizer)
+    assert config.lr == 0.01
+    assert "config.py 里改过的 lr 不算数" in capsys.readouterr().out
+
+
 def test_allowed_changes_say_what_they_cost(out, tokenizer, capsys):
     write(Path("out/x/pretrain.pt"), snapshot(tokenizer))
     _, config, _ = out("--resume", "--epochs", "2", "--lr", "0.5", "--allow_changes")
@@ -427,16 +449,22 @@ def test_restoring_gives_back_the_optimizers_the_generator_and_the_place(tokeniz
     found, config, origins = out("--resume")
     folder = Folder("pretrain", config, origins, World())
     _, optimizers, device = trained(steps=0)
-    progress = restore(found, CARD, optimizers, device, folder)
+    progress = restore(found, CARD, optimizers, device, folder, 10)
     assert progress == Progress(step=4, val_bpc=5.0)
     assert torch.equal(torch.rand(3), expected)
     for optimizer, saved in zip(optimizers, before["optimizers"], strict=True):
         assert same(optimizer.state_dict()["state"], saved["state"])
     with pytest.raises(UserError, match=r"语料与 out/x/pretrain\.pt 训练时的不同"):
-        restore(found, CARD | {"train_sha256": "c"}, optimizers, device, folder)
+        restore(found, CARD | {"train_sha256": "c"}, optimizers, device, folder, 10)
     found["versions"]["torch"] = "1.0"
-    restore(found, CARD, optimizers, device, folder)
+    restore(found, CARD, optimizers, device, folder, 10)
     assert "torch 1.0 → " in capsys.readouterr().out
+    with pytest.raises(UserError, match="比现在要的 3 步还多"):
+        restore(found, CARD, optimizers, device, folder, 3)
+    for name, broken in (("optimizers", [{}]), ("rng", {}), ("scaler", {"scale": "x"})):
+        if name != "scaler":  # 没有用 fp16 时，scaler 不看里面写的是什么
+            with pytest.raises(Damaged):
+                restore(found | {name: broken}, CARD, optimizers, device, folder, 10)
 
 
 # ---------- 什么时候存 ----------

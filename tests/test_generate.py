@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import Config
+from config import Config, UserError
 from generate import (
     Sampling,
     is_looping,
@@ -153,3 +153,10 @@ def test_unreasonable_sampling_values_are_named(name, value):
     (problem,) = replace(Sampling(), **{name: value}).problems()
     assert problem.startswith(name)
     assert str(value) in problem
+
+
+def test_a_model_that_has_diverged_is_named(speaker):
+    broken = make_speaker(Transformer(speaker.config), speaker.config, Tokenizer(), "pretrain")
+    torch.nn.init.constant_(broken.model.embedding.weight, float("nan"))
+    with pytest.raises(UserError, match="不是有限的数"):
+        list(broken.generate([1, 2], PLAIN))

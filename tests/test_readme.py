@@ -55,7 +55,14 @@ def test_every_program_is_on_the_map():
 
 
 def test_every_flag_it_names_exists():
-    torchrun = {"nproc_per_node", "nnodes", "max_restarts", "rdzv_backend", "rdzv_endpoint"}
+    torchrun = {
+        "nproc_per_node",
+        "nnodes",
+        "max_restarts",
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "rdzv_id",
+    }
     known = {
         *parse_names(Config),
         *parse_names(ChatOptions),

@@ -40,7 +40,7 @@ def test_pretraining_survives_two_kills_a_ctrl_c_and_a_full_disk(trained, tmp_pa
     start = last_step(out, "pretrain")
     assert script.until(lambda: last_step(out, "pretrain") > start)
     assert script.end(signal.SIGINT) == 130
-    assert "接着练：python pre_train.py --resume" in script.text()
+    assert "接着练：python pre_train.py --out_dir out/tiny --resume" in script.text()
 
     script = Running(tmp_path, "pre_train.py", "--resume")
     assert script.until(lambda: "开始训练" in script.text())

@@ -5,11 +5,14 @@ import math
 import os
 import shlex
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scripts import REPO
 
 import training
 from checkpoint import Folder, Progress
@@ -28,6 +31,7 @@ from training import (
     loss_sum,
     memory_advice,
     memory_needed,
+    out_of_memory,
     repeat_flags,
     share_row,
     skip_step,
@@ -64,6 +68,9 @@ def test_the_next_command_repeats_what_it_needs():
     )
     assert repeat_flags(config, origins) == " --preset tiny --out_dir 'out/my run' --no-compile"
     assert repeat_flags(*load_config("pretrain", ["--device", "cpu"])) == " --device cpu"
+    config, origins = load_config("pretrain", ["--out_dir", "out/x"])
+    config.preset, origins["preset"], origins["device"] = "deep", "检查点", "检查点"
+    assert repeat_flags(config, origins) == " --preset deep --out_dir out/x"  # 接着练的
 
 
 def test_uneven_masks_accumulated_equal_one_large_batch(model):
@@ -137,8 +144,6 @@ def test_training_with_a_shared_row_ends_where_training_every_row_ends(model, sc
         optimizers = build_optimizers(model, SMALL, Device(SMALL), 0.01)
         for step in range(5):
             (scale * loss_sum(model, batch_of(4, seed=step), way)).backward()
-            if way:
-                way.spread(model.embedding.weight.grad)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -328,6 +333,38 @@ def test_metrics_wait_in_memory_while_the_disk_is_full(tmp_path):
 # ---------- 出了意外 ----------
 
 
+@pytest.fixture(autouse=True)
+def own_streams(monkeypatch):
+    """Stop 会换掉标准输出与标准错误，用完恢复。"""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+
+
+def test_after_a_signal_a_reader_that_left_does_not_matter(tmp_path):
+    """``2>&1 | tee log`` 时按 Ctrl-C，tee 先走了：照样做完、存好，退出码仍是 130。"""
+    saved = tmp_path / "saved"
+    program = (
+        "import os, signal, sys; from config import run_script\n"
+        "from distributed import World; from training import Stop\n"
+        "def main():\n"
+        "    stop = Stop(World()); stop.watch(); print('开始', flush=True); sys.stdin.readline()\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('没人读了', flush=True); print('x', file=sys.stderr, flush=True)\n"
+        f"    open({str(saved)!r}, 'w').close(); sys.exit(128 + stop.signal)\n"
+        "run_script(main)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPO, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout.readline().decode().strip() == "开始"
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert process.wait(30) == 130
+    assert saved.exists()
+
+
 def test_the_first_signal_waits_for_the_step_and_the_second_does_not(capfd):
     before = {number: signal.getsignal(number) for number in Stop.SIGNALS}
     try:
@@ -367,24 +404,27 @@ def test_leaving_says_how_to_resume_with_the_code_of_the_signal(tmp_path, capsys
 
 
 def test_a_skipped_step_names_its_data(capsys):
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    device = Device(SMALL)
     progress = Progress(step=10)
     nan = float("nan")
-    notes = skip_step(progress, nan, [[1, 2], [3, 4]], [0.5, nan], 20, scaler)
+    notes = skip_step(progress, nan, [[1, 2], [3, 4]], [0.5, nan], 2, device)
     assert notes == {"skipped_rows": [3, 4]}  # 第二个小批的错
     assert "第 11 步的损失不是有限的数" in (said := capsys.readouterr().out)
-    assert "第 3 遍，训练数据的第 3、4 行" in said  # 每步 4 行，一遍 20 行
-    assert skip_step(progress, 1.0, [[1, 2]], [1.0], 20, scaler) == {"skipped_rows": [1, 2]}
+    assert "第 3 遍，词元切成等长的行之后的第 3、4 行" in said
+    assert skip_step(progress, 1.0, [[1, 2]], [1.0], 2, device) == {"skipped_rows": [1, 2]}
     assert "梯度" in capsys.readouterr().out
-    assert not too_many_skipped(progress, scaler)
-    skip_step(progress, nan, [[1]], [nan], 20, scaler)
-    assert too_many_skipped(progress, scaler)
+    assert not too_many_skipped(progress, device.scaler)
+    # 错在别的进程的行里：我的损失是好的，记下的却是它的行。
+    device.world.gather = lambda mine: [mine, ([7, 8], [7, 8])]
+    assert skip_step(progress, nan, [[1]], [1.0], 2, device) == {"skipped_rows": [7, 8]}
+    assert too_many_skipped(progress, device.scaler)
     assert progress.skipped == 3
-    half = torch.amp.GradScaler("cpu", enabled=True)
+    device = Device(SMALL)
+    device.scaler = torch.amp.GradScaler("cpu", enabled=True)
     capsys.readouterr()
-    skip_step(progress, 1.0, [[1]], [1.0], 20, half)  # fp16 溢出是常事，不必说
+    skip_step(progress, 1.0, [[1]], [1.0], 2, device)  # fp16 溢出是常事，不必说
     assert capsys.readouterr().out == ""
-    assert not too_many_skipped(progress, half)
+    assert not too_many_skipped(progress, device.scaler)
 
 
 def test_out_of_memory_names_the_knobs_and_how_much_they_save(model):
@@ -392,11 +432,16 @@ def test_out_of_memory_names_the_knobs_and_how_much_they_save(model):
     fixed, per_row = memory_needed(config, model)
     with (
         pytest.raises(UserError, match=r"--batch_size 2 --grad_accum 2，约省 \d.*--seq_len 64"),
-        memory_advice(config, model),
+        memory_advice(config, model, 4),
     ):
         torch.empty(1 << 60)  # 真的要一次
-    with pytest.raises(RuntimeError, match="别的错"), memory_advice(config, model):
+    with pytest.raises(RuntimeError, match="别的错"), memory_advice(config, model, 4):
         raise RuntimeError("别的错")
+    # 几个进程分着读，一次前向只有两行；接着练时长度不能改。
+    text = str(out_of_memory(replace(config, resume=True), model, 2))
+    assert "--batch_size 1 --grad_accum 4" in text
+    assert "--seq_len" not in text
+    assert "--batch_size" not in str(out_of_memory(config, model, 1))
     assert memory_needed(replace(config, seq_len=256), model) == (fixed, 2 * per_row)
 
 
