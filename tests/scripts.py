@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +32,11 @@ def run(folder, script, *args, stdin="", code=0, launcher=()):
     return result.stdout, result.stderr
 
 
+def listen_to_ctrl_c() -> None:
+    """在子进程里：测试若在后台运行，SIGINT 是被忽略的，要恢复。"""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Running:
     """一个在后台运行的脚本，输出写在 folder/log 里。"""
 
@@ -40,7 +46,7 @@ class Running:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, str(REPO / script), *args],
                 cwd=folder, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env=ENVIRONMENT, start_new_session=True,
+                env=ENVIRONMENT, start_new_session=True, preexec_fn=listen_to_ctrl_c,
             )  # fmt: skip
 
     def text(self) -> str:
@@ -57,9 +63,9 @@ class Running:
             time.sleep(0.001)
         return True
 
-    def end(self, signal: int) -> int:
+    def end(self, number: int) -> int:
         """发一个信号，等它结束，返回退出码。"""
-        self.process.send_signal(signal)
+        self.process.send_signal(number)
         return self.process.wait(60)
 
 

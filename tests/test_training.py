@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scripts import REPO
+from scripts import REPO, listen_to_ctrl_c
 
 import training
 from checkpoint import Folder, Progress
@@ -355,7 +355,7 @@ def test_after_a_signal_a_reader_that_left_does_not_matter(tmp_path):
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=REPO, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=listen_to_ctrl_c,
     )  # fmt: skip
     assert process.stdout.readline().decode().strip() == "开始"
     process.stdout.close()
