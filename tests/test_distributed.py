@@ -119,7 +119,7 @@ def test_a_sharded_model_gives_the_same_losses_and_its_checkpoint_goes_anywhere(
     assert last_step(out, "pretrain") < STEPS["pre_train.py"]
 
     run(tmp_path, "pre_train.py", "--resume", "--parallel", "fsdp", launcher=TORCHRUN)
-    # FSDP 不合用词嵌入的行，舍入的差别大些，学习率高的时候会放大几倍；漏抄状态之类的错是这里的几倍。
+    # FSDP 不合用词嵌入的行，舍入的差别大些，学习率高时还会放大；漏抄状态之类的错比这大几倍。
     records = metrics(reference, "pretrain"), metrics(out, "pretrain")
     gap = assert_same_losses(*records, tolerance=5e-3)
     print(f"\nFSDP 两个进程 → 一个进程 → FSDP：与一个进程的损失最多差 {gap:.1e}")
