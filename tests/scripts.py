@@ -17,13 +17,14 @@ QUICK = ["--no-compile", "--eval_tokens", "512", "--batch_size", "2", "--seq_len
 STEPS = {"pre_train.py": 16, "sft_train.py": 10}
 # 一个线程：几个进程挤在两个核上时，多了反而慢；结果也因此到处相同。
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TWO_THREADS = {"OMP_NUM_THREADS": "2"}
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
-def run(folder, script, *args, stdin="", code=0, launcher=()):
+def run(folder, script, *args, stdin="", code=0, launcher=(), env=None):
     """在 folder 里运行一个脚本；返回 (stdout, stderr)。"""
     result = subprocess.run(
-        [sys.executable, *launcher, str(REPO / script), *args], env=ENVIRONMENT,
+        [sys.executable, *launcher, str(REPO / script), *args], env={**ENVIRONMENT, **(env or {})},
         cwd=folder, input=stdin, capture_output=True, encoding="utf-8", timeout=170,
     )  # fmt: skip
     assert result.returncode == code, result.stdout + result.stderr
@@ -40,13 +41,14 @@ def listen_to_ctrl_c() -> None:
 class Running:
     """一个在后台运行的脚本，输出写在 folder/log 里。"""
 
-    def __init__(self, folder, script, *args, launcher=()):
+    def __init__(self, folder, script, *args, launcher=(), env=None):
         self.log = Path(folder) / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, str(REPO / script), *args],
-                cwd=folder, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env=ENVIRONMENT, start_new_session=True, preexec_fn=listen_to_ctrl_c,
+                env={**ENVIRONMENT, **(env or {})}, cwd=folder,
+                stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                start_new_session=True, preexec_fn=listen_to_ctrl_c,
             )  # fmt: skip
 
     def text(self) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 
@@ -12,6 +13,7 @@ from scripts import (
     QUICK,
     REPO,
     STEPS,
+    TWO_THREADS,
     Running,
     assert_same_run,
     last_step,
@@ -126,6 +128,29 @@ def test_many_kills_at_random_moments_change_nothing(trained, tmp_path, script):
     assert len(moments) == KILLS
     run(tmp_path, script, "--resume", "--out_dir", str(out))
     assert_same_run(whole, out, stage)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="没有 C++ 编译器")
+@pytest.mark.parametrize("script", ["pre_train.py", "sft_train.py"])
+def test_a_compiled_run_on_two_threads_ends_the_same(trained, tmp_path, script):
+    """编译过、几个线程一起算：同样的命令结果相同，被杀掉再接着练也相同。"""
+    stage = {"pre_train.py": "pretrain", "sft_train.py": "sft"}[script]
+    (tmp_path / "data").symlink_to(trained[0] / "data")
+    flags = [*QUICK[1:], "--max_steps", "8", "--eval_every", "4", "--save_every", "0"]
+    if stage == "sft":
+        flags += ["--init_from", str(trained[0] / "out/tiny/pretrain.pt")]
+    env = {**TWO_THREADS, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    whole, again, killed = (tmp_path / "out" / name for name in ("whole", "again", "killed"))
+    for out in (whole, again):
+        text, _ = run(tmp_path, script, *flags, "--out_dir", str(out), env=env)
+        assert "torch.compile" in text and "失败" not in text
+    assert_same_run(whole, again, stage)
+    program = Running(tmp_path, script, *flags, "--out_dir", str(killed), env=env)
+    assert program.until(lambda: last_step(killed, stage) >= 3, seconds=120)
+    assert program.end(signal.SIGKILL) == -signal.SIGKILL
+    run(tmp_path, script, "--resume", "--out_dir", str(killed), env=env)
+    assert_same_run(whole, killed, stage)
 
 
 @pytest.mark.slow
