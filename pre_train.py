@@ -20,6 +20,7 @@ from checkpoint import Folder, Progress, Saver, build_model, capture, restore
 from config import describe, load_config, run_script, save_config
 from dataset import IGNORE, PretrainBatches, prepare, rows_of_step
 from distributed import Parallel, World, whole
+from faults import Stop, auto_batch, diverged, memory_advice, skip_step, too_many_skipped
 from generate import Sampling, make_speaker
 from model import Transformer
 from optimizer import build_optimizers, learning_rate, set_learning_rate, total_steps
@@ -27,19 +28,13 @@ from tokenizer import Tokenizer
 from training import (
     Device,
     Metrics,
-    Stop,
-    auto_batch,
     bits_per_character,
     compile_if_possible,
-    diverged,
     evaluate,
     loss_sum,
-    memory_advice,
     repeat_flags,
     share_row,
     shared_before,
-    skip_step,
-    too_many_skipped,
 )
 
 

@@ -20,24 +20,19 @@ from checkpoint import Folder, Progress, Saver, build_model, capture, inherit, l
 from config import describe, load_config, run_script, save_config
 from dataset import IGNORE, SFTBatches, prepare, rows_of_step
 from distributed import Parallel, World, whole
+from faults import Stop, auto_batch, diverged, memory_advice, skip_step, too_many_skipped
 from generate import Sampling, make_speaker
 from optimizer import build_optimizers, learning_rate, set_learning_rate, total_steps
 from tokenizer import Tokenizer
 from training import (
     Device,
     Metrics,
-    Stop,
-    auto_batch,
     bits_per_character,
     compile_if_possible,
-    diverged,
     evaluate,
     loss_sum,
-    memory_advice,
     share_row,
     shared_before,
-    skip_step,
-    too_many_skipped,
 )
 
 
