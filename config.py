@@ -468,7 +468,10 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            print("错误：内存不够；请把 --batch_size 减半、--grad_accum 加倍", file=sys.stderr)
+            print(
+                "错误：内存不够；请把 --batch_size 减半、--grad_accum 加倍，或换小些的 --preset",
+                file=sys.stderr,
+            )
             sys.exit(2)
         reason = (str(error).splitlines() or [""])[0][:200]
         if "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection", reason, re.IGNORECASE):

@@ -107,7 +107,8 @@ def main() -> None:
     def check(everything: bool) -> dict:
         """检验，再采样一段给人看；返回写进记录的几项。"""
         limit = config.eval_tokens * (10 if everything else 1)
-        loss = evaluate(loss_fn, model, val, config.batch_size, limit, device)
+        with memory_advice(config, model, config.batch_size):
+            loss = evaluate(loss_fn, model, val, config.batch_size, limit, device)
         bpc = bits_per_character(loss, data.card)
         progress.checked(loss, bpc, everything)
         prompt = tokenizer.question_ids(config.sft_prompt)

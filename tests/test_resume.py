@@ -21,6 +21,8 @@ from scripts import (
     run,
 )
 
+from checkpoint import read
+
 
 def test_pretraining_survives_two_kills_a_ctrl_c_and_a_full_disk(trained, tmp_path):
     reference = trained[0] / "out/tiny"
@@ -69,6 +71,22 @@ def test_fine_tuning_survives_a_kill(trained, tmp_path):
 
     run(tmp_path, "sft_train.py", "--resume")  # 预训练的检查点不在这里，也不需要
     assert_same_run(reference, out, "sft")
+
+
+@pytest.mark.parametrize("script", ["pre_train.py", "sft_train.py"])
+def test_running_out_of_memory_names_the_knobs_and_loses_nothing(trained, tmp_path, script):
+    (tmp_path / "data").symlink_to(trained[0] / "data")
+    greedy = [*QUICK, "--batch_size", "2048", "--grad_accum", "1"]
+    if script == "sft_train.py":
+        greedy += ["--init_from", str(trained[0] / "out/tiny/pretrain.pt")]
+    program = Running(tmp_path, script, *greedy)
+    resource.prlimit(program.process.pid, resource.RLIMIT_AS, (6 << 30, 6 << 30))
+    assert program.process.wait(60) == 2
+    last = program.text().splitlines()[-1]
+    assert "请加上 --batch_size 1024 --grad_accum 2，约省" in last
+    assert "Traceback" not in program.text()
+    (saved,) = (tmp_path / "out/tiny").glob("*.pt")  # 第 0 步的
+    assert read(saved, mmap=True)["progress"]["step"] == 0
 
 
 @pytest.mark.slow
