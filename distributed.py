@@ -53,7 +53,13 @@ class World:
             )
         if self.size > 1:
             backend = "nccl" if device.type == "cuda" else "gloo"
-            if os.environ.get("GROUP_WORLD_SIZE", "1") > "1":  # 多台机器
+            if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:  # 几台机器数出的次数可能不同
+                shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                if shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+                    print(
+                        "（几台机器重启之后可能连不上；要用 --max-restarts，"
+                        "请在每台的 torchrun 前面加上 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1）"
+                    )
                 dist.init_process_group(backend)
                 return
             # torchrun 重启之后，各进程交换地址用的还是原来的那张表，会读到已经死了的进程的地址

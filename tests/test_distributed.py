@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -151,6 +152,35 @@ def test_a_dead_process_ends_the_run_and_a_restart_goes_on(trained, tmp_path):
     assert restarted.process.wait(120) == 0, restarted.text()
     assert restarted.text().count("完成，用时") == 1
     assert_same_losses(metrics(reference, "pretrain"), metrics(out, "pretrain"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_machines_restart_when_a_process_dies(trained, tmp_path, victim):
+    """README 里几台机器的命令；两台机器用一台上的两个 torchrun 代替。"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    launcher = [*TORCHRUN[:2], "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1",
+                "--rdzv_backend=c10d", "--rdzv_id=mine", f"--rdzv_endpoint={endpoint}"]  # fmt: skip
+    out = tmp_path / "out"
+    flags = ["--max_steps", str(STEPS["pre_train.py"]), "--save_every", "0", *QUICK]
+    flags += ["--out_dir", str(out), "--data_dir", str(trained[0] / "data")]
+    machines = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        machines.append(
+            Running(tmp_path / name, "pre_train.py", *flags, launcher=launcher,
+                    env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+        )  # fmt: skip
+    assert machines[0].until(lambda: last_step(out, "pretrain") >= 3)
+    (found,) = workers(machines[victim]).values()
+    os.kill(found, signal.SIGKILL)
+    assert [m.process.wait(120) for m in machines] == [0, 0]
+    said = "".join(m.text() for m in machines)
+    assert said.count("完成，用时") == 1
+    assert "接着" in said and "可能连不上" not in said
+    assert_same_losses(metrics(trained[0] / "out/tiny", "pretrain"), metrics(out, "pretrain"))
 
 
 @pytest.mark.slow
