@@ -55,7 +55,7 @@ class Running:
         """到现在为止的输出。"""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def until(self, happened: Callable[[], bool], seconds: float = 60) -> bool:
+    def until(self, happened: Callable[[], bool], seconds: float = 120) -> bool:
         """等到某件事发生；程序先结束了，返回假。"""
         deadline = time.monotonic() + seconds
         while not happened():

@@ -81,7 +81,7 @@ def test_running_out_of_memory_names_the_knobs_and_loses_nothing(trained, tmp_pa
         greedy += ["--init_from", str(trained[0] / "out/tiny/pretrain.pt")]
     program = Running(tmp_path, script, *greedy)
     resource.prlimit(program.process.pid, resource.RLIMIT_AS, (6 << 30, 6 << 30))
-    assert program.process.wait(60) == 2
+    assert program.process.wait(170) == 2
     last = program.text().splitlines()[-1]
     assert "请加上 --batch_size 1024 --grad_accum 2，约省" in last
     assert "Traceback" not in program.text()
