@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from config import (
     PER_PRESET,
+    PRESETS,
     SHAPE,
     STEPS_OR_EPOCHS,
     Config,
@@ -43,6 +44,7 @@ from tokenizer import Tokenizer
 
 FORMAT = 2
 SCRIPTS = {"pretrain": "pre_train.py", "sft": "sft_train.py"}
+NAMES = {"pretrain": "预训练", "sft": "微调"}
 
 
 class Damaged(UserError):
@@ -220,6 +222,9 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[st
     Raises:
         UserError: 文件不存在、已损坏，或与这个程序、这个分词器不配。
     """
+    if path.is_dir():
+        found = "、".join(sorted(map(str, path.glob("*.pt")))) or "它里面没有检查点"
+        raise UserError(f"{path} 是目录；请写出检查点的文件名：{found}")
     if not path.is_file():
         raise UserError(f"找不到检查点 {path}；{what_to_do_without(path)}")
     try:
@@ -271,15 +276,17 @@ def what_to_do_without(path: Path) -> str:
     if (previous := previous_of(path)).is_file():
         return f"前一个还在：{previous}，可以指定它"
     others = "、".join(sorted(map(str, Path("out").glob(f"*/{path.name}"))))
+    usual = path.parent in [Path("out") / preset for preset in PRESETS]
+    here = "" if usual else f" --out_dir {shlex.quote(str(path.parent))}"
     if path.name == "sft.pt":
         return (
             f"现有的是 {others}，请用 --checkpoint 指定"
             if others
-            else ("请先运行 python sft_train.py（之前还要 python pre_train.py）")
+            else (f"请先运行 python sft_train.py{here}（之前还要 python pre_train.py{here}）")
         )
     if others:
         return f"现有的是 {others}，请用 --checkpoint（微调时用 --init_from）指定"
-    return "请先运行 python pre_train.py"
+    return f"请先运行 python pre_train.py{here}"
 
 
 def inherit(config: Config, origins: dict[str, str], source: Config, path: str) -> None:
@@ -345,7 +352,9 @@ class Folder:
         self.damaged = False
         command = f"python {SCRIPTS[stage]}"
         if world.launched:
-            command = f"torchrun … {SCRIPTS[stage]}"
+            several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"  # 几台机器，参数就多了
+            how = "…" if several else f"--nproc_per_node={world.size}"
+            command = f"torchrun {how} {SCRIPTS[stage]}"
         self.how_to_resume = f"{command} --out_dir {shlex.quote(config.out_dir)} --resume"
         if world.rank == 0:
             try:
@@ -358,7 +367,8 @@ class Folder:
                 ) from None
             except OSError as error:
                 raise UserError(
-                    f"写不了 {self.root}（{error.strerror}）；请检查权限，或用 --out_dir 换一个目录"
+                    f"写不了 {self.root}（{error.strerror}）；请检查路径与权限，"
+                    f"或用 --out_dir 换一个目录"
                 ) from error
 
     def begin(
@@ -378,6 +388,9 @@ class Folder:
                 raise UserError(
                     f"{self.path} 已经有了（练了 {done}）；接着练：{self.how_to_resume}；"
                     f"不要它了：加上 --overwrite；两个都要：用 --out_dir 换一个目录"
+                    if done
+                    else f"{'、'.join(map(str, existing))} 已经有了，但读不出来；"
+                    f"不要了：加上 --overwrite；要留着：用 --out_dir 换一个目录"
                 )
             return None
         if config.overwrite and not restarted:
@@ -385,9 +398,9 @@ class Folder:
         if not existing:
             others = "、".join(sorted(map(str, Path("out").glob(f"*/{self.path.name}"))))
             raise UserError(
-                f"{self.root} 里没有检查点，无从接起；"
+                f"{self.root} 里没有{NAMES[self.stage]}的检查点 {self.path.name}，无从接起；"
                 + (f"现有的是 {others}，请用 --out_dir 指定目录，或" if others else "请")
-                + "去掉 --resume 从头练"
+                + f"去掉 --resume，从头{NAMES[self.stage]}"
             )
         path, checkpoint = self._newest_good(existing)
         adopt(config, origins, config_of(checkpoint, path, tokenizer), path)
@@ -417,29 +430,33 @@ class Folder:
             try:
                 checkpoint = read(path)
             except Damaged as error:
-                print(f"（{error}）")
                 problems.append(str(error))
                 continue
             if checkpoint["stage"] != self.stage:
                 raise UserError(f"{path} 是 {checkpoint['stage']} 阶段的检查点；是不是改过名字？")
             if problems:
                 self.damaged = True
-                print(f"（改用前一个 {path}；坏的改名为 {self.path.stem}.damaged.pt，留着）")
+                print(
+                    f"（{'；'.join(problems)}；改用前一个 {path}，"
+                    f"坏的改名为 {self.path.stem}.damaged.pt，留着）"
+                )
             return path, checkpoint
         raise UserError(
             f"{'；'.join(problems)}；没有好的检查点，只能从头练：去掉 --resume，加上 --overwrite"
         )
 
     def _done(self, existing: list[Path]) -> str:
-        """已有的训练走了几步；一步都没走的，盖掉也不可惜。"""
+        """已有的训练走了几步；都读不出来，返回空的。一步都没走的，盖掉也不可惜，说「0 步」。"""
         if not existing:
             return "0 步"
-        try:
-            checkpoint = read(existing[0], mmap=True)
-        except UserError:
-            return "不知道几步，检查点读不出来"
-        step, total = checkpoint["progress"]["step"], checkpoint["max_steps"]
-        return f"{step} 步，共 {total} 步" if step else "0 步"
+        for path in existing:
+            with suppress(UserError):
+                checkpoint = read(path, mmap=True)
+                step, total = checkpoint["progress"]["step"], checkpoint["max_steps"]
+                # 最新的坏了，它也许走了很远：前一个哪怕一步没走，也不能悄悄盖掉。
+                nothing = step == 0 and path == existing[0]
+                return "0 步" if nothing else f"{step} 步，共 {total} 步"
+        return ""
 
 
 def adopt(config: Config, origins: dict[str, str], source: Config, path: Path) -> None:
@@ -557,43 +574,48 @@ class Saver:
     """按时间保存。存不下时训练照常进行，下次再试。
 
     Args:
-        path: 检查点的路径。
+        folder: 存在哪里；几个进程时，只有第 0 个写。
         every: 隔多少秒；None 表示一分钟，但写得慢的磁盘会自动少存，保存占用的时间不超过 2%。
-        world: 只有第 0 个进程写。
         progress: 记下保存用去的时间。
+    Fields:
+        step: 存下的检查点走到了第几步；还没有存过，是 None。
     """
 
-    def __init__(self, path: Path, every: float | None, world: World, progress: Progress):
-        self.path, self.every, self.world, self.progress = path, every, world, progress
-        self.hint = ""  # 最后一次也没存下时，还该说什么
+    def __init__(self, folder: Folder, every: float | None, progress: Progress):
+        self.folder, self.every, self.progress = folder, every, progress
+        self.step = progress.step or None
         self.last, self.cost = time.monotonic(), 0.0
 
     def due(self) -> bool:
         """该存了没有；别的进程听第 0 个的。"""
         wait = max(60, 50 * self.cost) if self.every is None else self.every
-        return self.world.rank == 0 and time.monotonic() - self.last >= wait
+        return self.folder.world.rank == 0 and time.monotonic() - self.last >= wait
 
-    def save(self, make: Callable[[], dict[str, Any]], must: bool = False) -> bool:
+    def save(
+        self, make: Callable[[], dict[str, Any]], must: bool = False, leaving: bool = False
+    ) -> None:
         """保存 make() 给出的检查点。
 
         Args:
             make: 收集状态；全体进程都要调用。
             must: 真时，存不下就抛出 UserError；否则只说一声。
-        Returns:
-            存好了没有。
+            leaving: 存不存得下都要走了。
         """
         started = time.monotonic()
-        checkpoint, saved = make(), True
-        if self.world.rank == 0:
+        checkpoint = make()
+        if self.folder.world.rank == 0:
             try:
-                write(self.path, checkpoint)
+                write(self.folder.path, checkpoint)
+                self.step = self.progress.step
             except UserError as error:
+                if must and self.step is None:
+                    raise
+                kept = f"第 {self.step} 步的检查点还在"
                 if must:
-                    raise UserError(f"{error}{self.hint}") from error
-                saved = False
-                sentence = f"（{error}。上一个检查点不受影响；训练接着进行，下次再存）"
-                tqdm.write(sentence, file=sys.stderr)
+                    again = f"腾出空间后接着练：{self.folder.how_to_resume}"
+                    raise UserError(f"{error}；{kept}，{again}") from error
+                then = "" if leaving else "；训练接着进行，下次再存"
+                tqdm.write(f"（{error}。{kept}{then}）", file=sys.stderr)
         self.last = time.monotonic()
         self.cost = self.last - started
         self.progress.saving_seconds += self.cost
-        return saved

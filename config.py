@@ -461,10 +461,8 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE，与别的命令一样
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        print(
-            f"错误：读写{where} 失败（{error.strerror}）；请检查路径、权限与空间", file=sys.stderr
-        )
+        where = f" {error.filename} " if error.filename else ""
+        print(f"错误：读写{where}失败（{error.strerror}）；请检查路径、权限与空间", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):

@@ -21,7 +21,7 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
-from checkpoint import Folder, Progress, write
+from checkpoint import Folder, Progress, Saver, write
 from config import Config, UserError, is_out_of_memory
 from dataset import Batch
 from distributed import World
@@ -100,11 +100,13 @@ class Stop:
             with suppress(OSError):
                 os.write(2, f"\n（做完这一步就保存并退出{again}）\n".encode())
 
-    def leave(self, folder: Folder, progress: Progress, max_steps: int, saved: bool) -> NoReturn:
+    def leave(self, saver: Saver, progress: Progress, max_steps: int) -> NoReturn:
         """说清停在哪里、怎样接着练，然后退出；退出码是 128 加信号，与系统的约定相同。"""
-        where = f"已经存进 {folder.path}" if saved else f"没有存下，{folder.path} 是早先的"
+        folder = saver.folder
+        saved = saver.step == progress.step
+        where = "已经存进" if saved else f"没有存下，走到第 {saver.step} 步的检查点还在"
         print(
-            f"停在第 {progress.step} 步，共 {max_steps} 步；{where}。\n"
+            f"停在第 {progress.step} 步，共 {max_steps} 步；{where} {folder.path}。\n"
             f"接着练：{folder.how_to_resume}"
         )
         self.world.disconnect()

@@ -9,6 +9,7 @@
 """
 
 import math
+import shlex
 import sys
 import time
 
@@ -133,7 +134,7 @@ def main() -> None:
     if world.rank == 0:
         save_config(config, folder.root / "pretrain" / "config.json")
     metrics = Metrics(folder.root / "pretrain", world, progress)
-    saver = Saver(folder.path, config.save_every, world, progress)
+    saver = Saver(folder, config.save_every, progress)
     stop = Stop(world)
     print("第一步之前要编译，约一分钟……" if device.compile else "开始训练……")
     if progress.step == 0:
@@ -210,11 +211,10 @@ def main() -> None:
         if too_many_skipped(progress, device.scaler):
             raise diverged(state(), folder, progress, "--lr", config.lr)
         if last or saving or stopping:
-            saver.hint = f"；早先的检查点还在，腾出空间后接着练：{folder.how_to_resume}"
-            saved = saver.save(state, must=last)
+            saver.save(state, must=last, leaving=stopping)
         if stopping and not last:
             bar.close()
-            stop.leave(folder, progress, max_steps, saved)
+            stop.leave(saver, progress, max_steps)
         stop.watch()
     bar.close()
 
@@ -227,7 +227,7 @@ def main() -> None:
         f"  损失曲线  {metrics.picture}\n"
         f"  记录      {metrics.path}\n"
         f"接下来：\n"
-        f"  python pre_chat.py --checkpoint {folder.path}    看它接着往下写\n"
+        f"  python pre_chat.py --checkpoint {shlex.quote(str(folder.path))}    看它接着往下写\n"
         f"  python sft_train.py{repeat_flags(config, origins)}    教它回答问题"
     )
     world.disconnect()

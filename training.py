@@ -313,6 +313,8 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         if progress.step:
             self.rows = [r for r in read_metrics(self.path) if r["step"] <= progress.step]
+            if not self.rows:
+                print(f"（{self.path} 不见了，记录从第 {progress.step + 1} 步写起）")
         part = self.path.with_name("metrics.jsonl.part")
         with part.open("w", encoding="utf-8") as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)

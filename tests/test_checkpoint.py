@@ -6,6 +6,7 @@ import signal
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,8 @@ def test_a_missing_checkpoint_names_the_next_command(tokenizer, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"请先运行 python pre_train\.py$"):
         load(Path("out/tiny/pretrain.pt"), tokenizer)
+    with pytest.raises(UserError, match=r"请先运行 python pre_train\.py --out_dir '我 的'$"):
+        load(Path("我 的/pretrain.pt"), tokenizer)
     other = tmp_path / "out/wide/pretrain.pt"
     other.parent.mkdir(parents=True)
     other.touch()
@@ -95,6 +98,8 @@ def test_a_missing_checkpoint_names_the_next_command(tokenizer, tmp_path, monkey
         load(Path("out/tiny/pretrain.pt"), tokenizer)
     with pytest.raises(UserError, match=r"请先运行 python sft_train\.py"):
         load(Path("out/tiny/sft.pt"), tokenizer)  # 预训练的检查点代替不了
+    with pytest.raises(UserError, match=r"是目录.*out/wide/pretrain\.pt"):
+        load(Path("out/wide"), tokenizer)
 
 
 def test_checkpoint_describes_itself_and_loads_equal(tokenizer, tmp_path):
@@ -342,6 +347,12 @@ def test_a_finished_or_unfinished_run_is_never_silently_overwritten(out, tokeniz
     assert out("--overwrite")[0] is None
     assert path.exists()  # 到了真要开始的时候才删
     path.write_bytes(b"broken")
+    with pytest.raises(UserError, match="练了 4 步，共 10 步"):  # 前一个
+        out()
+    write(previous_of(path), snapshot(tokenizer, step=0))
+    with pytest.raises(UserError, match=r"练了 0 步，共 10 步.*--resume"):  # 坏了的也许走了很远
+        out()
+    previous_of(path).unlink()
     with pytest.raises(UserError, match="读不出来"):
         out()
     with pytest.raises(UserError, match="只能写一个"):
@@ -370,6 +381,9 @@ def test_resume_finds_the_newest_good_one(out, tokenizer, capsys):
         p.write_bytes(b"")
     with pytest.raises(UserError, match="没有好的检查点"):
         out("--resume")
+    with pytest.raises(UserError, match="读不出来；不要了：加上 --overwrite") as failed:
+        out()
+    assert "--resume" not in str(failed.value)  # 那样也接不起来
 
 
 def test_only_the_launch_that_began_a_run_resumes_it_by_itself(out, tokenizer, monkeypatch):
@@ -473,7 +487,8 @@ def test_restoring_gives_back_the_optimizers_the_generator_and_the_place(tokeniz
 def test_saving_takes_at_most_two_percent_of_the_time(tmp_path, monkeypatch):
     now = 0.0
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
-    saver = Saver(tmp_path / "m.pt", None, World(), Progress())
+    folder = SimpleNamespace(path=tmp_path / "m.pt", world=World())
+    saver = Saver(folder, None, Progress())
 
     def slow(path, content):
         nonlocal now
@@ -493,16 +508,25 @@ def test_saving_takes_at_most_two_percent_of_the_time(tmp_path, monkeypatch):
 def test_a_failed_save_is_one_line_and_the_next_one_tries_again(tmp_path, capsys, tokenizer):
     blocked = tmp_path / "file"
     blocked.touch()
-    saver = Saver(blocked / "m.pt", 0.0, World(), Progress())
-    assert not saver.save(lambda: snapshot(tokenizer))
+    folder = SimpleNamespace(path=blocked / "m.pt", world=World(), how_to_resume="--resume")
+    first = Saver(folder, 0.0, Progress())
+    with pytest.raises(UserError, match="写不了检查点") as failed:
+        first.save(lambda: snapshot(tokenizer), must=True)
+    assert "还在" not in str(failed.value)  # 第一次就没存下，没有早先的
+    saver = Saver(folder, 0.0, Progress(step=2))
+    saver.progress.step = 3
+    saver.save(lambda: snapshot(tokenizer))
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "训练接着进行" in said
-    with pytest.raises(UserError, match="写不了检查点"):
+    assert "第 2 步的检查点还在；训练接着进行，下次再存" in said
+    saver.save(lambda: snapshot(tokenizer), leaving=True)
+    assert "训练接着进行" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"写不了检查点.*第 2 步的检查点还在，腾出空间后接着练"):
         saver.save(lambda: snapshot(tokenizer), must=True)
+    assert saver.step == 2
     blocked.unlink()
-    assert saver.save(lambda: snapshot(tokenizer))
-    assert read(blocked / "m.pt")["progress"]["step"] == 3
+    saver.save(lambda: snapshot(tokenizer))
+    assert saver.step == read(blocked / "m.pt")["progress"]["step"] == 3
 
 
 # ---------- 微调的起点 ----------

@@ -192,6 +192,9 @@ def test_ctrl_c_on_torchrun_saves_before_leaving(trained, tmp_path):
     assert running.until(lambda: last_step(out, "pretrain") >= 2)
     os.killpg(running.process.pid, signal.SIGINT)  # 终端上的 Ctrl-C，人人都收到
     running.process.wait(60)
-    assert "接着练：torchrun … pre_train.py --out_dir out/tiny --resume" in running.text()
+    assert (
+        "接着练：torchrun --nproc_per_node=2 pre_train.py --out_dir out/tiny --resume"
+        in running.text()
+    )
     saved = torch.load(out / "pretrain.pt", weights_only=True)["progress"]["step"]
     assert saved == last_step(out, "pretrain") >= 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scripts import REPO, listen_to_ctrl_c
 
-from checkpoint import Folder, Progress
+from checkpoint import Folder, Progress, Saver
 from config import Config, UserError, load_config
 from distributed import World
 from faults import (
@@ -89,17 +89,20 @@ def test_leaving_says_how_to_resume_with_the_code_of_the_signal(tmp_path, capsys
     folder = Folder("pretrain", config, origins, World())
     stop = Stop(World())
     stop.signal = number
+    progress = Progress(step=3)
+    saver = Saver(folder, None, progress)
     with pytest.raises(SystemExit) as left:
-        stop.leave(folder, Progress(step=3), 10, saved=True)
+        stop.leave(saver, progress, 10)
     assert left.value.code == code
     said = capsys.readouterr().out
     assert "停在第 3 步，共 10 步；已经存进" in said
     command = said.splitlines()[-1].removeprefix("接着练：python pre_train.py ")
     again, _ = load_config("pretrain", shlex.split(command))  # 照着粘贴就能用
     assert (again.out_dir, again.resume) == (config.out_dir, True)
+    progress.step = 5  # 这一次没存下
     with pytest.raises(SystemExit):
-        stop.leave(folder, Progress(step=3), 10, saved=False)
-    assert "没有存下" in capsys.readouterr().out
+        stop.leave(saver, progress, 10)
+    assert "没有存下，走到第 3 步的检查点还在" in capsys.readouterr().out
 
 
 def test_a_skipped_step_names_its_data(capsys):
