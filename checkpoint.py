@@ -352,8 +352,7 @@ class Folder:
         self.damaged = False
         command = f"python {SCRIPTS[stage]}"
         if world.launched:
-            several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"  # 几台机器，参数就多了
-            how = "…" if several else f"--nproc_per_node={world.size}"
+            how = "…" if world.machines > 1 else f"--nproc_per_node={world.size}"
             command = f"torchrun {how} {SCRIPTS[stage]}"
         self.how_to_resume = f"{command} --out_dir {shlex.quote(config.out_dir)} --resume"
         if world.rank == 0:

@@ -33,6 +33,7 @@ class World:
         )
         self.launched = "TORCHELASTIC_RUN_ID" in os.environ  # 由 torchrun 启动
         self.launch_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # 哪一次启动
+        self.machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # 一共几台机器
         # torchrun --max-restarts：有进程死了，全体重新启动，这里数第几次。
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.device = torch.device("cpu")
@@ -53,7 +54,7 @@ class World:
             )
         if self.size > 1:
             backend = "nccl" if device.type == "cuda" else "gloo"
-            if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:  # 几台机器数出的次数可能不同
+            if self.machines > 1:  # 各数各的重启次数，不一定相同
                 shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
                 if shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
                     print(

@@ -1,6 +1,7 @@
 """几个进程一起训练：与一个进程的结果相同，检查点可以换着用，死了一个不会干等。"""
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -45,6 +46,11 @@ def workers(running: Running) -> dict[int, int]:
     return found
 
 
+def last_saved(running: Running) -> int:
+    """它说停在第几步。"""
+    return int(re.search(r"停在第 (\d+) 步", running.text())[1])
+
+
 def world(rank: int, size: int, monkeypatch) -> World:
     """假装是第 rank 个进程。"""
     for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", size)):
@@ -80,6 +86,21 @@ def test_one_process_needs_no_communication():
     assert (nested["a"][1], nested["b"]) == (1, {"c": None})
 
 
+@pytest.mark.parametrize(
+    ("store", "restarts", "warned"),
+    [("True", "3", True), ("True", "0", False), ("False", "3", False)],
+)
+def test_several_machines_are_told_what_a_restart_needs(
+    monkeypatch, capsys, store, restarts, warned
+):
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    for name, value in (("GROUP_WORLD_SIZE", "2"), ("TORCHELASTIC_USE_AGENT_STORE", store),
+                        ("TORCHELASTIC_MAX_RESTARTS", restarts)):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    world(0, 2, monkeypatch).connect(torch.device("cpu"), 8)
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().out) == warned
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["pre_train.py", "sft_train.py"])
 def test_two_processes_give_the_losses_of_one(trained, tmp_path, script):
@@ -98,6 +119,34 @@ def test_two_processes_give_the_losses_of_one(trained, tmp_path, script):
     if stage == "pretrain":
         written, _ = run(tmp_path, "pre_chat.py", "--prompt", "守株待兔：", "--max", "5")
         assert written.startswith("守株待兔：")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "parallel", "tolerance"),
+    [("pre_train.py", "ddp", TOLERANCE), ("sft_train.py", "ddp", TOLERANCE),
+     ("sft_train.py", "fsdp", 5e-3)],
+)  # fmt: skip
+def test_one_process_goes_on_with_two_and_back(trained, tmp_path, script, parallel, tolerance):
+    stage = {"pre_train.py": "pretrain", "sft_train.py": "sft"}[script]
+    reference = trained[0] / "out/tiny"
+    (tmp_path / "data").symlink_to(trained[0] / "data")
+    out = tmp_path / "out/tiny"
+    start = ["--init_from", str(reference / "pretrain.pt")] if stage == "sft" else []
+    alone = Running(tmp_path, script, "--max_steps", str(STEPS[script]), *QUICK, *start)
+    assert alone.until(lambda: last_step(out, stage) >= 2)
+    assert alone.end(signal.SIGINT) == 130
+    done = last_step(out, stage)
+
+    two = Running(tmp_path, script, "--resume", "--parallel", parallel, launcher=TORCHRUN)
+    assert two.until(lambda: last_step(out, stage) > done + 1)  # 走完一步，Ctrl-C 才会先保存
+    os.killpg(two.process.pid, signal.SIGINT)
+    two.process.wait(60)
+    assert f"已经走完 {done} 步" in two.text() and "停在第" in two.text()
+
+    text, _ = run(tmp_path, script, "--resume", "--parallel", "ddp")
+    assert f"已经走完 {last_saved(two)} 步" in text
+    assert_same_losses(metrics(reference, stage), metrics(out, stage), tolerance)
 
 
 @pytest.mark.slow
@@ -179,7 +228,7 @@ def test_two_machines_restart_when_a_process_dies(trained, tmp_path, victim):
     assert [m.process.wait(120) for m in machines] == [0, 0]
     said = "".join(m.text() for m in machines)
     assert said.count("完成，用时") == 1
-    assert "接着" in said and "可能连不上" not in said
+    assert "已经走完" in said and "可能连不上" not in said
     assert_same_losses(metrics(trained[0] / "out/tiny", "pretrain"), metrics(out, "pretrain"))
 
 
