@@ -249,14 +249,14 @@ def encode_documents(chunk: list[Record], tokenizer: Tokenizer) -> Iterator[Enco
     texts = [record.content for record in chunk]
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         document = tokenizer.document_ids(ids)
-        yield np.array(document, np.uint16), len(document), text
+        yield document, len(document), text
 
 
 def encode_conversations(chunk: list[Record], tokenizer: Tokenizer) -> Iterator[Encoded]:
     """逐段编码；只猜助手的话和它的结束标记。"""
     encoded = iter(tokenizer.encode_batch([text for r in chunk for _, text in r.content]))
     for record in chunk:
-        turns = [tokenizer.turn_ids(role, next(encoded)) for role, _ in record.content]
+        turns = [tokenizer.turn_ids(role, next(encoded).tolist()) for role, _ in record.content]
         answers = [i for i, (role, _) in enumerate(record.content) if role == "assistant"]
         targets = sum(len(turns[i]) - 2 for i in answers)  # 去掉 <|im_start|> 与角色
         text = "".join(record.content[i][1] for i in answers)

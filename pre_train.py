@@ -97,9 +97,8 @@ def main() -> None:
         n = len(shared.members)
         print(f"（词表里有 {n} 个词元这份语料从没用过：合用词嵌入的一行，打分只算一次）")
 
-    def check(everything: bool) -> dict:
-        """检验，再采样一段给人看；返回写进记录的几项。"""
-        limit = config.eval_tokens * (10 if everything else 1)
+    def check(limit: int, everything: bool = False) -> dict:
+        """用至多 limit 个词元检验，再采样一段给人看；返回写进记录的几项。"""
         with memory_advice(config, model, config.batch_size):
             loss = evaluate(loss_fn, model, val, config.batch_size, limit, device)
         bpc = bits_per_character(loss, data.card)
@@ -139,7 +138,7 @@ def main() -> None:
     print("第一步之前要编译，约一分钟……" if device.compile else "开始训练……")
     if progress.step == 0:
         saver.save(state, must=True)  # 现在就知道存不存得下，不必等到一小时以后
-        result = check(everything=False)
+        result = check(config.batch_size * config.seq_len)  # 一批就看得出是不是 ln V
         print(
             f"没训练过的模型对 {config.vocab_size} 个词元一视同仁，损失应为 ln V = "
             f"{math.log(config.vocab_size):.2f}，实际是 {result['val_loss']:.2f}"
@@ -206,7 +205,7 @@ def main() -> None:
         # 4.6 每隔一段：检验、采样；每隔一分钟：保存
         last = step + 1 == max_steps
         if last or (step + 1) % eval_every == 0:
-            row |= check(everything=last)
+            row |= check(config.eval_tokens * (10 if last else 1), everything=last)
         metrics.write(**row)
         if too_many_skipped(progress, device.scaler):
             raise diverged(state(), folder, progress, "--lr", config.lr)

@@ -14,8 +14,10 @@ BERT 的分词器是为「读」设计的：它丢掉空格、认不得中文引
 
 import hashlib
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -24,6 +26,7 @@ from config import N_TOKENS, UserError
 VOCAB_FILE = Path(__file__).parent / "tokenizer" / "vocab.txt"
 VOCAB_SHA256 = "45bbac6b341c319adc98a532532882e91a9cefc0329aa57bac9ae761c27b291c"
 BERT_VOCAB_SIZE = 21128
+NOT_ALONE = 0xFFFF  # 比任何编号都大
 
 CONTROL_TOKENS = [
     "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>",
@@ -77,6 +80,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, *roles = map(self.backend.token_to_id, CONTROL_TOKENS)
         self.role_ids = dict(zip(["user", "assistant", "system", "tool"], roles, strict=True))
         self.unk_id = self.backend.token_to_id("[UNK]")
+        self._seen: dict[str, np.ndarray] = {}
         self._self_test()
 
     def _self_test(self) -> None:
@@ -91,18 +95,52 @@ class Tokenizer:
         """文本 -> 编号。不加任何首尾标记；文本里的控制词元字样按普通文字处理。"""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """同 `encode`，一次许多篇，用上全部处理器核心。"""
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [e.ids for e in encodings]
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """同 `encode`，一次许多篇，每篇是一个 uint16 数组。
+
+        汉字与标点从不与左右相连，一个字就是一个词元，查表即可；夹在中间的字母、数字、假名等，
+        才一截一截地交给 `tokenizers`。结果相同，快好几倍。
+        """
+        encoded = []
+        for text in texts:
+            codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)  # 每个字的 Unicode 编号
+            ids = self._alone[np.minimum(codes, 0xFFFF)]
+            edges = np.flatnonzero(np.diff(ids == NOT_ALONE, prepend=False, append=False))
+            pieces, done = [], 0
+            for start, end in edges.reshape(-1, 2).tolist():
+                pieces += [ids[done:start], self._joined(text[start:end])]
+                done = end
+            encoded.append(np.concatenate([*pieces, ids[done:]]))
+        return encoded
+
+    @cached_property
+    def _alone(self) -> np.ndarray:
+        """每个字（Unicode 编号 0–65535）单独成为哪个词元；会与左右相连的是 NOT_ALONE。"""
+        table = np.full(0x10000, NOT_ALONE, np.uint16)
+        characters = [chr(c) for c in range(0x10000) if not 0xD800 <= c < 0xE000]
+        a = self.backend.token_to_id("a")
+        tried = self.backend.encode_batch_fast([f"a{c}{c}a" for c in characters])
+        for character, encoding in zip(characters, tried, strict=True):
+            ids = encoding.ids
+            if len(ids) == 4 and ids == [a, ids[1], ids[1], a]:  # 夹在中间、连写两遍都不相连
+                table[ord(character)] = ids[1]
+        return table
+
+    def _joined(self, text: str) -> np.ndarray:
+        """一截会与左右相连的字的编号；常见的（年份、单位）记住，不必再算。"""
+        if (ids := self._seen.get(text)) is None:
+            ids = np.array(self.encode(text), np.uint16)
+            if len(text) <= 16 and len(self._seen) < 100_000:
+                self._seen[text] = ids
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """编号 -> 文本，略去控制词元。逐个解码再相接，与整段解码结果相同。"""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
-    def document_ids(self, ids: list[int]) -> list[int]:
-        """给一篇文档的编号加上首尾标记。"""
-        return [self.bos_id, *ids, self.eos_id]
+    def document_ids(self, ids: np.ndarray) -> np.ndarray:
+        """给一篇文档的编号 (uint16) 加上首尾标记。"""
+        return np.concatenate([[self.bos_id], ids, [self.eos_id]]).astype(np.uint16)
 
     def turn_ids(self, role: str, ids: list[int]) -> list[int]:
         """给一轮发言的编号加上首尾标记与角色。"""

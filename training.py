@@ -143,7 +143,7 @@ def add_in_fixed_order() -> None:
     浮点数相加，次序不同，末位就不同。编译过的代码求词嵌入的梯度时，几个线程谁先到谁先加；
     这里改用次序固定的算法，慢不到百分之几。
     """
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # 另一个同义的函数要导入编译器，多花一秒多
     torch.utils.deterministic.fill_uninitialized_memory = False  # 没有谁读未写过的内存，不必先填
 
 

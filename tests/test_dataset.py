@@ -322,7 +322,7 @@ class MeteredTokenizer(Tokenizer):
 
     def encode_batch(self, texts):
         self.most = max(getattr(self, "most", 0), sum(map(len, texts)))
-        return [[100]] * len(texts)
+        return [np.array([100], np.uint16)] * len(texts)
 
 
 def test_memory_is_bounded_for_long_documents(work):
@@ -648,7 +648,7 @@ def questions_and_answers(file: TokenFile, side: str, tokenizer: Tokenizer):
 
 
 def as_bytes(texts: list[str], tokenizer: Tokenizer) -> list[bytes]:
-    return [np.array(ids, np.uint16).tobytes() for ids in tokenizer.encode_batch(texts)]
+    return [ids.tobytes() for ids in tokenizer.encode_batch(texts)]
 
 
 @pytest.fixture(scope="module")

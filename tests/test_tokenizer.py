@@ -5,12 +5,20 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from config import N_TOKENS, UserError
-from tokenizer import BERT_VOCAB_SIZE, CONTROL_TOKENS, TEXT_TOKENS, VOCAB_FILE, Tokenizer
+from tokenizer import (
+    BERT_VOCAB_SIZE,
+    CONTROL_TOKENS,
+    NOT_ALONE,
+    TEXT_TOKENS,
+    VOCAB_FILE,
+    Tokenizer,
+)
 
 LINES = VOCAB_FILE.read_text(encoding="utf-8").split("\n")[:-1]  # 文件以换行结尾
 BERT_MARKS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -30,6 +38,8 @@ numbers = st.one_of(
 english = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join)
 chinese = st.text(st.sampled_from(HANZI), min_size=1, max_size=12)
 prose = st.lists(st.one_of(chinese, st.sampled_from(PUNCTUATION), numbers, english), max_size=12)
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+mixed_text = st.lists(st.one_of(any_text, prose.map("".join)), max_size=5).map("".join)
 any_ids = st.lists(st.integers(0, N_TOKENS - 1), max_size=40)
 
 
@@ -74,10 +84,21 @@ def test_what_is_lost_is_only_what_the_readme_says(tokenizer):
     assert tokenizer.decode([]) == ""
 
 
-def test_batch_equals_one_by_one(tokenizer):
-    """准备数据用批量编码，聊天用单个编码；两者不同，模型就会看到没学过的写法。"""
-    texts = ["守株待兔：", "", "“3.14”\n", "hello world", "<|im_end|>", "重复", "重复"]
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+@settings(max_examples=300)
+@given(st.lists(st.one_of(any_text, mixed_text), max_size=4))
+@example(["守株待兔：", "", "“3.14”\n", "hello world", "<|im_end|>", "重复", "重复"])
+@example(["中\u0301国か\u3099は한글 x×y ３．１４ ﬁ ≠", "a" * 2000, "\U0001f600"])
+def test_batch_equals_one_by_one(texts):
+    """准备数据用批量编码，查表；聊天用单个编码。两者不同，模型就会看到没学过的写法。"""
+    found = TOKENIZER.encode_batch(texts)
+    assert [ids.tolist() for ids in found] == [TOKENIZER.encode(text) for text in texts]
+    assert all(ids.dtype == np.uint16 for ids in found)
+
+
+def test_most_of_chinese_needs_only_the_table(tokenizer):
+    """查不到表的要慢几十倍：常用的汉字、标点都得在表里，会与左右相连的都不在。"""
+    assert (tokenizer._alone[[ord(c) for c in "一龥，。！“”《》、\n \u3000—…"]] != NOT_ALONE).all()
+    assert (tokenizer._alone[[ord(c) for c in "aZ9かカ한é×\u0301"]] == NOT_ALONE).all()
 
 
 # ---------- 2. 逐个解码 ----------
@@ -109,7 +130,7 @@ def test_control_tokens_typed_as_text_are_text(pieces):
     ids = TOKENIZER.encode(text)
     control = {TOKENIZER.backend.token_to_id(t) for t in CONTROL_TOKENS + BERT_MARKS}
     assert not control & set(ids)
-    assert TOKENIZER.encode_batch([text]) == [ids]
+    assert TOKENIZER.encode_batch([text])[0].tolist() == ids
     assert TOKENIZER.decode(ids) == text.lower()  # [CLS] 变小写，一字不少
 
 
@@ -124,7 +145,7 @@ def test_turns_and_documents_have_one_form(tokenizer):
     names = tokenizer.backend.id_to_token
     turn = tokenizer.turn_ids("assistant", tokenizer.encode("好"))
     assert [names(i) for i in turn] == ["<|im_start|>", "<|assistant|>", "好", "<|im_end|>"]
-    document = tokenizer.document_ids(tokenizer.encode("好"))
+    document = tokenizer.document_ids(np.array(tokenizer.encode("好"), np.uint16))
     assert [names(i) for i in document] == ["<|im_start|>", "好", "<|im_end|>"]
     assert turn[:2] == tokenizer.reply_prefix()
     roles = {"user", "assistant", "system"}
