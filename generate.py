@@ -1,6 +1,7 @@
 """生成：让模型一个词元一个词元地往下写。
 
     KVCache          记住前文的键与值，每写一个词元只算一个词元
+    next_logits      新词元 -> 下一个词元的打分，编译的就是它
     probabilities    打分 -> 概率：惩罚重复、温度、top-k、top-p、min-p
     generate         一边算一边给出编号
     is_looping       有没有陷进反复说同一句话的圈子
@@ -9,7 +10,7 @@
 图例：L 层数，B 批次，T 词元数，K 键值头数，D 头宽，V 词表大小。
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from checkpoint import load
 from config import Config, UserError, option
 from model import Transformer
+from quantize import STORED, compact
 from tokenizer import Tokenizer
 from training import Device
 
@@ -49,21 +51,31 @@ class Sampling:
 
 
 class KVCache:
-    """每层的键与值，一次分配好；`length` 是已经记住的词元数，由模型推进。"""
+    """每层的键与值，一次分配好，写在各自位置的那一格里。
+
+    `visible`：注意力看前几格。还没写过的格子被遮住，所以看多看少结果一样；不编译时只看写过的，省时间，
+    编译过的代码要求形状不变，就总看全部。
+    """
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, batch: int = 1):
-        head_dim = config.dim // config.n_heads
-        shape = (config.n_layers, batch, config.n_kv_heads, config.max_len, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, K, max_len, D)
-        self.values = torch.zeros_like(self.keys)
-        self.length = 0
+        shape = (batch, config.n_kv_heads, config.max_len, config.dim // config.n_heads)
+        layers = range(config.n_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.visible = config.max_len
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """写入新的键与值 (B, K, T, D)，返回到目前为止的全部 (B, K, length + T, D)。"""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """新的键与值 (B, K, T, D) 写进 positions (T,) 那几格；返回看得见的 (B, K, visible, D)。"""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, positions, k.type_as(keys))
+        values.index_copy_(2, positions, v.type_as(values))
+        return keys[:, :, : self.visible], values[:, :, : self.visible]
+
+
+def next_logits(model, head, ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    """送进新词元 (1, T)，它们的位置是 positions (T,)；返回最后一个之后的打分 (V,)。"""
+    x = model.hidden(ids, positions, cache=cache)
+    return head(x[:, -1]).view(-1)
 
 
 # ---------- 1. 打分 -> 概率 -> 选一个 ----------
@@ -73,13 +85,6 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """出现过的词元，正的打分除以 penalty，负的乘以 penalty（CTRL，arXiv 1909.05858）。"""
     scores = logits[seen]
     return logits.scatter(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
-
-
-def keep_top_k(probs: Tensor, k: int) -> Tensor:
-    """只留最可能的 k 个，其余归零。"""
-    if k <= 0 or k >= probs.numel():
-        return probs
-    return torch.where(probs >= probs.topk(k).values[-1], probs, 0.0)
 
 
 def keep_top_p(probs: Tensor, p: float) -> Tensor:
@@ -96,6 +101,12 @@ def keep_min_p(probs: Tensor, p: float) -> Tensor:
     return torch.where(probs >= p * probs.max(), probs, 0.0)
 
 
+def adjust(logits: Tensor, seen: Tensor, sampling: Sampling, banned: Tensor) -> Tensor:
+    """打分 (V,) -> 打分 (V,)，fp32：绝不选的是负无穷，已经写过的受罚。"""
+    logits = logits.float().index_fill(0, banned, float("-inf"))
+    return penalize(logits, seen, sampling.penalty)
+
+
 def probabilities(logits: Tensor, seen: Tensor, sampling: Sampling, banned: Tensor) -> Tensor:
     """一个位置的打分 (V,) -> 真正拿来抽签的概率 (V,)，和为 1。
 
@@ -105,15 +116,23 @@ def probabilities(logits: Tensor, seen: Tensor, sampling: Sampling, banned: Tens
         sampling: 温度等；温度为 0 时，概率全归最可能的那一个。
         banned: 绝不选的编号。
     """
-    logits = logits.float().index_fill(0, banned, float("-inf"))
-    logits = penalize(logits, seen, sampling.penalty)
+    logits = adjust(logits, seen, sampling, banned)
     if sampling.temp < 1e-3:  # 再小，打分除以它会溢出
         return nn.functional.one_hot(logits.argmax(), logits.numel()).float()
-    probs = (logits / sampling.temp).softmax(0)
-    probs = keep_top_k(probs, sampling.top_k)
-    probs = keep_top_p(probs / probs.sum(), sampling.top_p)
+    k = min(sampling.top_k or logits.numel(), logits.numel())
+    scores, ids = logits.topk(k)  # top-k：之后只看这 k 个，不必给整张词表排序
+    probs = (scores / sampling.temp).softmax(0)
+    probs = keep_top_p(probs, sampling.top_p)
     probs = keep_min_p(probs, sampling.min_p)
-    return probs / probs.sum()
+    return torch.zeros_like(logits).scatter(0, ids, probs / probs.sum())
+
+
+def sample(logits, seen, sampling: Sampling, banned, generator: torch.Generator) -> Tensor:
+    """一个位置的打分 (V,) -> 选中的编号 (1,)，参数同 `probabilities`。"""
+    if sampling.temp < 1e-3:
+        return adjust(logits, seen, sampling, banned).argmax(0, keepdim=True)
+    probs = probabilities(logits, seen, sampling, banned)
+    return torch.multinomial(probs, 1, generator=generator)
 
 
 # ---------- 2. 一个接一个 ----------
@@ -126,10 +145,11 @@ class Speaker:
     model: Transformer
     config: Config
     tokenizer: Tokenizer
-    device: torch.device
-    dtype: torch.dtype
     stage: str
     banned: Tensor
+    head: Callable[[Tensor], Tensor]  # 最后的向量 (..., C) -> 打分 (..., V)
+    cache: KVCache
+    step: Callable[..., Tensor] = next_logits  # 只有一个新词元时用的，可以是编译过的
 
     @torch.inference_mode()
     def generate(self, ids: list[int], sampling: Sampling, use_cache: bool = True) -> Iterator[int]:
@@ -140,45 +160,75 @@ class Speaker:
             sampling: 怎样选。
             use_cache: 假时每一步都从头算一遍，只用来核对缓存。
         """
-        generator = torch.Generator(self.device)
+        device = self.banned.device
+        generator = torch.Generator(device)
         generator.manual_seed(sampling.seed) if sampling.seed else generator.seed()
-        cache = KVCache(self.config, self.device, self.dtype) if use_cache else None
-        context = torch.tensor(ids, device=self.device)
-        new = context
+        context = torch.tensor(ids, device=device)
+        done = 0  # 前多少个词元已经在缓存里
         for _ in range(min(sampling.max, self.config.max_len - len(ids))):
-            logits = self.model((new if use_cache else context)[None], cache=cache)[0, -1]  # (V,)
+            logits = self._next(context, done if use_cache else 0)
+            done = len(context)
             if not logits.isfinite().all():
                 raise UserError("模型的打分不是有限的数，写不下去：训练时发散了？请换一个检查点")
             written = context[len(ids) :]  # 只罚自己写过的：罚提问里的字，「你好」就答成「我好」
-            probs = probabilities(logits, written, sampling, self.banned)
-            new = torch.multinomial(probs, 1, generator=generator)
+            new = sample(logits, written, sampling, self.banned, generator)
             if new.item() == self.tokenizer.eos_id:
                 return
             yield new.item()
             context = torch.cat([context, new])
 
+    def _next(self, context: Tensor, done: int) -> Tensor:
+        """context (T,) 之后的打分 (V,)；其中前 done 个已经在缓存里。"""
+        new, positions = context[done:], torch.arange(done, len(context), device=context.device)
+        compiled = self.step is not next_logits
+        step = self.step if len(new) == 1 else next_logits
+        self.cache.visible = self.config.max_len if compiled else len(context)
+        return step(self.model, self.head, new[None], positions, self.cache)
+
 
 def make_speaker(model: Transformer, config: Config, tokenizer: Tokenizer, stage: str) -> Speaker:
     """给一个模型配上生成所需的东西；模型留在原处，不改动。"""
     banned = [*tokenizer.never_sampled(), *range(tokenizer.vocab_size, config.vocab_size)]
-    dtype = model.embedding.weight.dtype
-    place = model.embedding.weight.device
-    return Speaker(model, config, tokenizer, place, dtype, stage, torch.tensor(banned).to(place))
+    weight = model.embedding.weight
+    cache = KVCache(config, weight.device, weight.dtype)
+    banned = torch.tensor(banned).to(weight.device)
+    return Speaker(model, config, tokenizer, stage, banned, model.score, cache)
 
 
-def load_for_chat(path: Path, device: Device) -> Speaker:
+def load_for_chat(path: Path, device: Device, quantize: str = "none") -> Speaker:
     """读检查点，放到设备上；矩阵换成设备擅长的精度，归一化与位置编码仍是 fp32。
 
+    Args:
+        path: 检查点。
+        device: 用到它的设备、精度，以及编译与否。
+        quantize: "bf16" 或 "int8"：矩阵存得更小，说得更快。
     Raises:
         UserError: 检查点不存在、已损坏或不相配。
     """
     tokenizer = Tokenizer()
     model, config, checkpoint = load(path, tokenizer)
     model.eval().to(device.torch)
+    return prepare(make_speaker(model, config, tokenizer, checkpoint["stage"]), device, quantize)
+
+
+def prepare(speaker: Speaker, device: Device, quantize: str = "none") -> Speaker:
+    """让模型说得快：矩阵换成半精度或 int8，必要时编译逐个生成的那一步。"""
+    model = speaker.model
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             module.to(device.dtype)
-    return make_speaker(model, config, tokenizer, checkpoint["stage"])
+    speaker.cache = KVCache(speaker.config, device.torch, device.dtype)
+    if quantize != "none" or (device.compile and device.torch.type == "cpu"):
+        speaker.head = compact(model, STORED.get(quantize, device.dtype))
+    if device.compile:
+        for buffer in (*speaker.cache.keys, *speaker.cache.values):
+            torch._dynamo.mark_static_address(buffer)  # 地址不变，CUDA 图才能直接写进去
+        speaker.step = torch.compile(next_logits, dynamic=False, options={
+            "triton.cudagraphs": device.torch.type == "cuda",
+            # 只核对张量的形状与类型：模型不会再变，不必每个词元都把几百个零件核对一遍。
+            "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
+        })  # fmt: skip
+    return speaker
 
 
 def is_looping(ids: list[int], longest: int = 48) -> bool:

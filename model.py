@@ -69,6 +69,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
     Returns:
         (B, H, T, D)
     """
+    if q.size(2) == 1 and not causal:  # 只有一个新词元：同组的 H/K 个头当作 H/K 行，键值只读一遍
+        rows = q.view(q.size(0), k.size(1), -1, q.size(3))  # (B, K, H/K, D)
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(q.shape)
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
@@ -103,8 +106,8 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps)
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, causal: bool, cache, layer: int):
-        """(B, T, C) -> (B, T, C)。有缓存时，前文的键与值取自缓存，并把新的写进去。"""
+    def forward(self, x: Tensor, cos, sin, mask, causal: bool, cache, layer: int, positions):
+        """(B, T, C) -> (B, T, C)。有缓存时，新的键与值写进去，前文的取自其中。"""
         B, T, _ = x.shape
         q = self.query(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.key(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -112,7 +115,7 @@ class Attention(nn.Module):
         q = RotaryEmbedding.rotate(self.query_norm(q), cos, sin)
         k = RotaryEmbedding.rotate(self.key_norm(k), cos, sin)
         if cache is not None:
-            k, v = cache.update(layer, k, v)  # (B, K, S, D)
+            k, v = cache.update(layer, positions, k, v)  # (B, K, S, D)
         y = attend(q, k, v, mask, causal)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -180,11 +183,12 @@ class Transformer(nn.Module):
             nn.init.zeros_(block.feed_forward.down.weight)
 
     def forward(self, ids: Tensor, positions=None, segments=None, cache=None) -> Tensor:
-        """每个位置上，下一个词元的打分（未归一的对数概率）：(B, T) -> (B, T, V)，参数同 `hidden`。
+        """下一个词元的打分（未归一的对数概率）：(B, T) -> (B, T, V)，参数同 `hidden`。"""
+        return self.score(self.hidden(ids, positions, segments, cache))
 
-        输出与词嵌入共用一张表（arXiv 1608.05859）：打分就是与每个词元的嵌入作内积。
-        """
-        return F.linear(self.hidden(ids, positions, segments, cache), self.embedding.weight)
+    def score(self, x: Tensor) -> Tensor:
+        """向量 -> 打分：(..., C) -> (..., V)，就是与每个词元的嵌入作内积（arXiv 1608.05859）。"""
+        return F.linear(x, self.embedding.weight)
 
     def hidden(
         self,
@@ -197,33 +201,30 @@ class Transformer(nn.Module):
 
         Args:
             ids: 编号 (B, T)，整型。
-            positions: 每个词元的位置 (B, T)；默认从缓存的长度（没有缓存则从 0）起依次递增。
+            positions: 每个词元的位置 (B, T) 或 (T,)；默认从 0 起依次递增。
             segments: 每个词元属于第几段 (B, T)；同段才能互相看见。默认整行是一段。
-            cache: `generate.KVCache`；给了就只送新词元，前文从缓存里取。
+            cache: `generate.KVCache`；给了就只送新词元，并且要给 positions (T,)：写进缓存的第几格。
         Returns:
             (B, T, C)
         Raises:
             ValueError: 词元数超过模型的最大长度。
         """
-        T, start = ids.size(1), 0 if cache is None else cache.length
-        if start + T > self.max_len:
-            raise ValueError(f"词元数 {start + T} 超过模型的最大长度 {self.max_len}")
+        if (T := ids.size(1)) > self.max_len:
+            raise ValueError(f"词元数 {T} 超过模型的最大长度 {self.max_len}")
         if positions is None:
-            positions = torch.arange(start, start + T, device=ids.device)  # (T,)
+            positions = torch.arange(T, device=ids.device)
 
         mask = None
         if segments is not None:
             same_segment = segments[:, None, :, None] == segments[:, None, None, :]
             mask = same_segment.tril()  # (B, 1, T, T)
-        elif start > 0 and T > 1:
-            seen = torch.arange(start + T, device=ids.device)
-            mask = seen <= positions.view(1, 1, T, 1)  # (1, 1, T, S)
-        causal = mask is None and T > 1  # 只有一个新词元时，缓存里的一切都是前文
+        elif cache is not None:
+            slots = torch.arange(cache.visible, device=ids.device)
+            mask = slots <= positions.view(1, 1, T, 1)  # (1, 1, T, S)
+        causal = mask is None
 
         x = self.embedding(ids)  # (B, T, C)
         cos, sin = self.rotary(positions)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, causal, cache, layer)
-        if cache is not None:
-            cache.length = start + T
+            x = block(x, cos, sin, mask, causal, cache, layer, positions)
         return self.norm(x)

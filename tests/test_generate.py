@@ -12,7 +12,6 @@ from generate import (
     Sampling,
     is_looping,
     keep_min_p,
-    keep_top_k,
     keep_top_p,
     make_speaker,
     penalize,
@@ -37,9 +36,12 @@ def speaker():
 
 
 def test_top_k_keeps_the_k_likeliest():
-    assert keep_top_k(PROBS, 2).tolist() == pytest.approx([0.4, 0.3, 0, 0])
-    assert keep_top_k(PROBS, 0) is PROBS
-    assert keep_top_k(PROBS, 9) is PROBS
+    logits = PROBS.log()
+    kept = {
+        k: probabilities(logits, NONE, replace(PLAIN, top_k=k), NONE).tolist() for k in (0, 2, 9)
+    }
+    assert kept[2] == pytest.approx([0.4 / 0.7, 0.3 / 0.7, 0, 0])
+    assert kept[0] == kept[9] == pytest.approx(PROBS.tolist())
 
 
 def test_top_p_keeps_the_fewest_that_reach_p():
@@ -128,9 +130,7 @@ def test_generation_stops_at_the_end_mark(speaker, monkeypatch):
     """模型一心想写结束标记时，什么也不写。"""
     favourite = torch.zeros(21248)
     favourite[speaker.tokenizer.eos_id] = 100.0
-    monkeypatch.setattr(
-        type(speaker.model), "forward", lambda self, ids, cache=None: favourite.expand(1, 1, -1)
-    )
+    monkeypatch.setattr(speaker, "head", lambda x: favourite)
     assert list(speaker.generate([1, 2, 3], Sampling())) == []
 
 

@@ -9,6 +9,7 @@ import model as model_module
 from config import PRESETS, Config
 from generate import KVCache
 from model import RotaryEmbedding, Transformer, attend, attend_by_hand
+from tools.yardsticks import qwen3
 
 # 小到一眨眼就算完；四个查询头共用两个键值头，才考得到分组。
 SMALL = Config(
@@ -49,32 +50,7 @@ def test_untrained_loss_is_ln_vocabulary():
 
 def test_same_logits_as_qwen3_of_transformers(small):
     """外面的标准答案：同样的权重装进 transformers 的 Qwen3，打分相同。"""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    theirs = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, intermediate_size=48, tie_word_embeddings=True,
-            max_position_embeddings=32, rms_norm_eps=SMALL.norm_eps, attention_bias=False,
-            rope_parameters={"rope_type": "default", "rope_theta": SMALL.rope_theta},
-        )
-    ).eval()  # fmt: skip
-    names = {
-        "embedding.": "model.embed_tokens.", "blocks.": "model.layers.",
-        "attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm",
-        "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj",
-        "attention.value": "self_attn.v_proj", "attention.out": "self_attn.o_proj",
-        "attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm",
-        "feed_forward.gate": "mlp.gate_proj", "feed_forward.up": "mlp.up_proj",
-        "feed_forward.down": "mlp.down_proj",
-    }  # fmt: skip
-    weights = {}
-    for name, value in small.state_dict().items():
-        for ours, hf in names.items():
-            name = name.replace(ours, hf)
-        weights["model.norm.weight" if name == "norm.weight" else name] = value
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    theirs.load_state_dict(weights)
+    theirs = qwen3(SMALL, small).eval()
     ids = ids_like(2, 20)
     torch.testing.assert_close(small(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
@@ -114,10 +90,13 @@ def test_cached_logits_equal_uncached_at_every_step(small):
     cache = KVCache(SMALL, torch.device("cpu"), torch.float32, batch=2)
     start = 0
     for length in (5, 1, 1, 4, 1, 7, 1, 1, 1, 1, 1):  # 整段、单个、缓存里已有前文时的整段
-        logits = small(ids[:, start : start + length], cache=cache)
-        torch.testing.assert_close(logits, whole[:, start : start + length], atol=2e-5, rtol=1e-4)
-        start += length
-    assert cache.length == start == 24
+        end = start + length
+        for visible in (32, end):  # 看全部格子，或只看写过的，结果一样
+            cache.visible = visible
+            logits = small(ids[:, start:end], torch.arange(start, end), cache=cache)
+            torch.testing.assert_close(logits, whole[:, start:end], atol=2e-5, rtol=1e-4)
+        start = end
+    assert start == 24
 
 
 def test_segments_do_not_see_each_other(small):

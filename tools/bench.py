@@ -1,0 +1,436 @@
+"""测速：我们与别人并排，一次跑完，在你自己的机器上。
+
+    python -m tools.bench                            全部，CPU 上约一个半小时
+    python -m tools.bench train decode               只测其中几节
+    python -m tools.bench train --preset tiny        只测一种大小
+    python -m tools.bench --json docs/benchmarks.json
+
+结果写进 --json 指的文件，旁边同名的 .md 是给人看的表；只测几节时，其余各节保留原来的。
+参赛的各方见 tools/contestants.py，对照的实现见 tools/yardsticks.py。
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import idioms
+from config import PRESETS, Config, UserError, help_text, option, parse_flags, run_script
+from readers import ReadLog
+from tools import contestants
+from tools.measuring import (
+    Contestant,
+    Row,
+    machine,
+    matmul_peak,
+    rates,
+    ratios,
+    readable,
+    take_turns,
+    to_markdown,
+)
+from training import Device
+
+
+@dataclass
+class Options:
+    """命令行参数。"""
+
+    preset: str = option(
+        "auto", "哪种大小；auto：CPU 上 tiny 与 wide，显卡上 wide 与 deep",
+        choices=("auto", "tiny", "wide", "deep"),
+    )  # fmt: skip
+    json: str = option("out/bench.json", "结果写在哪里")
+    repeats: int = option(5, "每一方上场几次", "次")
+    seconds: float = option(8.0, "训练的每一方每次上场至少多久", "秒")
+    race: float = option(300.0, "比谁先到：对照练多久", "秒")
+
+
+# ---------- 1. 训练 ----------
+
+TRAINERS = ["ours", "ours, whole vocabulary", "qwen3 compiled", "qwen3 eager", "original"]
+
+
+def training_flops(config: Config, n_rows: int) -> float:
+    """训练一个词元的浮点运算：前向 2 × 参数，反向再两倍；注意力另算，因果的只算一半。
+
+    Args:
+        config: 形状。
+        n_rows: 打分的词元数，词表里合用一行的只算一次。
+    """
+    head_dim = config.dim // config.n_heads
+    attention = 2 * config.dim * config.n_heads * head_dim  # q 与 out
+    attention += 2 * config.dim * config.n_kv_heads * head_dim  # k 与 v
+    matrices = config.n_layers * (attention + 3 * config.dim * config.hidden_dim)
+    matrices += config.dim * n_rows
+    return 6 * matrices + 6 * config.n_layers * config.seq_len * config.dim
+
+
+def bench_train(options: Options, preset: str) -> list[Row]:
+    """每秒多少词元，与两种对照相比；矩阵乘法用到了峰值的几成。"""
+    config = contestants.settings(preset)
+    device = Device(config)
+    names = [n for n in TRAINERS if device.compile or n != "qwen3 compiled"]
+    players = {n: Contestant(contestants.train, n, preset, options.seconds) for n in names}
+    dtype = str(device.dtype)[6:]
+    players["peak"] = Contestant(matmul_peak, dtype)
+    found = take_turns(players, options.repeats)
+    memory = {n: players[n].peak_memory() / 1e9 for n in names}
+    for player in players.values():
+        player.leave()
+    speed = {n: rates(found[n]) for n in names}
+    ours = speed["ours"]
+    rows = [Row(f"{preset}，{dtype}：我们", ours, "词元/秒")]
+    against = [
+        ("qwen3 compiled", "编译过的 Qwen3ForCausalLM", 1.2),
+        ("qwen3 eager", "不编译的 Qwen3ForCausalLM", 1.8),
+        ("original", "最初的做法：fp32、补齐、不编译", 10),
+    ]
+    for name, what, goal in against:
+        if name in speed:
+            rows.append(Row(f"{preset}：{what}", speed[name], "词元/秒"))
+            rows.append(
+                Row(f"{preset}：我们比{what}", ratios(ours, speed[name]), "倍", f"≥ {goal} 倍")
+            )
+    whole = speed["ours, whole vocabulary"]
+    rows.append(Row(f"{preset}：我们，整张词表逐个打分", whole, "词元/秒"))
+    if "qwen3 compiled" in speed:
+        what = f"{preset}：我们，整张词表，比编译过的 Qwen3ForCausalLM"
+        rows.append(Row(what, ratios(whole, speed["qwen3 compiled"]), "倍"))
+    rows += utilisation(config, preset, speed, [r for r, _ in found["peak"]])
+    for name in names:
+        rows.append(Row(f"{preset}：训练的内存峰值，{name}", [memory[name]], "GB"))
+    return rows
+
+
+def utilisation(config: Config, preset: str, speed: dict, peak: list[float]) -> list[Row]:
+    """每个词元要多少运算，用到了实测峰值的几成（更新参数的运算不算在内）。"""
+    data = contestants.corpus(config)
+    used = len(np.unique(data.tokens["train"])) + 1
+    n_rows = min(config.vocab_size, -(-used // 128) * 128)
+    rows = [Row(f"{preset}：矩阵乘法的实测峰值", [p / 1e9 for p in peak], "GFLOPS")]
+    for name, n in (("ours", n_rows), ("ours, whole vocabulary", config.vocab_size)):
+        flops = training_flops(config, n)
+        what = "我们" if name == "ours" else "我们，整张词表"
+        rows.append(Row(f"{preset}：{what}，一个词元的运算", [flops / 1e6], "MFLOP"))
+        share = [s * flops / p * 100 for s, p in zip(speed[name], peak, strict=True)]
+        goal = "≥ 55%（wide）" if (preset, name) == ("wide", "ours") else ""
+        rows.append(Row(f"{preset}：{what}，达到峰值的", share, "%", goal))
+    return rows
+
+
+def bench_start() -> list[Row]:
+    """从敲下命令到第一步开始：数据已经备好，不编译，其余都是默认。"""
+    seconds = []
+    script = Path(__file__).parent.parent / "pre_train.py"
+    contestants.corpus(contestants.settings("tiny"))
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as folder:
+            os.symlink(Path("data").resolve(), Path(folder) / "data")
+            command = [sys.executable, "-u", str(script), "--preset", "tiny", "--data", "builtin",
+                       "--no-compile", "--max_steps", "1", "--eval_tokens", "256"]  # fmt: skip
+            start = time.perf_counter()
+            run = subprocess.Popen(
+                command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+            )  # fmt: skip
+            for line in run.stdout:
+                if "ln V" in line:  # 紧接着就是第一步
+                    seconds.append(time.perf_counter() - start)
+            run.wait()
+    return [Row("从敲下命令到第一步开始", seconds, "秒", "≤ 4 秒")]
+
+
+# ---------- 2. 同样的损失，谁先到 ----------
+
+
+def bench_race(options: Options, preset: str) -> list[Row]:
+    """编译过的 Qwen3 练 race 秒（三个学习率里最好的）达到的检验损失，我们要多久。"""
+    kind = "qwen3 compiled" if Device(Config()).compile else "qwen3 eager"
+    rows, best = [], math.inf
+    for lr in (1e-3, 3e-3, 1e-2) if preset == "tiny" else (3e-4, 1e-3, 3e-3):
+        result = run_once(kind, preset, options.race, lr)
+        what = f"{preset}：{kind}，学习率 {lr:g}，{options.race:.0f} 秒后的检验损失"
+        rows.append(Row(what, [result["loss"]], "奈特"))
+        best = min(best, result["loss"])
+    for part in (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0):
+        result = run_once("ours", preset, options.race * part, 0.0)
+        spent = result["seconds"]
+        what = f"{preset}：我们，{spent:.0f} 秒（{result['steps']} 步）后的检验损失"
+        rows.append(Row(what, [result["loss"]], "奈特"))
+        if result["loss"] <= best:
+            what = f"{preset}：达到对照的最好损失，我们用的时间是它的"
+            rows.append(Row(what, [spent / options.race], "倍", "≤ 0.5 倍"))
+            break
+    return rows
+
+
+def run_once(kind: str, preset: str, seconds: float, lr: float) -> dict:
+    """一方从头练到时间用完。"""
+    player = Contestant(contestants.race, kind, preset, seconds, lr)
+    result, _ = player.work()
+    player.leave()
+    return result
+
+
+# ---------- 3. 生成 ----------
+
+
+def bench_decode(options: Options, preset: str) -> list[Row]:
+    """一次一个词元，贪心写 256 个。"""
+    n = 256
+    compiled = Device(Config()).compile
+    half = "bfloat16" if torch.cuda.is_available() else "float32"
+    ours = {
+        "fp32，不编译": ("float32", False, "none"),
+        "bf16，不编译": (half, False, "bf16"),
+        "int8，不编译": (half, False, "int8"),
+    }
+    if compiled:
+        ours |= {
+            "fp32，编译": ("float32", True, "none"),
+            "bf16，编译": (half, True, "bf16"),
+            "int8，编译": (half, True, "int8"),
+        }
+    players = {k: Contestant(contestants.decode, preset, n, *v) for k, v in ours.items()}
+    for dtype in ("float32", "bfloat16"):
+        players[f"generate {dtype}"] = Contestant(contestants.decode_qwen3, preset, n, dtype)
+    players["没有缓存，补齐"] = Contestant(contestants.decode_original, preset, 8, True)
+    players["没有缓存，不补齐"] = Contestant(contestants.decode_original, preset, n, False)
+    found = take_turns(players, options.repeats)
+    for player in players.values():
+        player.leave()
+    speed = {name: rates(found[name]) for name in players}
+    rows = [Row(f"{preset}：{name}", values, "词元/秒") for name, values in speed.items()]
+    best = "bf16，编译" if compiled else "bf16，不编译"
+    int8, fp32 = best.replace("bf16", "int8"), best.replace("bf16", "fp32")
+    theirs = {d: found[f"generate {d}"][0][0] for d in ("float32", "bfloat16")}
+    pairs = [
+        (best, "generate bfloat16", "≥ 2.5 倍"),
+        (fp32, "generate float32", ""),
+        (best, "没有缓存，补齐", "≥ 30 倍"),
+        (best, "没有缓存，不补齐", ""),
+        (int8, best, "≥ 1.4 倍"),
+        ("int8，不编译", "bf16，不编译", ""),
+    ]
+    for a, b, goal in pairs:
+        rows.append(Row(f"{preset}：{a}，比{b}", ratios(speed[a], speed[b]), "倍", goal))
+    for name in (fp32, "fp32，不编译", best):
+        dtype = "bfloat16" if name == best else "float32"
+        same = sum(a == b for a, b in zip(found[name][0][0], theirs[dtype], strict=True))
+        goal = "" if name == best else f"= {n}"
+        rows.append(Row(f"{preset}：{name}，与 generate {dtype} 相同的编号", [same], "个", goal))
+    return rows + bench_first_token(options, preset)
+
+
+def bench_first_token(options: Options, preset: str) -> list[Row]:
+    """256 个词元的开头之后，第一个词元要等多久。"""
+    players = {
+        "first": Contestant(contestants.first_token, preset, 256, False),
+        "forward": Contestant(contestants.first_token, preset, 256, True),
+    }
+    for player in players.values():
+        player.work()
+    found = take_turns(players, options.repeats * 4)
+    for player in players.values():
+        player.leave()
+    first, forward = ([s for _, s in found[name]] for name in players)
+    return [
+        Row(f"{preset}：读完 256 个词元的开头，第一个词元", [s * 1e3 for s in first], "毫秒"),
+        Row(f"{preset}：同样长的一次训练前向", [s * 1e3 for s in forward], "毫秒"),
+        Row(f"{preset}：前者是后者的", ratios(first, forward), "倍", "≤ 1.5 倍"),
+    ]
+
+
+def bench_int8_loss(checkpoint: Path) -> list[Row]:
+    """int8 让留出的词条上的损失涨多少；要有训练好的检查点。"""
+    what = "int8 使检验损失增加"
+    if not checkpoint.is_file():
+        return [Row(f"{what}（没有 {checkpoint}）", [], "%", "≤ 0.5%")]
+    player = Contestant(contestants.int8_loss, str(checkpoint))
+    (before, after), _ = player.work()
+    player.leave()
+    return [
+        Row(f"{checkpoint}：检验损失，原样", [before], "奈特"),
+        Row(f"{checkpoint}：检验损失，int8", [after], "奈特"),
+        Row(f"{checkpoint}：{what}", [(after / before - 1) * 100], "%", "≤ 0.5%"),
+    ]
+
+
+# ---------- 4. 数据 ----------
+
+
+def bench_data(options: Options) -> list[Row]:
+    """备数据：一个 300 MB 的 JSONL，以及它的四分之一（内存应当一样）。"""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        speed, memory = {}, {}
+        for megabytes in (75, 300):
+            source = Path(folder) / f"{megabytes}.jsonl"
+            write_jsonl(source, megabytes)
+            player = Contestant(contestants.tokenise, str(source), f"{folder}/{megabytes}")
+            speed[megabytes] = rates(take_turns({"x": player}, 3)["x"])
+            memory[megabytes] = player.peak_memory() / 1e9
+            player.leave()
+        slow = Contestant(contestants.tokenise_one_by_one, str(source), 4000)
+        theirs = rates(take_turns({"x": slow}, 3)["x"])
+        slow.leave()
+    rows.append(Row("300 MB JSONL：我们", speed[300], "词元/秒", "≥ 1,200,000"))
+    rows.append(Row("transformers 的分词器，逐篇（开头四千篇）", theirs, "词元/秒"))
+    rows.append(Row("我们比它", ratios(speed[300], theirs), "倍"))
+    rows.append(Row("300 MB 时的内存峰值", [memory[300]], "GB", "≤ 1 GB"))
+    rows.append(Row("75 MB 时的内存峰值", [memory[75]], "GB", "与上一行相同"))
+    return rows
+
+
+def write_jsonl(path: Path, megabytes: int) -> None:
+    """内置语料的词条随机拼成长短不一的文章，写满 megabytes MB。"""
+    log = ReadLog("builtin")
+    entries = [r.content for r in idioms.read_documents(idioms.dictionary_file(), log)]
+    rng = np.random.default_rng(0)
+    with path.open("w", encoding="utf-8") as f:
+        while f.tell() < megabytes * 1e6:
+            chosen = rng.integers(len(entries), size=rng.integers(1, 13))
+            text = "\n".join(entries[i] for i in chosen)
+            f.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+
+
+# ---------- 5. 规模 ----------
+
+SCALES = {  # 名字: (字段, 四个值)；其余取 tiny 的
+    "层数": ("n_layers", (2, 4, 8, 16)),
+    "宽度": ("dim", (96, 192, 384, 768)),
+    "长度": ("seq_len", (128, 256, 512, 1024)),
+    "词表": ("vocab_size", (2656, 5312, 10624, 21248)),
+}
+
+
+def bench_scale(options: Options) -> list[Row]:
+    """层数、宽度、长度、词表各加倍，每个词元的时间与内存怎样增长：指数，与公式算出的指数。"""
+    rows = []
+    for name, (field, values) in SCALES.items():
+        times, memory, formula = [], [], []
+        for value in values:
+            shape = {field: value, "max_len": 1024, "batch_size": 8}
+            if field == "dim":
+                shape |= {
+                    "hidden_dim": value * 3,
+                    "n_heads": value // 32,
+                    "n_kv_heads": value // 32,
+                }
+            if field == "seq_len":
+                shape["batch_size"] = 2048 // value
+            player = Contestant(contestants.forward_backward, **shape)
+            found = take_turns({"x": player}, options.repeats)["x"]
+            times.append(1e6 / statistics.median(rates(found)))
+            memory.append(player.peak_memory() / 1e6)
+            player.leave()
+            config = Config(**{**PRESETS["tiny"], **shape})
+            formula.append(training_flops(config, config.vocab_size) / 1e6)
+        for what, measured, unit in (("时间", times, "微秒"), ("内存峰值", memory, "MB")):
+            points = "，".join(f"{v}: {readable(m)}" for v, m in zip(values, measured, strict=True))
+            per = "每个词元的" if what == "时间" else ""
+            said = f"{name}，{per}{what}（{unit}；{points}）：指数"
+            rows.append(Row(said, [exponent(values, measured)], ""))
+        rows.append(Row(f"{name}，公式 training_flops 的指数", [exponent(values, formula)], ""))
+    return rows
+
+
+def exponent(x, y) -> float:
+    """y 随 x 的几次方增长：双对数坐标上的斜率。"""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def bench_memory(options: Options, preset: str) -> list[Row]:
+    """训练与聊天的内存峰值。"""
+    rows = []
+    for name in TRAINERS:
+        player = Contestant(contestants.train, name, preset, 0.1)
+        player.work()
+        rows.append(Row(f"{preset}：训练，{name}", [player.peak_memory() / 1e9], "GB"))
+        player.leave()
+    for quantize in ("none", "bf16", "int8"):
+        player = Contestant(contestants.decode, preset, 32, "float32", False, quantize)
+        player.work()
+        what = f"{preset}：生成，--quantize {quantize}"
+        rows.append(Row(what, [player.peak_memory() / 1e9], "GB"))
+        player.leave()
+    return rows
+
+
+# ---------- 6. 一次跑完 ----------
+
+SECTIONS = ("train", "time-to-loss", "decode", "data", "memory", "scale")
+
+
+def measure(section: str, options: Options, presets: list[str]) -> list[Row]:
+    """一节的全部结果。"""
+    if section == "train":
+        return [r for p in presets for r in bench_train(options, p)] + bench_start()
+    if section == "time-to-loss":
+        return bench_race(options, presets[0])
+    if section == "decode":
+        rows = bench_decode(options, presets[-1])
+        return rows + bench_int8_loss(Path(f"out/{presets[0]}/pretrain.pt"))
+    if section == "memory":
+        return [r for p in presets for r in bench_memory(options, p)]
+    return {"data": bench_data, "scale": bench_scale}[section](options)
+
+
+def main() -> None:
+    """读命令行，一节一节地测，每测完一节就写盘。"""
+    if "--help" in sys.argv or "-h" in sys.argv:
+        usage = f"用法：python -m tools.bench [{' | '.join(SECTIONS)}] [--参数 值 …]"
+        print(help_text(Options, usage))
+        return
+    problems: list[str] = []
+    rest = sys.argv[1:]
+    wanted = []
+    while rest and not rest[0].startswith("--"):
+        wanted.append(rest.pop(0))
+    problems += [f"没有 {w} 这一节；可选：{'、'.join(SECTIONS)}"
+                 for w in wanted if w not in SECTIONS]  # fmt: skip
+    options = Options(**parse_flags(Options, rest, problems))
+    if options.preset not in ("auto", *PRESETS):
+        problems.append(f"preset 只能是 auto、{'、'.join(PRESETS)}，得到的是 {options.preset!r}")
+    if min(options.repeats, options.seconds, options.race) <= 0:
+        problems.append("repeats、seconds、race 都必须是正数")
+    if problems:
+        raise UserError("；".join(problems))
+    auto = ["wide", "deep"] if torch.cuda.is_available() else ["tiny", "wide"]
+    presets = auto if options.preset == "auto" else [options.preset]
+
+    path = Path(options.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    about = machine()
+    place = about.get("显卡", "CPU")
+    for section in wanted or SECTIONS:
+        print(f"== {section}（{place}）", flush=True)
+        start = time.monotonic()
+        rows = measure(section, options, presets)
+        for row in rows:
+            print(f"  {row.what}：{row.shown()}" + (f"    目标 {row.goal}" if row.goal else ""))
+        print(f"  （用了 {(time.monotonic() - start) / 60:.1f} 分钟）", flush=True)
+        flags = "" if options.preset == "auto" else f" --preset {options.preset}"
+        done[f"{section}（{place}）"] = {
+            "machine": about,
+            "command": f"python -m tools.bench {section}{flags}",
+            "rows": [asdict(row) for row in rows],
+        }
+        path.write_text(json.dumps(done, ensure_ascii=False, indent=1), encoding="utf-8")
+        path.with_suffix(".md").write_text(to_markdown(done), encoding="utf-8")
+    print(f"写好 {path} 与 {path.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    run_script(main)

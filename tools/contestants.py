@@ -1,0 +1,411 @@
+"""参赛者：tools.bench 里比的每一方，各住一个进程。
+
+每个函数备好一切（含编译与热身），返回一个没有参数的函数；它每被调用一次，就干一份活，返回干了多少。
+训练的几方用同样的语料、同样的每步词元数；只数要猜的词元，补齐用的不算。
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from checkpoint import load
+from config import Config, load_config
+from dataset import IGNORE, PretrainBatches, TokenFile, prepare, rows_of_step
+from generate import Sampling, Speaker, make_speaker
+from generate import prepare as prepare_speaker
+from model import Transformer
+from optimizer import build_optimizers, learning_rate, set_learning_rate
+from quantize import compact
+from tokenizer import Tokenizer
+from tools.yardsticks import OriginalManner, padded_rows, qwen3
+from training import Device, compile_if_possible, evaluate, loss_sum, share_row
+
+MICRO_ROWS = 8  # CPU 上一次前向的行数：再多，打分就放不进缓存，也费内存；每步的行数不变
+
+
+def settings(preset: str, **changes) -> Config:
+    """预设的默认值，语料用内置的；CPU 上把一步分成几小批。"""
+    config, _ = load_config("pretrain", ["--preset", preset, "--data", "builtin"])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    if not torch.cuda.is_available():
+        rows = config.batch_size * config.grad_accum
+        config.batch_size = min(MICRO_ROWS, rows)
+        config.grad_accum = rows // config.batch_size
+    return config
+
+
+def corpus(config: Config) -> TokenFile:
+    """内置语料的词元文件。"""
+    return prepare("builtin", "pretrain", Tokenizer(), config)
+
+
+def batches_of(config: Config, data: TokenFile, side: str, isolate: bool) -> PretrainBatches:
+    """首尾相接的行；isolate：同一行里的几篇互相看不见。"""
+    start = Tokenizer().bos_id if isolate else None
+    return PretrainBatches(data.tokens[side], config.seq_len, start)
+
+
+# ---------- 1. 训练 ----------
+
+
+class Trainer:
+    """一方的训练：`step(factor)` 走一步，返回这一步要猜的词元数；`val_loss()` 检验。"""
+
+    def __init__(self, config: Config):
+        self.config, self.device = config, Device(config)
+        self.data, self.n = corpus(config), 0
+        self.rows_per_step = config.batch_size * config.grad_accum
+        torch.manual_seed(config.seed)
+
+    def warm_up(self) -> None:
+        """走一步再回到原点：编译与第一次分配内存不算在内。"""
+        before = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.step(0.0)
+        self.model.load_state_dict(before)
+        self.n = 0
+        self.optimizers = self.make_optimizers()
+
+    def val_loss(self) -> float:
+        """全部留出的词条上，每个词元的平均损失（奈特）。"""
+        val, rows = self.val, self.config.batch_size
+        return evaluate(self.evaluate_fn, self.model, val, rows, 10**9, self.device)
+
+
+class Ours(Trainer):
+    """我们的：与 pre_train.py 的每一步做同样的事（有测试核对损失相同）。"""
+
+    def __init__(self, config: Config, whole_vocabulary: bool = False):
+        super().__init__(config)
+        self.train, self.val = (
+            batches_of(config, self.data, side, config.isolate_documents)
+            for side in ("train", "val")
+        )
+        self.model = Transformer(config).to(self.device.torch)
+        self.shared = None
+        if not whole_vocabulary:
+            self.shared = share_row(self.model, self.train.tokens, newborn=True)
+        self.loss_fn = self.evaluate_fn = compile_if_possible(loss_sum, self.device)
+        self.optimizers = self.make_optimizers()
+
+    def make_optimizers(self):
+        """Muon 与 AdamW。"""
+        return build_optimizers(self.model, self.config, self.device, self.config.lr)
+
+    def step(self, factor: float) -> int:
+        """走一步；factor 是学习率的倍数。"""
+        set_learning_rate(self.optimizers, factor)
+        rows = rows_of_step(self.n, self.rows_per_step, self.train.n_rows, self.config.seed)
+        size = self.config.batch_size
+        batches = [self.train.get(rows[i : i + size]) for i in range(0, len(rows), size)]
+        n_targets = sum(int((b.targets != IGNORE).sum()) for b in batches)
+        self.loss = 0.0
+        for batch in batches:
+            with self.device.autocast():
+                batch = batch.to(self.device.torch)
+                part = self.loss_fn(self.model, batch, self.shared) / n_targets
+            part.backward()
+            self.loss += part.item()
+        clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.shared:
+            self.shared.spread(self.model.embedding.weight)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.n += 1
+        return n_targets
+
+
+class Plain(Trainer):
+    """最普通的训练循环：AdamW，每步 rows_per_step 行，损失对要猜的词元求平均。"""
+
+    def make_optimizers(self):
+        """只有 AdamW。"""
+        return [torch.optim.AdamW(self.model.parameters(), lr=self.config.lr)]
+
+    def step(self, factor: float) -> int:
+        """走一步；factor 是学习率的倍数。"""
+        (optimizer,) = self.optimizers
+        optimizer.param_groups[0]["lr"] = self.config.lr * factor
+        total = 0
+        for _ in range(self.config.grad_accum):
+            ids, targets = (x.to(self.device.torch) for x in self.next_batch())
+            with self.device.autocast():
+                loss = self.loss_of(ids, targets)
+            (loss / self.config.grad_accum).backward()
+            total += int((targets != IGNORE).sum())
+        loss.item()
+        clip_grad_norm_(self.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+
+class Qwen3(Plain):
+    """transformers 的 Qwen3，同样的形状；损失用它自带的（labels），语料首尾相接。"""
+
+    def __init__(self, config: Config, compiled: bool):
+        super().__init__(config)
+        self.train, self.val = (
+            batches_of(config, self.data, side, False) for side in ("train", "val")
+        )
+        self.model = qwen3(config).to(self.device.torch)
+        self.call = torch.compile(self.model) if compiled else self.model
+        self.optimizers = self.make_optimizers()
+
+    def next_batch(self):
+        """编号；目标由它自己右移，所以每行的最后一个词元没有目标。"""
+        size = self.config.batch_size
+        batch = self.train.get(rows_of_step(self.n, size, self.train.n_rows, self.config.seed))
+        self.n += 1
+        targets = batch.ids.clone()
+        targets[:, 0] = IGNORE
+        return batch.ids, targets
+
+    def loss_of(self, ids, targets):
+        """它自带的损失。"""
+        return self.call(input_ids=ids, labels=targets).loss
+
+    def evaluate_fn(self, model, batch):
+        """同样的留出词条上的损失之和。"""
+        logits = self.call(input_ids=batch.ids).logits
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), batch.targets.flatten(),
+            ignore_index=IGNORE, reduction="sum",
+        )  # fmt: skip
+
+
+class Original(Plain):
+    """最初那个项目的做法：fp32，不编译，一行一篇，补齐到 max_len。"""
+
+    def __init__(self, config: Config):
+        config.dtype = "float32"
+        super().__init__(config)
+        self.model = OriginalManner(config).to(self.device.torch)
+        rows = max(1, config.batch_size * config.seq_len // config.max_len)
+        self.rows = padded_rows(self.data, config.max_len, rows)
+        self.optimizers = self.make_optimizers()
+
+    def next_batch(self):
+        """补齐的几行。"""
+        return next(self.rows)
+
+    def loss_of(self, ids, targets):
+        """要猜的词元的平均损失。"""
+        logits = self.model(ids)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+
+def trainer(kind: str, preset: str, **changes) -> Trainer:
+    """按名字造一方，热身完毕。"""
+    config = settings(preset, **changes)
+    made = {
+        "ours": lambda: Ours(config),
+        "ours, whole vocabulary": lambda: Ours(config, whole_vocabulary=True),
+        "qwen3 compiled": lambda: Qwen3(config, compiled=True),
+        "qwen3 eager": lambda: Qwen3(config, compiled=False),
+        "original": lambda: Original(config),
+    }[kind]()
+    made.warm_up()
+    return made
+
+
+def train(kind: str, preset: str, seconds: float) -> Callable[[], int]:
+    """一份活：训练至少 seconds 秒的整数步，返回要猜的词元数。"""
+    made = trainer(kind, preset)
+
+    def work() -> int:
+        start, total = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            total += made.step(0.1)
+        return total
+
+    return work
+
+
+def race(kind: str, preset: str, seconds: float, lr: float) -> Callable[[], dict]:
+    """一份活：从头训练 seconds 秒（学习率按时间升降），返回最后的检验损失；编译与检验不计时。"""
+    config = settings(preset, lr=lr) if lr else settings(preset)
+    made = trainer(kind, preset, **({"lr": lr} if lr else {}))
+
+    def work() -> dict:
+        spent, steps = 0.0, 0
+        while spent < seconds:
+            start = time.perf_counter()
+            made.step(learning_rate(int(spent / seconds * 1000), 1000, config.warmup, config.decay))
+            spent, steps = spent + time.perf_counter() - start, steps + 1
+        return {"loss": made.val_loss(), "seconds": spent, "steps": steps}
+
+    return work
+
+
+# ---------- 2. 生成 ----------
+
+PROMPT = list(range(1000, 1016))  # 十六个普通的汉字
+
+
+def random_model(config: Config) -> Transformer:
+    """每个矩阵都是随机数的模型：速度与训练好的一样，几方可以装同样的权重。"""
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    for p in model.parameters():
+        if p.ndim == 2:
+            nn.init.normal_(p, std=p.size(1) ** -0.5)
+    return model
+
+
+def speaker(preset: str, dtype: str, compiled: bool, quantize: str) -> Speaker:
+    """我们的生成，与聊天程序走的是同一条路。"""
+    config = settings(preset, dtype=dtype, compile=compiled)
+    device = Device(config)
+    made = make_speaker(random_model(config).to(device.torch), config, Tokenizer(), "pretrain")
+    made.banned = made.banned[:0]  # 对照的那一方没有禁用的编号
+    return prepare_speaker(made, device, quantize)
+
+
+def decode(preset: str, n: int, dtype: str, compiled: bool, quantize: str) -> Callable[[], list]:
+    """一份活：贪心写 n 个词元，返回编号。"""
+    made = speaker(preset, dtype, compiled, quantize)
+    list(made.generate(PROMPT, Sampling(temp=0, penalty=1, max=8)))
+    return lambda: list(made.generate(PROMPT, Sampling(temp=0, penalty=1, max=n)))
+
+
+@torch.inference_mode()
+def decode_qwen3(preset: str, n: int, dtype: str) -> Callable[[], list]:
+    """transformers 的 generate，同样的权重。"""
+    config = settings(preset)
+    place = Device(config).torch
+    model = qwen3(config, random_model(config)).eval().to(place, getattr(torch, dtype))
+    ids = torch.tensor([PROMPT], device=place)
+
+    def work(length: int = n) -> list:
+        whole = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False
+        )
+        return whole[0, len(PROMPT) :].tolist()
+
+    work(8)
+    return work
+
+
+def decode_original(preset: str, n: int, padded: bool) -> Callable[[], list]:
+    """最初的做法：没有缓存，每写一个词元都从头算；padded：每次都补齐到 max_len。"""
+    config = settings(preset)
+    place = Device(config).torch
+    torch.manual_seed(0)
+    model = OriginalManner(config).eval().to(place)
+
+    @torch.inference_mode()
+    def work(length: int = n) -> list:
+        ids = list(PROMPT)
+        for _ in range(length):
+            row = ids + [0] * (config.max_len - len(ids)) * padded
+            logits = model(torch.tensor([row], device=place))[0, len(ids) - 1]
+            ids.append(int(logits.argmax()))
+        return ids[len(PROMPT) :]
+
+    work(2)
+    return work
+
+
+def first_token(preset: str, length: int, training: bool) -> Callable[[], int]:
+    """一份活：读完 length 个词元的开头，给出第一个词元；training：同样长的一次训练前向。"""
+    config = settings(preset, compile=False)
+    if not training:
+        made = speaker(preset, config.dtype, False, "none")
+        ids = list(range(1000, 1000 + length))
+        return lambda: len(list(made.generate(ids, Sampling(temp=0, penalty=1, max=1))))
+    device, model = Device(config), random_model(config)
+    model.to(device.torch)
+    ids = torch.arange(1000, 1000 + length, device=device.torch)[None]
+
+    def work() -> int:
+        with device.autocast():
+            logits = model(ids)
+        F.cross_entropy(logits[0].float(), ids[0]).item()
+        return 1
+
+    return work
+
+
+def int8_loss(checkpoint: str) -> Callable[[], tuple[float, float]]:
+    """一份活：全部留出的词条上的损失，矩阵原样与 int8 各一次。"""
+    tokenizer = Tokenizer()
+    model, config, _ = load(Path(checkpoint), tokenizer)
+    config.compile = False
+    device, data = Device(config), corpus(config)
+    val = batches_of(config, data, "val", config.isolate_documents)
+    model.eval().to(device.torch)
+
+    def loss_of(model, batch, shared=None):
+        logits = head(model.hidden(batch.ids, batch.positions, batch.segments))
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), batch.targets.flatten(),
+            ignore_index=IGNORE, reduction="sum",
+        )  # fmt: skip
+
+    head = model.score
+    before = evaluate(loss_of, model, val, MICRO_ROWS, 10**9, device)
+    head = compact(model, torch.int8)
+    after = evaluate(loss_of, model, val, MICRO_ROWS, 10**9, device)
+    return lambda: (before, after)
+
+
+# ---------- 3. 数据 ----------
+
+
+def tokenise(source: str, folder: str) -> Callable[[], int]:
+    """一份活：把一个文件备成词元文件，返回词元数；每次都从头做。"""
+    config = settings("tiny", data_dir=folder)
+    tokenizer = Tokenizer()
+
+    def work() -> int:
+        shutil.rmtree(Path(folder) / "cache", ignore_errors=True)
+        card = prepare(source, "pretrain", tokenizer, config).card
+        return card["train_tokens"] + card["val_tokens"]
+
+    return work
+
+
+def tokenise_one_by_one(source: str, n_rows: int) -> Callable[[], int]:
+    """最初的做法：逐行读 JSON，逐篇调用 transformers 的分词器。"""
+    tokenizer = Tokenizer().to_transformers()
+
+    def work() -> int:
+        total = 0
+        with open(source, encoding="utf-8") as f:
+            for line, _ in zip(f, range(n_rows), strict=False):
+                text = json.loads(line)["text"]
+                total += len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return total
+
+    return work
+
+
+# ---------- 4. 规模 ----------
+
+
+def forward_backward(**shape) -> Callable[[], int]:
+    """一份活：一次前向与反向（不编译、fp32），返回词元数。"""
+    config = settings("tiny", dtype="float32", compile=False)
+    for name, value in shape.items():
+        setattr(config, name, value)
+    model = Transformer(config)
+    ids = torch.randint(config.vocab_size, (config.batch_size, config.seq_len + 1))
+
+    def work() -> int:
+        logits = model(ids[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        model.zero_grad(set_to_none=True)
+        return ids[:, 1:].numel()
+
+    work()
+    return work
