@@ -22,7 +22,7 @@ from config import Config, UserError, option
 from model import Transformer
 from quantize import STORED, compact
 from tokenizer import Tokenizer
-from training import Device
+from training import Device, compile_if_possible
 
 
 @dataclass
@@ -223,11 +223,12 @@ def prepare(speaker: Speaker, device: Device, quantize: str = "none") -> Speaker
     if device.compile:
         for buffer in (*speaker.cache.keys, *speaker.cache.values):
             torch._dynamo.mark_static_address(buffer)  # 地址不变，CUDA 图才能直接写进去
-        speaker.step = torch.compile(next_logits, dynamic=False, options={
+        options = {
             "triton.cudagraphs": device.torch.type == "cuda",
             # 只核对张量的形状与类型：模型不会再变，不必每个词元都把几百个零件核对一遍。
             "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
-        })  # fmt: skip
+        }
+        speaker.step = compile_if_possible(next_logits, device, **options)
     return speaker
 
 

@@ -245,13 +245,17 @@ def loss_sum(model: Transformer, batch: Batch, shared: SharedRow | None = None) 
     )
 
 
-def compile_if_possible(fn, device: Device):
-    """用 torch.compile 加速 fn；编译器中途失败（例如缺少 Python 头文件）就说一声，改用原来的。"""
+def compile_if_possible(fn, device: Device, **options):
+    """用 torch.compile 加速 fn；编译器中途失败（例如缺少 Python 头文件）就说一声，改用原来的。
+
+    Args:
+        options: 交给编译器的选项。
+    """
     if not device.compile:
         return fn
     from torch._dynamo.exc import ShortenTraceback  # 导入要一两秒，聊天时不必等
 
-    compiled = torch.compile(fn, dynamic=False)
+    compiled = torch.compile(fn, dynamic=False, options=options or None)
 
     def call(*args):
         """编译过的 fn；编译失败过一次，以后都用原来的。"""

@@ -169,7 +169,7 @@ def to_markdown(sections: dict[str, dict]) -> str:
     lines = [
         "# 测速",
         "",
-        "本文件由 `python -m tools.bench` 写出，不要手改。每个数是几轮的中位数，括号里是最小与最大。",
+        "本文件由 `python -m tools.bench` 写出，不要手改。数是几轮的中位数，括号里是最小–最大。",
         "几方轮流上场，「倍」是逐轮相比。比的是同一次运行里的几方；换一台机器，绝对的数会变。",
     ]
     for name, section in sections.items():

@@ -1,0 +1,137 @@
+"""测速：参赛的「我们」就是 pre_train.py 的那几步；数字、表格与命令行都对。"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from scripts import REPO, run
+
+from config import PRESETS, Config
+from dataset import IGNORE
+from model import Transformer
+from tools import contestants
+from tools.bench import SECTIONS, exponent, training_flops
+from tools.measuring import Contestant, Row, rates, take_turns, to_markdown
+
+
+@pytest.fixture
+def here(builtin_config, builtin_pretrain):
+    """用整场测试备好的语料。"""
+    folder = builtin_config.data_dir
+    return {"data_dir": folder, "device": "cpu", "dtype": "float32", "compile": False}
+
+
+def bench(*args):
+    """像用户那样运行 tools.bench。"""
+    return subprocess.run(
+        [sys.executable, "-m", "tools.bench", *args], cwd=REPO, capture_output=True,
+        encoding="utf-8", timeout=600, check=False,
+    )  # fmt: skip
+
+
+def test_our_contestant_trains_as_the_script_does(tmp_path, here):
+    """否则测的是另一个程序：前三步的损失与 pre_train.py 记下的相同。"""
+    (tmp_path / "data").symlink_to(here["data_dir"])
+    flags = ["--preset", "tiny", "--data", "builtin", "--no-compile", "--batch_size", "2",
+             "--seq_len", "64", "--max_steps", "3", "--eval_tokens", "128"]  # fmt: skip
+    run(tmp_path, "pre_train.py", *flags, env={"OMP_NUM_THREADS": "2"})
+    lines = (tmp_path / "out/tiny/pretrain/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    expected = [json.loads(x) for x in lines][1:]
+    config = contestants.settings("tiny", **here, batch_size=2, seq_len=64)
+    ours = contestants.Ours(config)
+    for row in expected:
+        assert ours.step(row["lr"] / config.lr) == 128
+        assert ours.loss == pytest.approx(row["train_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ours", "ours, whole vocabulary", "qwen3 eager", "original"])
+def test_every_contestant_learns_and_counts_only_targets(kind, here):
+    """对照也要真的在学，否则赢了不算；补齐的、没有目标的不能算进速度。"""
+    shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64}
+    made = contestants.trainer(
+        kind, "tiny", **here, **shape, batch_size=2, seq_len=64, grad_accum=2, max_len=128, lr=0.01
+    )
+    counted = [made.step(1.0) for _ in range(8)]
+    if kind.startswith("ours"):
+        assert set(counted) == {2 * 2 * 64}
+        assert made.val_loss() < 9.5
+    elif kind == "qwen3 eager":
+        assert set(counted) == {2 * 2 * 63}  # 每行的最后一个没有目标
+        assert made.val_loss() < 9.5
+    else:
+        assert 0 < max(counted) < 2 * 1 * 128  # 一行一篇，补齐的不算
+        ids, targets = made.next_batch()
+        assert made.loss_of(ids, targets).item() < 9.5
+        assert (targets == IGNORE).any()
+
+
+def test_flops_follow_the_matrices_of_the_model():
+    """公式里的参数个数，与模型真有的矩阵一致。"""
+    for preset in PRESETS:
+        config = Config(**PRESETS[preset])
+        with torch.device("meta"):
+            model = Transformer(config)
+        matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+        attention = 6 * config.n_layers * config.seq_len * config.dim
+        assert training_flops(config, config.vocab_size) == 6 * matrices + attention
+
+
+def job(n, fail=False):
+    """一份活：返回 n 个数；fail：备不好。"""
+    if fail:
+        raise ValueError("坏了")
+    return lambda: list(range(n))
+
+
+def test_contestants_take_turns_and_errors_are_named():
+    players = {name: Contestant(job, n) for name, n in (("a", 3), ("b", 5))}
+    found = take_turns(players, 2)
+    assert [len(r) for r, _ in found["a"]] == [3, 3]
+    assert all(rate > 0 for rate in rates(found["b"]))
+    assert players["a"].peak_memory() > 1e6
+    for player in players.values():
+        player.leave()
+    with pytest.raises(ValueError, match="坏了"):
+        Contestant(job, 1, fail=True).work()
+
+
+def test_the_table_says_what_was_not_measured():
+    rows = [Row("甲", [1234.5, 1000.0, 2000.0], "词元/秒", "≥ 1"), Row("乙", [], "倍", "≥ 2")]
+    table = to_markdown(
+        {"train": {"machine": {"处理器": "x"}, "command": "c", "rows": [vars(r) for r in rows]}}
+    )
+    assert "| 甲 | 1,234（1,000–2,000）词元/秒 | ≥ 1 |" in table
+    assert "| 乙 | 没有测量 | ≥ 2 |" in table
+
+
+def test_exponent_is_the_slope_on_log_axes():
+    assert exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["nonsense"], "没有 nonsense 这一节"), (["--preset", "huge"], "preset 只能是"),
+     (["--repeats", "0"], "必须是正数"), (["--jsn", "x"], "最接近的是 --json")],
+)  # fmt: skip
+def test_mistakes_are_one_sentence(flags, said):
+    result = bench(*flags)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_all_sections_of_the_issue_exist():
+    assert SECTIONS == ("train", "time-to-loss", "decode", "data", "memory", "scale")
+
+
+@pytest.mark.slow
+def test_the_command_writes_its_table_and_keeps_the_other_sections(tmp_path):
+    path = tmp_path / "b.json"
+    path.write_text(json.dumps({"train（CPU）": {"machine": {}, "command": "旧的", "rows": []}}))
+    result = bench("memory", "--preset", "tiny", "--json", str(path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert "旧的" in table
+    assert "tiny：训练，ours" in table

@@ -1,0 +1,103 @@
+"""存得小的矩阵：算出来的还是那个矩阵，误差有上限，聊天程序用得上。"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import Config
+from generate import Sampling, make_speaker, prepare
+from model import Transformer
+from quantize import CompactLinear, compact
+from tokenizer import Tokenizer
+from training import Device
+
+SMALL = Config(
+    dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, max_len=64, device="cpu",
+    dtype="float32", compile=False,
+)  # fmt: skip
+
+
+def speaker_of(quantize: str, compile: bool = False):
+    """同样的随机权重，按 quantize 存。"""
+    torch.manual_seed(0)
+    config = Config(**{**vars(SMALL), "compile": compile})
+    model = Transformer(config).eval()
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=p.size(1) ** -0.5)
+    return prepare(make_speaker(model, config, Tokenizer(), "sft"), Device(config), quantize)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 3), scale=st.sampled_from([1e-6, 1.0, 1e4]))
+def test_int8_is_within_half_a_step_of_each_row(seed, rows, scale):
+    """每个元素差不出半格（该行最大值的 1/254，倍数存成 bf16 再放宽一点），全零的行也不除以零。"""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(16, 32, generator=g) * scale
+    weight[3] = 0
+    stored = CompactLinear(weight, torch.int8)
+    assert stored.weight.dtype == torch.int8
+    back = stored.weight.float() * stored.scale.float()[:, None]
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((back - weight).abs() <= step).all()  # 舍入半格，倍数的舍入至多再半格
+    assert ((back - weight).norm() <= 0.5 * step.norm() * 32**0.5).all()
+    x = torch.randn(rows, 32, generator=g)
+    expected = F.linear(x, back)
+    torch.testing.assert_close(stored(x), expected, rtol=2e-2, atol=2e-2 * float(step.max()) * 127)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("shape", [(32,), (1, 32), (1, 1, 32), (2, 3, 32)])
+def test_one_row_and_many_rows_agree(dtype, shape):
+    """一行走内积，许多行走矩阵乘法；输入输出的形状与类型照旧。"""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 32, generator=g)
+    x = torch.randn(shape, generator=g)
+    y = CompactLinear(weight, dtype)(x)
+    assert y.shape == (*shape[:-1], 16)
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(y, F.linear(x, weight), rtol=0, atol=0.2)
+
+
+def test_every_matrix_is_stored_small_and_the_embedding_stays():
+    model = Transformer(SMALL)
+    embedding = model.embedding.weight.clone()
+    head = compact(model, torch.int8)
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    small = [m for m in model.modules() if isinstance(m, CompactLinear)]
+    assert len(small) == 7 * SMALL.n_layers
+    assert {m.weight.dtype for m in [*small, head]} == {torch.int8}
+    assert torch.equal(model.embedding.weight, embedding)
+
+
+@pytest.mark.parametrize("quantize", ["bf16", "int8"])
+def test_a_small_model_says_nearly_the_same(quantize):
+    """打分的相关系数极高；带缓存与不带缓存的贪心输出完全相同不作要求，第一个词元要相同。"""
+    ids = list(range(1000, 1020))
+    plain, small = speaker_of("none"), speaker_of(quantize)
+    with torch.inference_mode():
+        a, b = (s._next(torch.tensor(ids), 0) for s in (plain, small))
+    assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.999
+    assert len(list(small.generate(ids, Sampling(temp=0, penalty=1.0, max=20)))) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["none", "bf16", "int8"])
+def test_compiled_generation_equals_eager(quantize):
+    """编译只是快：fp32 的贪心输出一个编号也不差，存得小的打分几乎相同。
+
+    同一个进程里的第二个模型，也不会误用第一个编译好的代码。
+    """
+    ids, greedy = list(range(1000, 1010)), Sampling(temp=0, penalty=1.0, max=40)
+    for kind in (quantize, "int8" if quantize == "none" else "none"):
+        eager, compiled = speaker_of(kind), speaker_of(kind, compile=True)
+        if kind == "none":
+            assert list(compiled.generate(ids, greedy)) == list(eager.generate(ids, greedy))
+        context = torch.tensor(ids)
+        with torch.inference_mode():
+            for speaker in (eager, compiled):
+                speaker._next(context[:-1], 0)
+            a, b = (s._next(context, len(ids) - 1) for s in (eager, compiled))
+        assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.9995
