@@ -64,6 +64,11 @@ class KVCache:
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.visible = config.max_len
 
+    def clear(self) -> None:
+        """全部归零：被遮住的格子权重是 0，但 0 × NaN 还是 NaN，上一次的坏数会混进来。"""
+        for buffer in (*self.keys, *self.values):
+            buffer.zero_()
+
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """新的键与值 (B, K, T, D) 写进 positions (T,) 那几格；返回看得见的 (B, K, visible, D)。"""
         keys, values = self.keys[layer], self.values[layer]
@@ -140,7 +145,7 @@ def sample(logits, seen, sampling: Sampling, banned, generator: torch.Generator)
 
 @dataclass
 class Speaker:
-    """会说话的模型：模型、分词器，以及生成所需的一切。"""
+    """会说话的模型：模型、分词器，以及生成所需的一切。缓存只有一份，所以一次只能写一篇。"""
 
     model: Transformer
     config: Config
@@ -164,6 +169,7 @@ class Speaker:
         generator = torch.Generator(device)
         generator.manual_seed(sampling.seed) if sampling.seed else generator.seed()
         context = torch.tensor(ids, device=device)
+        self.cache.clear()
         done = 0  # 前多少个词元已经在缓存里
         for _ in range(min(sampling.max, self.config.max_len - len(ids))):
             logits = self._next(context, done if use_cache else 0)
@@ -225,7 +231,7 @@ def prepare(speaker: Speaker, device: Device, quantize: str = "none") -> Speaker
             torch._dynamo.mark_static_address(buffer)  # 地址不变，CUDA 图才能直接写进去
         options = {
             "triton.cudagraphs": device.torch.type == "cuda",
-            # 只核对张量的形状与类型：模型不会再变，不必每个词元都把几百个零件核对一遍。
+            # 只核对张量的形状与类型：一个进程里只有一个模型，不必每个词元都把几百个零件核对一遍。
             "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
         }
         speaker.step = compile_if_possible(next_logits, device, **options)

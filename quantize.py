@@ -1,7 +1,7 @@
 """让模型占得少、说得快：矩阵存成 bf16 或 int8。
 
-逐个生成时，每写一个词元都要把所有矩阵从内存里读一遍；运算很少，时间几乎都花在读上。
-矩阵小一半，就快将近一倍。int8 每行记一个倍数，误差至多是该行最大值的 1/254。
+逐个生成时，每写一个词元都要把所有矩阵从内存里读一遍；运算很少，时间大半花在读上，矩阵小了就快。
+int8 每行记一个倍数，每个元素的误差约为该行最大值的 1/254。快多少见 docs/benchmarks.md。
 
     CompactLinear    存得小的矩阵
     compact          把模型里的矩阵都换成它
@@ -36,18 +36,26 @@ class CompactLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., 入) -> (..., 出)，类型不变。"""
         if x.numel() > x.size(-1):  # 许多行（读开头那一段）：运算才是大头
-            y = F.linear(x, self.weight.to(x.dtype))
-        elif self.scale is not None and x.device.type == "cpu":
+            return F.linear(x, self.dense(x.dtype))
+        if self.scale is not None and x.device.type == "cpu":
             # PyTorch 自带的 int8 内积；它自己乘倍数，只认 bf16 的输入。
             row = x.reshape(1, -1).bfloat16()
             y = torch._weight_int8pack_mm(row, self.weight, self.scale)
-            return y.view(*x.shape[:-1], -1).type_as(x)
         elif torch.compiler.is_compiling():
-            # 一行：写成逐行的内积，编译后边读边换精度，比矩阵乘法的算子读得快一倍。
-            y = (self.weight.float() * x.float()).sum(-1).view(*x.shape[:-1], -1).type_as(x)
+            # 一行：写成逐行的内积，编译后边读边换精度，比矩阵乘法的算子读得快。
+            y = (self.weight.float() * x.float()).sum(-1)
+            y = y if self.scale is None else y * self.scale.float()
+        elif self.scale is None:
+            y = F.linear(x.to(self.weight.dtype), self.weight)
         else:
-            y = F.linear(x.to(self.weight.dtype), self.weight).type_as(x)
-        return y if self.scale is None else y * self.scale.type_as(x)
+            y = F.linear(x, self.dense(x.dtype))
+        return y.view(*x.shape[:-1], -1).type_as(x)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """还原成普通的矩阵 (出, 入)。"""
+        if self.scale is None:
+            return self.weight.to(dtype)
+        return self.weight.to(dtype) * self.scale.to(dtype)[:, None]
 
 
 def compact(model: Transformer, dtype: torch.dtype) -> CompactLinear:

@@ -60,10 +60,17 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
     config.device, config.compile = options.device, options.compile
     path = Path(options.checkpoint or f"{config.out_dir}/{stage}.pt")
     options.checkpoint = str(path)
-    speaker = load_for_chat(path, Device(config), options.quantize)
+    device = Device(config)
+    speaker = load_for_chat(path, device, options.quantize)
     if speaker.stage != stage:
         script = {"pretrain": "pre_chat.py", "sft": "sft_chat.py"}[speaker.stage]
         raise UserError(f"{path} 是 {speaker.stage} 阶段的检查点；请改用 python {script}")
+    if options.compile:
+        for note in device.notes:
+            notify(f"（{note}）")
+    if device.compile:
+        notify("（正在编译：第一次约半分钟，以后几秒……）")
+        list(speaker.generate([speaker.tokenizer.bos_id], Sampling(max=2)))
     if sys.stdout.isatty() and options.prompt is None:
         print(f"已载入 {path}。输入 /help 看命令，Ctrl-D 离开。")
     return options, speaker

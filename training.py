@@ -18,6 +18,7 @@ import os
 import platform
 import shlex
 import shutil
+import sys
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -265,7 +266,10 @@ def compile_if_possible(fn, device: Device, **options):
             except ShortenTraceback as error:
                 device.compile = False
                 reason = str(error).strip().splitlines()[0][:100]
-                print(f"（torch.compile 失败，改为不编译：结果相近，通常慢一些。原因：{reason}）")
+                print(
+                    f"（torch.compile 失败，改为不编译：结果相近，通常慢一些。原因：{reason}）",
+                    file=sys.stderr,
+                )
         return fn(*args)
 
     return call

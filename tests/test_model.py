@@ -69,6 +69,22 @@ def test_attention_by_hand_equals_the_fast_one():
             assert (weights.triu(1) == 0).all()
 
 
+def test_one_new_token_whatever_layout_the_kernel_returns(monkeypatch):
+    """显卡上的融合算子返回的内存次序与 CPU 的不同，不能直接当作别的形状看。"""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, 1, 8, generator=g)
+    k, v = torch.randn(2, 1, 2, 9, 8, generator=g)
+    mask = torch.ones(1, 1, 1, 9, dtype=torch.bool)
+    expected = attend(q, k, v, mask, False)
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        model_module.F,
+        "scaled_dot_product_attention",
+        lambda *a, **b: real(*a, **b).transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    torch.testing.assert_close(attend(q, k, v, mask, False), expected)
+
+
 def test_whole_model_by_hand_equals_the_fast_one(small, monkeypatch):
     fast = small(ids_like(2, 16))
     monkeypatch.setattr(model_module, "attend", lambda *args: attend_by_hand(*args)[0])

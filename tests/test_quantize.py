@@ -33,7 +33,7 @@ def speaker_of(quantize: str, compile: bool = False):
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 3), scale=st.sampled_from([1e-6, 1.0, 1e4]))
 def test_int8_is_within_half_a_step_of_each_row(seed, rows, scale):
-    """每个元素差不出半格（该行最大值的 1/254，倍数存成 bf16 再放宽一点），全零的行也不除以零。"""
+    """每个元素差不出半格多一点（一格是该行最大值的 1/127，倍数存成 bf16），全零的行也不除以零。"""
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(16, 32, generator=g) * scale
     weight[3] = 0
@@ -41,8 +41,9 @@ def test_int8_is_within_half_a_step_of_each_row(seed, rows, scale):
     assert stored.weight.dtype == torch.int8
     back = stored.weight.float() * stored.scale.float()[:, None]
     step = weight.abs().amax(1, keepdim=True) / 127
-    assert ((back - weight).abs() <= step).all()  # 舍入半格，倍数的舍入至多再半格
-    assert ((back - weight).norm() <= 0.5 * step.norm() * 32**0.5).all()
+    # 舍入至多半格；倍数若舍小了，最大的那个要截到 127，再差 127 × 1/256 格。
+    assert ((back - weight).abs() <= step * 0.51).float().mean() > 0.9
+    assert ((back - weight).abs() <= step).all()
     x = torch.randn(rows, 32, generator=g)
     expected = F.linear(x, back)
     torch.testing.assert_close(stored(x), expected, rtol=2e-2, atol=2e-2 * float(step.max()) * 127)
@@ -61,6 +62,21 @@ def test_one_row_and_many_rows_agree(dtype, shape):
     torch.testing.assert_close(y, F.linear(x, weight), rtol=0, atol=0.2)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_int8_where_there_is_no_ready_made_kernel(monkeypatch, rows, dtype):
+    """显卡上不编译时走的路：先还原矩阵再乘，半精度也不溢出。"""
+    weight = torch.randn(16, 1024, generator=torch.Generator().manual_seed(0)) * 4
+    x = torch.full((rows, 1024), 8.0) * weight[:1].sign()  # 与第一行同号：整数的内积远超 65504
+    stored = CompactLinear(weight, torch.int8)
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", None)  # 走到那里就会出错
+    y = F.linear(x.to(dtype), stored.dense(dtype))
+    expected = F.linear(x, weight)
+    torch.testing.assert_close(
+        y.float(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max())
+    )
+
+
 def test_every_matrix_is_stored_small_and_the_embedding_stays():
     model = Transformer(SMALL)
     embedding = model.embedding.weight.clone()
@@ -74,12 +90,13 @@ def test_every_matrix_is_stored_small_and_the_embedding_stays():
 
 @pytest.mark.parametrize("quantize", ["bf16", "int8"])
 def test_a_small_model_says_nearly_the_same(quantize):
-    """打分的相关系数极高；带缓存与不带缓存的贪心输出完全相同不作要求，第一个词元要相同。"""
+    """打分的相关系数极高，最可能的词元相同；写得满要求的长度。"""
     ids = list(range(1000, 1020))
     plain, small = speaker_of("none"), speaker_of(quantize)
     with torch.inference_mode():
         a, b = (s._next(torch.tensor(ids), 0) for s in (plain, small))
     assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.999
+    assert a.argmax() == b.argmax()
     assert len(list(small.generate(ids, Sampling(temp=0, penalty=1.0, max=20)))) == 20
 
 
@@ -88,7 +105,7 @@ def test_a_small_model_says_nearly_the_same(quantize):
 def test_compiled_generation_equals_eager(quantize):
     """编译只是快：fp32 的贪心输出一个编号也不差，存得小的打分几乎相同。
 
-    同一个进程里的第二个模型，也不会误用第一个编译好的代码。
+    同一个进程里，矩阵存法不同的第二个模型也不会误用第一个编译好的代码。
     """
     ids, greedy = list(range(1000, 1010)), Sampling(temp=0, penalty=1.0, max=40)
     for kind in (quantize, "int8" if quantize == "none" else "none"):

@@ -235,7 +235,7 @@ def test_a_failing_compiler_falls_back_to_plain_execution(monkeypatch, capsys, t
     device.compile = True
     found = compile_if_possible(lambda x: (x * 3).sin() + 1, device)(torch.zeros(64))
     assert found.tolist() == [1.0] * 64
-    assert "改为不编译" in capsys.readouterr().out
+    assert "改为不编译" in capsys.readouterr().err
     assert not device.compile
 
 

@@ -1,6 +1,6 @@
 """测速：我们与别人并排，一次跑完，在你自己的机器上。
 
-    python -m tools.bench                            全部，CPU 上约一个半小时
+    python -m tools.bench                            全部，CPU 上一个多小时
     python -m tools.bench train decode               只测其中几节
     python -m tools.bench train --preset tiny        只测一种大小
     python -m tools.bench --json docs/benchmarks.json
@@ -60,6 +60,11 @@ class Options:
 TRAINERS = ["ours", "ours, whole vocabulary", "qwen3 compiled", "qwen3 eager", "original"]
 
 
+def trainers(device: Device) -> list[str]:
+    """这台机器上能比的各方：没有编译器就没有编译过的那一方。"""
+    return [n for n in TRAINERS if device.compile or n != "qwen3 compiled"]
+
+
 def training_flops(config: Config, n_rows: int) -> float:
     """训练一个词元的浮点运算：前向 2 × 参数，反向再两倍；注意力另算，因果的只算一半。
 
@@ -79,7 +84,7 @@ def bench_train(options: Options, preset: str) -> list[Row]:
     """每秒多少词元，与两种对照相比；矩阵乘法用到了峰值的几成。"""
     config = contestants.settings(preset)
     device = Device(config)
-    names = [n for n in TRAINERS if device.compile or n != "qwen3 compiled"]
+    names = trainers(device)
     players = {n: Contestant(contestants.train, n, preset, options.seconds) for n in names}
     dtype = str(device.dtype)[6:]
     players["peak"] = Contestant(matmul_peak, dtype)
@@ -93,7 +98,7 @@ def bench_train(options: Options, preset: str) -> list[Row]:
     against = [
         ("qwen3 compiled", "编译过的 Qwen3ForCausalLM", 1.2),
         ("qwen3 eager", "不编译的 Qwen3ForCausalLM", 1.8),
-        ("original", "最初的做法：fp32、补齐、不编译", 10),
+        ("original", f"最初的做法：fp32、补齐到 {config.max_len}、不编译", 10),
     ]
     for name, what, goal in against:
         if name in speed:
@@ -170,7 +175,8 @@ def bench_race(options: Options, preset: str) -> list[Row]:
         if result["loss"] <= best:
             what = f"{preset}：达到对照的最好损失，我们用的时间是它的"
             rows.append(Row(what, [spent / options.race], "倍", "≤ 0.5 倍"))
-            break
+            return rows
+    rows.append(Row(f"{preset}：同样久也没有达到对照的最好损失", [], "倍", "≤ 0.5 倍"))
     return rows
 
 
@@ -216,6 +222,7 @@ def bench_decode(options: Options, preset: str) -> list[Row]:
     theirs = {d: found[f"generate {d}"][0][0] for d in ("float32", "bfloat16")}
     pairs = [
         (best, "generate bfloat16", "≥ 2.5 倍"),
+        (best, "generate float32", ""),
         (fp32, "generate float32", ""),
         (best, "没有缓存，补齐", "≥ 30 倍"),
         (best, "没有缓存，不补齐", ""),
@@ -226,7 +233,7 @@ def bench_decode(options: Options, preset: str) -> list[Row]:
         rows.append(Row(f"{preset}：{a}，比{b}", ratios(speed[a], speed[b]), "倍", goal))
     for name in (fp32, "fp32，不编译", best):
         dtype = "bfloat16" if name == best else "float32"
-        same = sum(a == b for a, b in zip(found[name][0][0], theirs[dtype], strict=True))
+        same = sum(a == b for a, b in zip(found[name][0][0], theirs[dtype], strict=False))
         goal = "" if name == best else f"= {n}"
         rows.append(Row(f"{preset}：{name}，与 generate {dtype} 相同的编号", [same], "个", goal))
     return rows + bench_first_token(options, preset)
@@ -238,8 +245,6 @@ def bench_first_token(options: Options, preset: str) -> list[Row]:
         "first": Contestant(contestants.first_token, preset, 256, False),
         "forward": Contestant(contestants.first_token, preset, 256, True),
     }
-    for player in players.values():
-        player.work()
     found = take_turns(players, options.repeats * 4)
     for player in players.values():
         player.leave()
@@ -251,11 +256,13 @@ def bench_first_token(options: Options, preset: str) -> list[Row]:
     ]
 
 
-def bench_int8_loss(checkpoint: Path) -> list[Row]:
-    """int8 让留出的词条上的损失涨多少；要有训练好的检查点。"""
+def bench_int8_loss() -> list[Row]:
+    """int8 让留出的词条上的损失涨多少；要有用内置语料训练好的检查点。"""
     what = "int8 使检验损失增加"
-    if not checkpoint.is_file():
-        return [Row(f"{what}（没有 {checkpoint}）", [], "%", "≤ 0.5%")]
+    trained = [Path(f"out/{preset}/pretrain.pt") for preset in PRESETS]
+    if not (trained := [path for path in trained if path.is_file()]):
+        return [Row(f"{what}（要先运行 python pre_train.py）", [], "%", "≤ 0.5%")]
+    checkpoint = trained[-1]
     player = Contestant(contestants.int8_loss, str(checkpoint))
     (before, after), _ = player.work()
     player.leave()
@@ -289,7 +296,7 @@ def bench_data(options: Options) -> list[Row]:
     rows.append(Row("我们比它", ratios(speed[300], theirs), "倍"))
     rows.append(Row("300 MB 时的内存峰值", [memory[300]], "GB", "≤ 1 GB"))
     rows.append(Row("75 MB 时的内存峰值", [memory[75]], "GB", "与上一行相同"))
-    return rows
+    return rows + bench_start()
 
 
 def write_jsonl(path: Path, megabytes: int) -> None:
@@ -353,7 +360,7 @@ def exponent(x, y) -> float:
 def bench_memory(options: Options, preset: str) -> list[Row]:
     """训练与聊天的内存峰值。"""
     rows = []
-    for name in TRAINERS:
+    for name in trainers(Device(contestants.settings(preset))):
         player = Contestant(contestants.train, name, preset, 0.1)
         player.work()
         rows.append(Row(f"{preset}：训练，{name}", [player.peak_memory() / 1e9], "GB"))
@@ -372,18 +379,39 @@ def bench_memory(options: Options, preset: str) -> list[Row]:
 SECTIONS = ("train", "time-to-loss", "decode", "data", "memory", "scale")
 
 
-def measure(section: str, options: Options, presets: list[str]) -> list[Row]:
+def presets_of(section: str, wanted: str) -> list[str]:
+    """这一节要测哪几种大小；与大小无关的是 [""]。"""
+    if section in ("data", "scale"):
+        return [""]
+    if wanted != "auto":
+        return [wanted]
+    if torch.cuda.is_available():
+        return ["wide", "deep"] if section in ("train", "decode", "memory") else ["wide"]
+    return {"time-to-loss": ["tiny"], "decode": ["wide"]}.get(section, ["tiny", "wide"])
+
+
+def measure(section: str, options: Options, preset: str) -> list[Row]:
     """一节的全部结果。"""
-    if section == "train":
-        return [r for p in presets for r in bench_train(options, p)] + bench_start()
-    if section == "time-to-loss":
-        return bench_race(options, presets[0])
     if section == "decode":
-        rows = bench_decode(options, presets[-1])
-        return rows + bench_int8_loss(Path(f"out/{presets[0]}/pretrain.pt"))
-    if section == "memory":
-        return [r for p in presets for r in bench_memory(options, p)]
+        return bench_decode(options, preset) + bench_int8_loss()
+    by_preset = {"train": bench_train, "time-to-loss": bench_race, "memory": bench_memory}
+    if section in by_preset:
+        return by_preset[section](options, preset)
     return {"data": bench_data, "scale": bench_scale}[section](options)
+
+
+def read_results(path: Path) -> dict:
+    """以前测的各节；现在就确认写得进去，不必等测完才知道。"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as f:
+        f.seek(0)
+        text = f.read()
+    try:
+        done = json.loads(text or "{}")
+        to_markdown(done)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path} 不是以前的测速结果；请换一个 --json，或删掉它") from None
+    return done
 
 
 def main() -> None:
@@ -399,36 +427,35 @@ def main() -> None:
         wanted.append(rest.pop(0))
     problems += [f"没有 {w} 这一节；可选：{'、'.join(SECTIONS)}"
                  for w in wanted if w not in SECTIONS]  # fmt: skip
-    options = Options(**parse_flags(Options, rest, problems))
+    given = parse_flags(Options, rest, problems)
+    options = Options(**given)
     if options.preset not in ("auto", *PRESETS):
         problems.append(f"preset 只能是 auto、{'、'.join(PRESETS)}，得到的是 {options.preset!r}")
-    if min(options.repeats, options.seconds, options.race) <= 0:
-        problems.append("repeats、seconds、race 都必须是正数")
+    if not all(0 < x < 1e6 for x in (options.repeats, options.seconds, options.race)):
+        problems.append("repeats、seconds、race 都必须是正数，不超过一百万")
+    if Path(options.json).suffix != ".json":
+        problems.append(f"--json 的文件名要以 .json 结尾，得到的是 {options.json!r}")
     if problems:
         raise UserError("；".join(problems))
-    auto = ["wide", "deep"] if torch.cuda.is_available() else ["tiny", "wide"]
-    presets = auto if options.preset == "auto" else [options.preset]
-
     path = Path(options.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    done = read_results(path)
     about = machine()
     place = about.get("显卡", "CPU")
     for section in wanted or SECTIONS:
-        print(f"== {section}（{place}）", flush=True)
-        start = time.monotonic()
-        rows = measure(section, options, presets)
-        for row in rows:
-            print(f"  {row.what}：{row.shown()}" + (f"    目标 {row.goal}" if row.goal else ""))
-        print(f"  （用了 {(time.monotonic() - start) / 60:.1f} 分钟）", flush=True)
-        flags = "" if options.preset == "auto" else f" --preset {options.preset}"
-        done[f"{section}（{place}）"] = {
-            "machine": about,
-            "command": f"python -m tools.bench {section}{flags}",
-            "rows": [asdict(row) for row in rows],
-        }
-        path.write_text(json.dumps(done, ensure_ascii=False, indent=1), encoding="utf-8")
-        path.with_suffix(".md").write_text(to_markdown(done), encoding="utf-8")
+        for preset in presets_of(section, options.preset):
+            name = f"{section} {preset}（{place}）".replace(" （", "（")
+            print(f"== {name}", flush=True)
+            start = time.monotonic()
+            rows = measure(section, options, preset)
+            for row in rows:
+                print(f"  {row.what}：{row.shown()}" + (f"    目标 {row.goal}" * bool(row.goal)))
+            print(f"  （用了 {(time.monotonic() - start) / 60:.1f} 分钟）", flush=True)
+            flags = [f"--preset {preset}"] * bool(preset)
+            flags += [f"--{n} {v}" for n, v in given.items() if n not in ("preset", "json")]
+            command = " ".join(["python -m tools.bench", section, *flags])
+            done[name] = {"machine": about, "command": command, "rows": [*map(asdict, rows)]}
+            path.write_text(json.dumps(done, ensure_ascii=False, indent=1), encoding="utf-8")
+            path.with_suffix(".md").write_text(to_markdown(done), encoding="utf-8")
     print(f"写好 {path} 与 {path.with_suffix('.md')}")
 
 

@@ -45,7 +45,7 @@ def main() -> None:
         problems.append(f"--n 必须是正数，得到的是 {options.n}")
     if problems:
         raise UserError("；".join(problems))
-    speaker = load_for_chat(Path(options.checkpoint), Device(Config(device="auto")))
+    speaker = load_for_chat(Path(options.checkpoint), Device(Config(compile=False)))
     if speaker.stage != "sft":
         raise UserError(f"{options.checkpoint} 还没有微调过；请先运行 python sft_train.py")
     tokenizer, fraction = speaker.tokenizer, speaker.config.val_fraction

@@ -22,7 +22,6 @@ from generate import Sampling, Speaker, make_speaker
 from generate import prepare as prepare_speaker
 from model import Transformer
 from optimizer import build_optimizers, learning_rate, set_learning_rate
-from quantize import compact
 from tokenizer import Tokenizer
 from tools.yardsticks import OriginalManner, padded_rows, qwen3
 from training import Device, compile_if_possible, evaluate, loss_sum, share_row
@@ -129,7 +128,7 @@ class Plain(Trainer):
 
     def make_optimizers(self):
         """只有 AdamW。"""
-        return [torch.optim.AdamW(self.model.parameters(), lr=self.config.lr)]
+        return [torch.optim.AdamW(self.model.parameters(), lr=self.config.lr, fused=True)]
 
     def step(self, factor: float) -> int:
         """走一步；factor 是学习率的倍数。"""
@@ -172,11 +171,11 @@ class Qwen3(Plain):
 
     def loss_of(self, ids, targets):
         """它自带的损失。"""
-        return self.call(input_ids=ids, labels=targets).loss
+        return self.call(input_ids=ids, labels=targets, use_cache=False).loss
 
     def evaluate_fn(self, model, batch):
         """同样的留出词条上的损失之和。"""
-        logits = self.call(input_ids=batch.ids).logits
+        logits = self.call(input_ids=batch.ids, use_cache=False).logits
         return F.cross_entropy(
             logits.flatten(0, 1).float(), batch.targets.flatten(),
             ignore_index=IGNORE, reduction="sum",
@@ -184,10 +183,10 @@ class Qwen3(Plain):
 
 
 class Original(Plain):
-    """最初那个项目的做法：fp32，不编译，一行一篇，补齐到 max_len。"""
+    """最初那个项目的做法：fp32，不编译，一行一篇，补齐到 max_len（tiny 512，wide 1024）。"""
 
     def __init__(self, config: Config):
-        config.dtype = "float32"
+        config.dtype, config.grad_accum = "float32", 1  # 补齐的一步太久，只做其中一小批
         super().__init__(config)
         self.model = OriginalManner(config).to(self.device.torch)
         rows = max(1, config.batch_size * config.seq_len // config.max_len)
@@ -233,14 +232,14 @@ def train(kind: str, preset: str, seconds: float) -> Callable[[], int]:
 
 def race(kind: str, preset: str, seconds: float, lr: float) -> Callable[[], dict]:
     """一份活：从头训练 seconds 秒（学习率按时间升降），返回最后的检验损失；编译与检验不计时。"""
-    config = settings(preset, lr=lr) if lr else settings(preset)
     made = trainer(kind, preset, **({"lr": lr} if lr else {}))
+    warmup, decay = made.config.warmup, made.config.decay
 
     def work() -> dict:
         spent, steps = 0.0, 0
         while spent < seconds:
             start = time.perf_counter()
-            made.step(learning_rate(int(spent / seconds * 1000), 1000, config.warmup, config.decay))
+            made.step(learning_rate(int(spent / seconds * 1000), 1000, warmup, decay))
             spent, steps = spent + time.perf_counter() - start, steps + 1
         return {"loss": made.val_loss(), "seconds": spent, "steps": steps}
 
@@ -337,25 +336,26 @@ def first_token(preset: str, length: int, training: bool) -> Callable[[], int]:
 
 
 def int8_loss(checkpoint: str) -> Callable[[], tuple[float, float]]:
-    """一份活：全部留出的词条上的损失，矩阵原样与 int8 各一次。"""
+    """一份活：留出的词条上的损失，矩阵原样与 int8 各一次；像生成时那样一个词元一个词元地算。"""
     tokenizer = Tokenizer()
     model, config, _ = load(Path(checkpoint), tokenizer)
     config.compile = False
-    device, data = Device(config), corpus(config)
-    val = batches_of(config, data, "val", config.isolate_documents)
-    model.eval().to(device.torch)
+    device, tokens = Device(config), corpus(config).tokens["val"]
+    speaker = make_speaker(model.eval().to(device.torch), config, tokenizer, "pretrain")
 
-    def loss_of(model, batch, shared=None):
-        logits = head(model.hidden(batch.ids, batch.positions, batch.segments))
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), batch.targets.flatten(),
-            ignore_index=IGNORE, reduction="sum",
-        )  # fmt: skip
+    @torch.inference_mode()
+    def loss() -> float:
+        total, rows, length = 0.0, 16, min(256, config.max_len)
+        for row in range(rows):
+            ids = torch.tensor(tokens[row * length : (row + 1) * length + 1].astype("int64"))
+            for i in range(length):
+                logits = speaker._next(ids[: i + 1].to(device.torch), i)
+                total += F.cross_entropy(logits.float()[None].cpu(), ids[i + 1 : i + 2]).item()
+        return total / rows / length
 
-    head = model.score
-    before = evaluate(loss_of, model, val, MICRO_ROWS, 10**9, device)
-    head = compact(model, torch.int8)
-    after = evaluate(loss_of, model, val, MICRO_ROWS, 10**9, device)
+    before = loss()
+    prepare_speaker(speaker, device, "int8")
+    after = loss()
     return lambda: (before, after)
 
 
@@ -363,13 +363,12 @@ def int8_loss(checkpoint: str) -> Callable[[], tuple[float, float]]:
 
 
 def tokenise(source: str, folder: str) -> Callable[[], int]:
-    """一份活：把一个文件备成词元文件，返回词元数；每次都从头做。"""
+    """一份活：把一个文件备成词元文件，返回词元数；每次都从头做，分词器也是新的。"""
     config = settings("tiny", data_dir=folder)
-    tokenizer = Tokenizer()
 
     def work() -> int:
         shutil.rmtree(Path(folder) / "cache", ignore_errors=True)
-        card = prepare(source, "pretrain", tokenizer, config).card
+        card = prepare(source, "pretrain", Tokenizer(), config).card
         return card["train_tokens"] + card["val_tokens"]
 
     return work
@@ -398,8 +397,9 @@ def forward_backward(**shape) -> Callable[[], int]:
     config = settings("tiny", dtype="float32", compile=False)
     for name, value in shape.items():
         setattr(config, name, value)
-    model = Transformer(config)
-    ids = torch.randint(config.vocab_size, (config.batch_size, config.seq_len + 1))
+    place = Device(config).torch
+    model = Transformer(config).to(place)
+    ids = torch.randint(config.vocab_size, (config.batch_size, config.seq_len + 1)).to(place)
 
     def work() -> int:
         logits = model(ids[:, :-1])

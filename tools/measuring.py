@@ -12,10 +12,8 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -26,6 +24,7 @@ from pathlib import Path
 import torch
 
 from config import UserError
+from training import cpu_has_bf16
 
 # ---------- 1. 参赛者 ----------
 
@@ -87,24 +86,28 @@ def _live(pipe, build, args, kwargs) -> None:
         with redirect_stdout(said), redirect_stderr(said):
             job = build(*args, **kwargs)
             pipe.send("ready")
-            while (order := pipe.recv()) != "leave":
-                if order == "memory":
+            while True:
+                if pipe.recv() == "memory":
                     pipe.send(_peak())
                     continue
                 start = time.perf_counter()
                 result = job()
                 pipe.send((result, time.perf_counter() - start))
-    except EOFError:
-        pass  # 主进程先走了
+    except (KeyboardInterrupt, EOFError, BrokenPipeError):
+        pass  # 主进程走了
     except Exception as error:
         pipe.send(UserError(f"{build.__name__}{args}：{error}\n{said.getvalue()[-2000:]}"))
 
 
 def _peak() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """用过显卡就是显存；否则是这个进程自己的内存（ru_maxrss 会把父进程的也算进来，不能用）。"""
+    if torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()):
+        return used
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return math.nan  # 不是 Linux
+    return next(int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("VmHWM"))
 
 
 def take_turns(contestants: dict[str, Contestant], repeats: int) -> dict[str, list]:
@@ -197,9 +200,8 @@ def machine() -> dict[str, str]:
         found = [x.split(":", 1)[1].strip() for x in info.read_text().splitlines()
                  if x.startswith("model name")]  # fmt: skip
         name = found[0] if found else name
-    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     about = {
-        "处理器": f"{name}，{os.cpu_count()} 核，{'有' if bf16 else '没有'} bf16 指令",
+        "处理器": f"{name}，{os.cpu_count()} 核，{'有' if cpu_has_bf16() else '没有'} bf16 指令",
         "PyTorch": torch.__version__,
         "transformers": transformers.__version__,
         "Python": platform.python_version(),
@@ -215,7 +217,10 @@ def commit() -> str:
     """现在的提交；有没提交的改动就加上「+」。"""
 
     def git(*args: str) -> str:
-        found = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
+        try:
+            found = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
+        except OSError:  # 没有装 git
+            return ""
         return found.stdout.strip()
 
     return (git("rev-parse", "--short", "HEAD") or "未知") + ("+" if git("status", "-s") else "")

@@ -1,7 +1,7 @@
 """对照：别人是怎样做的。tools.bench 拿我们的与它们比，谁都可以装来核对。
 
 qwen3            transformers 的 Qwen3ForCausalLM：同样的形状，可以装进同样的权重
-OriginalManner   最初那个项目的做法：fp32、学出来的位置、每行补齐到最长、没有缓存
+OriginalManner   最初那个项目的做法：fp32、学出来的位置、每行补齐到 max_len、没有缓存
 padded_rows      同上：一行放一篇文档，不足的补齐
 """
 
@@ -57,7 +57,7 @@ def qwen3(config: Config, model: Transformer | None = None) -> nn.Module:
 class OriginalManner(nn.Module):
     """PyTorch 自带的 Transformer 层，位置是学出来的；层数、宽度、头数与我们的相同。
 
-    前馈有两个矩阵而不是三个，中间宽度乘 1.5，参数便一样多。
+    前馈有两个矩阵而不是三个，中间宽度乘 1.5，前馈的参数便一样多；整个模型多出一成。
     """
 
     def __init__(self, config: Config):
