@@ -237,12 +237,17 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[st
     return build_model(config, checkpoint, path), config, checkpoint
 
 
+# 早先的检查点没有记下这几项，那时用的是这些值。
+NOT_RECORDED = {"muon_momentum": 0.95, "adam_beta1": 0.9, "adam_beta2": 0.95}
+
+
 def config_of(checkpoint: dict, path: Path, tokenizer: Tokenizer) -> Config:
     """检查点里的配置。Raises UserError：分词器不同，或者有不可能的值。"""
     if checkpoint["tokenizer"] != tokenizer.fingerprint():
         raise UserError(f"{path} 是用另一个分词器训练的；请换回当时的 tokenizer.py，或重新训练")
     names = {f.name for f in fields(Config)}
-    config = Config(**{k: v for k, v in checkpoint["config"].items() if k in names})
+    saved = NOT_RECORDED | checkpoint["config"]
+    config = Config(**{k: v for k, v in saved.items() if k in names})
     problems: list[str] = []
     wrong = check_types(config, problems)
     optional = {name for pair in STEPS_OR_EPOCHS for name in pair}

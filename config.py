@@ -76,7 +76,10 @@ class Config:
     isolate_documents: bool | None = option(None, "同一行里的几篇文档互相看不见；文档短时更好")
 
     # 优化
-    embed_lr_scale: float = option(0.5, "词嵌入与增益（AdamW 管的）的学习率是 lr 的几倍", "倍")
+    embed_lr_scale: float = option(1.0, "词嵌入与增益（AdamW 管的）的学习率是 lr 的几倍", "倍")
+    muon_momentum: float | None = option(None, "Muon 的动量：步数少的训练，小些更好")
+    adam_beta1: float = option(0.8, "AdamW 的动量")
+    adam_beta2: float = option(0.99, "AdamW 求梯度平方的平均时，旧的占多少")
     weight_decay: float = option(0.1, "权重衰减，只作用于 Muon 管的矩阵")
     warmup: float = option(0.03, "学习率从 0 升到最高，占全程的比例")
     decay: float = option(0.9, "学习率最后降到 0，占全程的比例")
@@ -128,16 +131,19 @@ SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "max_len",
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         dim=192, n_layers=4, n_heads=3, n_kv_heads=1, hidden_dim=576, max_len=512,
-        batch_size=8, seq_len=256, grad_accum=1, lr=0.02, isolate_documents=True,
+        batch_size=8, seq_len=256, grad_accum=1, lr=0.02, muon_momentum=0.9,
+        isolate_documents=True,
         max_steps=1000, sft_max_steps=150,
     ),
     "wide": dict(  # 矮胖
         dim=512, n_layers=8, n_heads=8, n_kv_heads=2, hidden_dim=1664, max_len=1024,
-        batch_size=32, seq_len=512, grad_accum=1, lr=0.01, isolate_documents=False,
+        batch_size=32, seq_len=512, grad_accum=1, lr=0.01, muon_momentum=0.95,
+        isolate_documents=False,
     ),
     "deep": dict(  # 瘦高
         dim=512, n_layers=24, n_heads=8, n_kv_heads=2, hidden_dim=1664, max_len=1024,
-        batch_size=16, seq_len=512, grad_accum=2, lr=0.01, isolate_documents=False,
+        batch_size=16, seq_len=512, grad_accum=2, lr=0.01, muon_momentum=0.95,
+        isolate_documents=False,
     ),
 }  # fmt: skip
 
@@ -350,6 +356,7 @@ POSITIVE = (*SHAPE, "batch_size", "seq_len", "grad_accum", "lr", "sft_lr", "embe
             "grad_clip", "max_steps", "epochs", "sft_max_steps", "sft_epochs", "eval_every",
             "eval_tokens")  # fmt: skip
 FRACTIONS = ("warmup", "decay", "weight_decay")
+BELOW_ONE = ("muon_momentum", "adam_beta1", "adam_beta2")
 
 
 def check_values(c: Config, problems: list[str], wrong: set[str]) -> None:
@@ -363,6 +370,10 @@ def check_values(c: Config, problems: list[str], wrong: set[str]) -> None:
     for name in FRACTIONS:
         if name not in wrong and not 0 <= getattr(c, name) <= 1:
             problems.append(f"{name} 必须在 0 与 1 之间，得到的是 {getattr(c, name)}")
+            wrong.add(name)
+    for name in BELOW_ONE:
+        if name not in wrong and not 0 <= getattr(c, name) < 1:
+            problems.append(f"{name} 不能小于 0，要小于 1，得到的是 {getattr(c, name)}")
             wrong.add(name)
 
     def require(names: str, holds: Callable[[], bool], sentence: str) -> None:

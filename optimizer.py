@@ -46,12 +46,13 @@ class Muon(torch.optim.Optimizer):
     Args:
         matrices: 二维参数。
         lr: 学习率，已换算成与 AdamW 相当的大小（每个元素的更新约为 0.2 lr）。
+        momentum: 更新是最近约 1 / (1 - momentum) 步梯度的平均。
         weight_decay: 解耦的权重衰减。
         dtype: 正交化时的精度。
     """
 
     def __init__(
-        self, matrices, lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
+        self, matrices, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
     ):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype = dtype
@@ -110,11 +111,11 @@ def build_optimizers(model: Transformer, config: Config, device: Device, lr: flo
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     dtype = torch.bfloat16 if device.dtype == torch.bfloat16 else torch.float32
-    muon = Muon(matrices, lr, config.weight_decay, dtype)
+    muon = Muon(matrices, lr, config.muon_momentum, config.weight_decay, dtype)
     adamw = torch.optim.AdamW(
         rest,
         lr * config.embed_lr_scale,
-        betas=(0.9, 0.95),
+        betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=0.0,
         fused=device.torch.type != "mps",
     )

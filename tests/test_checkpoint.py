@@ -37,7 +37,8 @@ from training import Device
 SMALL = Config(
     preset="tiny", dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16,
     seq_len=8, batch_size=2, grad_accum=1, device="cpu", dtype="float32", compile=False, lr=0.01,
-    sft_lr=0.002, max_steps=10, isolate_documents=True, out_dir="out/x", data="builtin",
+    sft_lr=0.002, max_steps=10, muon_momentum=0.9, isolate_documents=True,
+    out_dir="out/x", data="builtin",
 )  # fmt: skip
 CARD = {"train_sha256": "a" * 64, "val_sha256": "b" * 64}
 
@@ -114,6 +115,19 @@ def test_checkpoint_describes_itself_and_loads_equal(tokenizer, tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
     assert list(path.parent.iterdir()) == [path]  # 没有留下临时文件
+
+
+def test_an_earlier_one_keeps_the_values_it_was_trained_with(tokenizer, tmp_path):
+    """那时还没有这三项设置：接着练要用当时的值，不是现在的默认值。"""
+    path, snap = tmp_path / "m.pt", snapshot(tokenizer)
+    for name in ("muon_momentum", "adam_beta1", "adam_beta2"):
+        del snap["config"][name]
+    write(path, snap)
+    _, config, _ = load(path, tokenizer)
+    assert (config.muon_momentum, config.adam_beta1, config.adam_beta2) == (0.95, 0.9, 0.95)
+    muon, adamw = build_optimizers(Transformer(config), config, Device(config), 0.01)
+    assert muon.param_groups[0]["momentum"] == 0.95
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.95)
 
 
 def test_the_one_before_is_kept_until_the_new_one_is_whole(tokenizer, tmp_path, monkeypatch):

@@ -89,6 +89,8 @@ def test_unknown_flag_names_the_nearest():
         (["--max_steps", "5", "--epochs", "2"], "max_steps 与 epochs 只能指定一个"),
         (["--warmup", "0.8", "--decay", "0.8"], "之和不能超过 1"),
         (["--lr", "nan"], "lr 必须是正数"),
+        (["--muon_momentum", "1"], "muon_momentum 不能小于 0，要小于 1，得到的是 1.0"),
+        (["--adam_beta2", "nan"], "adam_beta2 不能小于 0，要小于 1，得到的是 nan"),
         (["--val_fraction", "0"], "val_fraction"),
         (["--n_layers", "2.5"], "--n_layers 要的是整数"),
     ],

@@ -12,7 +12,7 @@ from training import Device
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, vocab_size=64,
-    device="cpu", dtype="float32", compile=False,
+    device="cpu", dtype="float32", compile=False, muon_momentum=0.9,
 )  # fmt: skip
 
 
@@ -31,13 +31,16 @@ def test_total_steps():
     assert total_steps(None, 1, 3, 10) == 1
 
 
-def test_muon_equals_the_one_of_torch_step_by_step():
+@pytest.mark.parametrize("momentum", [0.9, 0.95])
+def test_muon_equals_the_one_of_torch_step_by_step(momentum):
     torch.manual_seed(0)
     shapes = [(6, 10), (10, 6), (6, 10), (8, 8)]
     ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a = Muon(ours, lr=0.02, weight_decay=0.1, dtype=torch.bfloat16)
-    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    a = Muon(ours, lr=0.02, momentum=momentum, weight_decay=0.1, dtype=torch.bfloat16)
+    b = torch.optim.Muon(
+        theirs, lr=0.02, momentum=momentum, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
     for _ in range(4):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn_like(p)
