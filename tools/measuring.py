@@ -214,7 +214,7 @@ def machine() -> dict[str, str]:
 
 
 def commit() -> str:
-    """现在的提交；有没提交的改动就加上「+」。"""
+    """现在的提交；有没提交的代码就加上「+」。"""
 
     def git(*args: str) -> str:
         try:
@@ -223,7 +223,9 @@ def commit() -> str:
             return ""
         return found.stdout.strip()
 
-    return (git("rev-parse", "--short", "HEAD") or "未知") + ("+" if git("status", "-s") else "")
+    return (git("rev-parse", "--short", "HEAD") or "未知") + (
+        "+" if git("status", "-s", "--", "*.py") else ""
+    )
 
 
 def matmul_peak(dtype: str) -> Callable[[], float]:
