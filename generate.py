@@ -10,6 +10,7 @@
 图例：L 层数，B 批次，T 词元数，K 键值头数，D 头宽，V 词表大小。
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,7 @@ class Speaker:
         for _ in range(min(sampling.max, self.config.max_len - len(ids))):
             logits = self._next(context, done if use_cache else 0)
             done = len(context)
-            if not logits.isfinite().all():
+            if not math.isfinite(logits.float().sum().item()):  # 有一个不是，和就不是
                 raise UserError("模型的打分不是有限的数，写不下去：训练时发散了？请换一个检查点")
             written = context[len(ids) :]  # 只罚自己写过的：罚提问里的字，「你好」就答成「我好」
             new = sample(logits, written, sampling, self.banned, generator)

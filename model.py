@@ -72,6 +72,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
     if q.size(2) == 1 and not causal:  # 只有一个新词元：同组的 H/K 个头当作 H/K 行，键值只读一遍
         rows = q.view(q.size(0), k.size(1), -1, q.size(3))  # (B, K, H/K, D)
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
+    if torch.compiler.is_compiling() and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return attend_by_hand(q, k, v, mask, causal)[0]  # 编译器融合的比 PyTorch 的 CPU 算子快
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped

@@ -98,7 +98,8 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tenso
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b·gram + c·gram²
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a·x + polynomial·x
     return (x.mT if tall else x).to(matrices.dtype)
 
 

@@ -236,7 +236,8 @@ def loss_sum(model: Transformer, batch: Batch, shared: SharedRow | None = None) 
         # 代表的那一行收到 n 份推力之和，只留它自己的一份（exp(-ln n) = 1/n），与逐个训练时一样。
         own = torch.exp(-shared.bias)[:, None]
         table = own * table + (1 - own) * table.detach()
-        logits = F.linear(x, table, shared.bias)  # (B, T, R)
+        # 偏置加在 fp32 上：bf16 在 10 附近一格是 0.06，装不下 ln n。
+        logits = F.linear(x, table).float() + shared.bias  # (B, T, R)
         targets = torch.where(targets == IGNORE, IGNORE, shared.column[targets.clamp(min=0)])
     return F.cross_entropy(
         logits.view(-1, logits.size(-1)).float(),  # (B·T, V)

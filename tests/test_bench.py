@@ -8,6 +8,7 @@ import pytest
 import torch
 from scripts import REPO, metrics
 
+import training
 from config import PRESETS, Config, UserError
 from dataset import IGNORE
 from model import Transformer
@@ -34,7 +35,7 @@ def bench(*args):
 def test_our_contestant_trains_as_the_script_does(trained, here):
     """否则测的是另一个程序：前三步的损失与 pre_train.py 记下的相同。"""
     expected = metrics(trained[0] / "out/tiny", "pretrain")[1:4]
-    config = contestants.settings("tiny", **here, batch_size=2, seq_len=128)
+    config = contestants.settings("tiny", **here | {"dtype": "auto"}, batch_size=2, seq_len=128)
     ours = contestants.Ours(config)
     for row in expected:
         assert ours.step(row["lr"] / config.lr) == 256
@@ -60,6 +61,16 @@ def test_every_contestant_learns_and_counts_only_targets(kind, here):
         ids, targets = made.next_batch()
         assert made.loss_of(ids, targets).item() < 9.5
         assert (targets == IGNORE).any()
+
+
+@pytest.mark.parametrize(("kind", "lent"), [("qwen3 eager", 0), ("qwen3 eager, tuned", 1)])
+def test_a_yardstick_is_a_plain_loop_unless_it_is_lent_our_settings(monkeypatch, here, kind, lent):
+    """普通的循环没有我们的内存设置；借给它的那一方单列一行。"""
+    called = []
+    monkeypatch.setattr(training, "keep_freed_memory", lambda: called.append(1))
+    shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64}
+    contestants.trainer(kind, "tiny", **here, **shape, batch_size=2, seq_len=32, max_len=32)
+    assert len(called) == lent
 
 
 def test_flops_follow_the_matrices_of_the_model():

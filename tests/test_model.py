@@ -55,6 +55,26 @@ def test_same_logits_as_qwen3_of_transformers(small):
     torch.testing.assert_close(small(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_compiled_bf16_attention_on_cpu_is_the_one_by_hand(monkeypatch, kind, causal):
+    """编译 bf16 时换一条路：结果与融合算子相同；fp32 仍走融合算子，那样更快。"""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 9, 8, generator=g).to(getattr(torch, kind)) for h in (4, 2, 2))
+    mask = None if causal else torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    fused = attend(q, k, v, mask, causal)
+    used = []
+
+    def spy(*args):
+        used.append(True)
+        return attend_by_hand(*args)
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(model_module, "attend_by_hand", spy)
+    torch.testing.assert_close(attend(q, k, v, mask, causal), fused, atol=0.03, rtol=0)
+    assert bool(used) == (kind == "bfloat16")
+
+
 def test_attention_by_hand_equals_the_fast_one():
     g = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 9, 8, generator=g)

@@ -9,12 +9,14 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
+import training
 from checkpoint import load
 from config import Config, load_config
 from dataset import IGNORE, PretrainBatches, TokenFile, prepare, rows_of_step
@@ -52,14 +54,21 @@ def batches_of(config: Config, data: TokenFile, side: str, isolate: bool) -> Pre
     return PretrainBatches(data.tokens[side], config.seq_len, start)
 
 
+def plain_device(config: Config) -> Device:
+    """对照用的设备：没有我们那两处设置（留住内存、相加的次序固定），普通的循环就是这样。"""
+    nothing = {"keep_freed_memory": lambda: None, "add_in_fixed_order": lambda: None}
+    with mock.patch.multiple(training, **nothing):
+        return Device(config)
+
+
 # ---------- 1. 训练 ----------
 
 
 class Trainer:
     """一方的训练：`step(factor)` 走一步，返回这一步要猜的词元数；`val_loss()` 检验。"""
 
-    def __init__(self, config: Config):
-        self.config, self.device = config, Device(config)
+    def __init__(self, config: Config, device: Device):
+        self.config, self.device = config, device
         self.data, self.n = corpus(config), 0
         self.rows_per_step = config.batch_size * config.grad_accum
         torch.manual_seed(config.seed)
@@ -82,7 +91,7 @@ class Ours(Trainer):
     """我们的：与 pre_train.py 的每一步做同样的事（有测试核对损失相同）。"""
 
     def __init__(self, config: Config, whole_vocabulary: bool = False):
-        super().__init__(config)
+        super().__init__(config, Device(config))
         self.train, self.val = (
             batches_of(config, self.data, side, config.isolate_documents)
             for side in ("train", "val")
@@ -151,8 +160,8 @@ class Plain(Trainer):
 class Qwen3(Plain):
     """transformers 的 Qwen3，同样的形状；损失用它自带的（labels），语料首尾相接。"""
 
-    def __init__(self, config: Config, compiled: bool):
-        super().__init__(config)
+    def __init__(self, config: Config, compiled: bool, device: Device):
+        super().__init__(config, device)
         self.train, self.val = (
             batches_of(config, self.data, side, False) for side in ("train", "val")
         )
@@ -187,7 +196,7 @@ class Original(Plain):
 
     def __init__(self, config: Config):
         config.dtype, config.grad_accum = "float32", 1  # 补齐的一步太久，只做其中一小批
-        super().__init__(config)
+        super().__init__(config, plain_device(config))
         self.model = OriginalManner(config).to(self.device.torch)
         rows = max(1, config.batch_size * config.seq_len // config.max_len)
         self.rows = padded_rows(self.data, config.max_len, rows)
@@ -209,8 +218,10 @@ def trainer(kind: str, preset: str, **changes) -> Trainer:
     made = {
         "ours": lambda: Ours(config),
         "ours, whole vocabulary": lambda: Ours(config, whole_vocabulary=True),
-        "qwen3 compiled": lambda: Qwen3(config, compiled=True),
-        "qwen3 eager": lambda: Qwen3(config, compiled=False),
+        "qwen3 compiled": lambda: Qwen3(config, True, plain_device(config)),
+        "qwen3 eager": lambda: Qwen3(config, False, plain_device(config)),
+        "qwen3 compiled, tuned": lambda: Qwen3(config, True, Device(config)),
+        "qwen3 eager, tuned": lambda: Qwen3(config, False, Device(config)),
         "original": lambda: Original(config),
     }[kind]()
     made.warm_up()
@@ -281,7 +292,7 @@ def decode(preset: str, n: int, dtype: str, compiled: bool, quantize: str) -> Ca
 def decode_qwen3(preset: str, n: int, dtype: str) -> Callable[[], list]:
     """transformers 的 generate，同样的权重。"""
     config = settings(preset)
-    place = Device(config).torch
+    place = plain_device(config).torch
     model = qwen3(config, random_model(config)).eval().to(place, getattr(torch, dtype))
     ids = torch.tensor([PROMPT], device=place)
 
@@ -298,7 +309,7 @@ def decode_qwen3(preset: str, n: int, dtype: str) -> Callable[[], list]:
 def decode_original(preset: str, n: int, padded: bool) -> Callable[[], list]:
     """最初的做法：没有缓存，每写一个词元都从头算；padded：每次都补齐到 max_len。"""
     config = settings(preset)
-    place = Device(config).torch
+    place = plain_device(config).torch
     torch.manual_seed(0)
     model = OriginalManner(config).eval().to(place)
 
