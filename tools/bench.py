@@ -166,7 +166,10 @@ def bench_start() -> list[Row]:
 
 
 def bench_race(options: Options, preset: str) -> list[Row]:
-    """编译过的 Qwen3 练 race 秒（三个学习率里最好的）达到的检验损失，我们要多久。"""
+    """编译过的 Qwen3 练 race 秒（三个学习率里最好的）达到的检验损失，我们要多久。
+
+    学习率的升降按各自的总时间走，编译与检验不计时；各按自己的方式检验同样的词条（我们的互相看不见）。
+    """
     kind = "qwen3 compiled" if Device(Config()).compile else "qwen3 eager"
     rows, best = [], math.inf
     for lr in (1e-3, 3e-3, 1e-2) if preset == "tiny" else (3e-4, 1e-3, 3e-3):

@@ -93,7 +93,7 @@ def _live(pipe, build, args, kwargs) -> None:
                 start = time.perf_counter()
                 result = job()
                 pipe.send((result, time.perf_counter() - start))
-    except (KeyboardInterrupt, EOFError, BrokenPipeError):
+    except (KeyboardInterrupt, EOFError, ConnectionError):
         pass  # 主进程走了
     except Exception as error:
         pipe.send(UserError(f"{build.__name__}{args}：{error}\n{said.getvalue()[-2000:]}"))
