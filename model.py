@@ -61,6 +61,8 @@ class RotaryEmbedding(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """注意力，快的一份：交给 PyTorch 的融合算子，不在内存里写出 T × S 的权重表。
 
+    在 CPU 上编译 bf16 时例外：编译器把 `attend_by_hand` 融合得比那个算子快，见 docs/lab-notes.md。
+
     Args:
         q: 查询 (B, H, T, D)。
         k, v: 键与值 (B, K, S, D)，每 H/K 个查询头共用一个键值头（GQA，arXiv 2305.13245）。
@@ -73,7 +75,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
         rows = q.view(q.size(0), k.size(1), -1, q.size(3))  # (B, K, H/K, D)
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
     if torch.compiler.is_compiling() and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return attend_by_hand(q, k, v, mask, causal)[0]  # 编译器融合的比 PyTorch 的 CPU 算子快
+        return attend_by_hand(q, k, v, mask, causal)[0]
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped

@@ -96,7 +96,7 @@ class Device:
         if has_bf16:
             return torch.bfloat16
         if kind == "cpu":
-            self.notes.append("这个处理器没有 bf16 指令，改用 float32：结果一样，慢一些")
+            self.notes.append("这个处理器没有 bf16 指令，改用 float32：结果相近，慢一些")
         return torch.float16 if kind == "cuda" else torch.float32
 
     def _can_compile(self) -> bool:

@@ -68,9 +68,10 @@ def test_a_yardstick_is_a_plain_loop_unless_it_is_lent_our_settings(monkeypatch,
     """普通的循环没有我们的内存设置；借给它的那一方单列一行。"""
     called = []
     monkeypatch.setattr(training, "keep_freed_memory", lambda: called.append(1))
+    monkeypatch.setattr(training, "add_in_fixed_order", lambda: called.append("不该借"))
     shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64}
     contestants.trainer(kind, "tiny", **here, **shape, batch_size=2, seq_len=32, max_len=32)
-    assert len(called) == lent
+    assert called == [1] * lent
 
 
 def test_flops_follow_the_matrices_of_the_model():
