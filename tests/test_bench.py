@@ -74,6 +74,23 @@ def test_a_yardstick_is_a_plain_loop_unless_it_is_lent_our_settings(monkeypatch,
     assert called == [1] * lent
 
 
+def test_a_failed_compiler_is_not_measured_as_compiled(monkeypatch, here):
+    """编译失败时训练会改用不编译的，接着练；测速却不能把它写在「编译」那一行。"""
+
+    def failing(fn, device):
+        def call(*args):
+            device.compile = False
+            return fn(*args)
+
+        return call
+
+    monkeypatch.setattr(contestants, "compile_if_possible", failing)
+    monkeypatch.setattr("training.shutil.which", lambda name: "/usr/bin/" + name)
+    shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64}
+    with pytest.raises(UserError, match=r"torch\.compile 失败"):
+        contestants.trainer("ours", "tiny", **here | {"compile": True}, **shape, seq_len=32)
+
+
 def test_flops_follow_the_matrices_of_the_model():
     """公式里的参数个数，与模型真有的矩阵一致。"""
     for preset in PRESETS:
@@ -111,6 +128,9 @@ def test_the_table_says_what_was_not_measured():
     )
     assert "| 甲 | 1,234（1,000–2,000）词元/秒 | ≥ 1 |" in table
     assert "| 乙 | 没有测量 | ≥ 2 |" in table
+    assert "## 显卡\n\n没有测量" in table  # 没有一节出自有显卡的机器
+    on_gpu = {"train": {"machine": {"显卡": "x"}, "command": "c", "rows": []}}
+    assert "## 显卡\n\n没有测量" not in to_markdown(on_gpu)
 
 
 def test_exponent_is_the_slope_on_log_axes():

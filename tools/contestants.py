@@ -7,7 +7,8 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -63,6 +64,15 @@ def plain_device(config: Config, lend_memory: bool = False) -> Device:
     skipped = ["add_in_fixed_order"] + ["keep_freed_memory"] * (not lend_memory)
     with mock.patch.multiple(training, **dict.fromkeys(skipped, lambda: None)):
         return Device(config)
+
+
+@contextmanager
+def compiled_or_error(device: Device) -> Iterator[None]:
+    """热身时编译失败，训练与聊天会改用不编译的；测速却不能把它算作编译过的。"""
+    wanted = device.compile
+    yield
+    if device.compile != wanted:
+        raise UserError("torch.compile 失败了；请先让 python pre_train.py 编译得过，再来测速")
 
 
 # ---------- 1. 训练 ----------
@@ -228,10 +238,8 @@ def trainer(kind: str, preset: str, **changes) -> Trainer:
         "qwen3 eager, tuned": lambda: Qwen3(config, False, plain_device(config, True)),
         "original": lambda: Original(config),
     }[kind]()
-    wanted = made.device.compile
-    made.warm_up()
-    if made.device.compile != wanted:
-        raise UserError("torch.compile 失败了，没有编译的不能算编译过的；请先让训练脚本编译得过")
+    with compiled_or_error(made.device):
+        made.warm_up()
     return made
 
 
@@ -285,13 +293,15 @@ def speaker(preset: str, dtype: str, compiled: bool, quantize: str) -> Speaker:
     device = Device(config)
     made = make_speaker(random_model(config).to(device.torch), config, Tokenizer(), "pretrain")
     made.banned = made.banned[:0]  # 对照的那一方没有禁用的编号
-    return prepare_speaker(made, device, quantize)
+    made = prepare_speaker(made, device, quantize)
+    with compiled_or_error(device):
+        list(made.generate(PROMPT, Sampling(temp=0, penalty=1, max=8)))
+    return made
 
 
 def decode(preset: str, n: int, dtype: str, compiled: bool, quantize: str) -> Callable[[], list]:
     """一份活：贪心写 n 个词元，返回编号。"""
     made = speaker(preset, dtype, compiled, quantize)
-    list(made.generate(PROMPT, Sampling(temp=0, penalty=1, max=8)))
     return lambda: list(made.generate(PROMPT, Sampling(temp=0, penalty=1, max=n)))
 
 
