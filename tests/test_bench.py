@@ -35,7 +35,7 @@ def bench(*args):
 def test_our_contestant_trains_as_the_script_does(trained, here):
     """否则测的是另一个程序：前三步的损失与 pre_train.py 记下的相同。"""
     expected = metrics(trained[0] / "out/tiny", "pretrain")[1:4]
-    config = contestants.settings("tiny", **here | {"dtype": "auto"}, batch_size=2, seq_len=128)
+    config = contestants.settings("tiny", **here, batch_size=2, seq_len=128)
     ours = contestants.Ours(config)
     for row in expected:
         assert ours.step(row["lr"] / config.lr) == 256

@@ -46,7 +46,8 @@ def test_every_command_is_understood(command):
 
 def test_every_file_it_names_exists():
     for name in re.findall(r"`([\w./]+\.(?:py|md|txt)|[\w]+/)`", README):
-        assert (REPO / name).exists(), name
+        if not name.startswith("out/"):  # 运行之后才有
+            assert (REPO / name).exists(), name
 
 
 def test_every_program_is_on_the_map():
