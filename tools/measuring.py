@@ -65,10 +65,13 @@ class Contestant:
         return self._receive()
 
     def leave(self) -> None:
-        """结束这个进程。"""
-        if self.process is not None:
-            self.process.kill()
-            self.process.join()
+        """让它自己结束；不肯就杀掉。"""
+        if self.process is None:
+            return
+        self.pipe.close()
+        self.process.join(10)
+        self.process.kill()
+        self.process.join()
 
     def _receive(self):
         try:
