@@ -1,6 +1,6 @@
 """测速：我们与别人并排，一次跑完，在你自己的机器上。
 
-    python -m tools.bench                            全部，CPU 上一个多小时
+    python -m tools.bench                            全部，CPU 上近一个小时
     python -m tools.bench train decode               只测其中几节
     python -m tools.bench train --preset tiny        只测一种大小
     python -m tools.bench --json docs/benchmarks.json
