@@ -5,7 +5,8 @@
     probabilities    打分 -> 概率：惩罚重复、温度、top-k、top-p、min-p
     generate         一边算一边给出编号
     is_looping       有没有陷进反复说同一句话的圈子
-    load_for_chat    读检查点，放到设备上，准备好生成
+    load_for_chat    读检查点，放到设备上
+    prepare          让模型说得快：存得小些，编译
 
 图例：L 层数，B 批次，T 词元数，K 键值头数，D 头宽，V 词表大小。
 """
@@ -14,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -202,24 +204,25 @@ def make_speaker(model: Transformer, config: Config, tokenizer: Tokenizer, stage
     return Speaker(model, config, tokenizer, stage, banned, model.score, cache)
 
 
-def load_for_chat(path: Path, device: Device, quantize: str = "none") -> Speaker:
-    """读检查点，放到设备上；矩阵换成设备擅长的精度，归一化与位置编码仍是 fp32。
+def load_for_chat(path: Path, device: Device) -> Speaker:
+    """读检查点，放到设备上；要说得快，再交给 `prepare`。
 
-    Args:
-        path: 检查点。
-        device: 用到它的设备、精度，以及编译与否。
-        quantize: "bf16" 或 "int8"：矩阵存得更小，说得更快。
     Raises:
         UserError: 检查点不存在、已损坏或不相配。
     """
     tokenizer = Tokenizer()
     model, config, checkpoint = load(path, tokenizer)
     model.eval().to(device.torch)
-    return prepare(make_speaker(model, config, tokenizer, checkpoint["stage"]), device, quantize)
+    return make_speaker(model, config, tokenizer, checkpoint["stage"])
 
 
 def prepare(speaker: Speaker, device: Device, quantize: str = "none") -> Speaker:
-    """让模型说得快：矩阵换成半精度或 int8，必要时编译逐个生成的那一步。"""
+    """让模型说得快：矩阵换成设备擅长的精度，归一化与位置编码仍是 fp32；编译逐个生成的那一步。
+
+    Args:
+        device: 用到它的设备、精度，以及编译与否；编译要几秒到一分钟。
+        quantize: "bf16" 或 "int8"：矩阵存得更小，说得更快。
+    """
     model = speaker.model
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -228,6 +231,8 @@ def prepare(speaker: Speaker, device: Device, quantize: str = "none") -> Speaker
     if quantize != "none" or (device.compile and device.torch.type == "cpu"):
         speaker.head = compact(model, STORED.get(quantize, device.dtype))
     if device.compile:
+        from torch._inductor import config as inductor  # 只在编译时要，导入它不便宜
+
         for buffer in (*speaker.cache.keys, *speaker.cache.values):
             torch._dynamo.mark_static_address(buffer)  # 地址不变，CUDA 图才能直接写进去
         options = {
@@ -235,7 +240,16 @@ def prepare(speaker: Speaker, device: Device, quantize: str = "none") -> Speaker
             # 只核对张量的形状与类型：一个进程里只有一个模型，不必每个词元都把几百个零件核对一遍。
             "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
         }
-        speaker.step = compile_if_possible(next_logits, device, **options)
+        # x86 上编译器自己的 int8 内积快得多（见 docs/lab-notes.md），但矩阵是常数时它才肯用。
+        x86 = device.torch.type == "cpu" and torch.backends.cpu.get_cpu_capability()[:3] == "AVX"
+        frozen = x86 and quantize == "int8"
+        if frozen:
+            options |= {"max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP"}
+        # 常数写进编译好的代码，所以每个模型要有自己的一份代码，不能误用上一个的。
+        step = FunctionType(next_logits.__code__.replace(), next_logits.__globals__)
+        speaker.step = compile_if_possible(step, device, **options)
+        with inductor.patch(freezing=frozen):  # 现在就编译，不等第一句话
+            list(speaker.generate([speaker.tokenizer.bos_id], Sampling(max=2)))
     return speaker
 
 

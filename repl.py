@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from config import UserError, convert, field_types, help_text, load_config, option, parse_flags
-from generate import Sampling, Speaker, is_looping, load_for_chat
+from generate import Sampling, Speaker, is_looping, load_for_chat, prepare
 from training import Device
 
 HELP = """\
@@ -30,7 +30,7 @@ class ChatOptions(Sampling):
     quantize: str = option(
         "none", "矩阵存得更小，说得更快，损失略增", choices=("none", "bf16", "int8")
     )
-    compile: bool = option(False, "编译逐个生成的那一步：开头多等半分钟左右，之后快一倍以上")
+    compile: bool = option(False, "编译逐个生成的那一步：开头多等半分钟到一分钟，之后快一倍以上")
 
 
 def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
@@ -61,7 +61,7 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
     path = Path(options.checkpoint or f"{config.out_dir}/{stage}.pt")
     options.checkpoint = str(path)
     device = Device(config)
-    speaker = load_for_chat(path, device, options.quantize)
+    speaker = load_for_chat(path, device)
     if speaker.stage != stage:
         script = {"pretrain": "pre_chat.py", "sft": "sft_chat.py"}[speaker.stage]
         raise UserError(f"{path} 是 {speaker.stage} 阶段的检查点；请改用 python {script}")
@@ -69,8 +69,8 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
         for note in device.notes:
             notify(f"（{note}）")
     if device.compile:
-        notify("（正在编译：第一次约半分钟，以后几秒……）")
-        list(speaker.generate([speaker.tokenizer.bos_id], Sampling(max=2)))
+        notify("（正在编译：第一次半分钟到一分钟，以后几秒……）")
+    prepare(speaker, device, options.quantize)
     if sys.stdout.isatty() and options.prompt is None:
         print(f"已载入 {path}。输入 /help 看命令，Ctrl-D 离开。")
     return options, speaker

@@ -172,7 +172,7 @@ def bench_race(options: Options, preset: str) -> list[Row]:
     """
     kind = "qwen3 compiled" if Device(Config()).compile else "qwen3 eager"
     rows, best = [], math.inf
-    for lr in (1e-3, 3e-3, 1e-2) if preset == "tiny" else (3e-4, 1e-3, 3e-3):
+    for lr in (5e-4, 1e-3, 3e-3) if preset == "tiny" else (3e-4, 1e-3, 3e-3):
         result = run_once(kind, preset, options.race, lr)
         what = f"{preset}：{kind}，学习率 {lr:g}，{options.race:.0f} 秒后的检验损失"
         rows.append(Row(what, [result["loss"]], "奈特"))
