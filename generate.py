@@ -5,8 +5,7 @@
     probabilities    打分 -> 概率：惩罚重复、温度、top-k、top-p、min-p
     generate         一边算一边给出编号
     is_looping       有没有陷进反复说同一句话的圈子
-    load_for_chat    读检查点，放到设备上
-    prepare          让模型说得快：存得小些，编译
+    load_for_chat    读检查点，放到设备上，准备好生成
 
 图例：L 层数，B 批次，T 词元数，K 键值头数，D 头宽，V 词表大小。
 """
@@ -204,25 +203,24 @@ def make_speaker(model: Transformer, config: Config, tokenizer: Tokenizer, stage
     return Speaker(model, config, tokenizer, stage, banned, model.score, cache)
 
 
-def load_for_chat(path: Path, device: Device) -> Speaker:
-    """读检查点，放到设备上；要说得快，再交给 `prepare`。
+def load_for_chat(path: Path, device: Device, quantize: str = "none") -> Speaker:
+    """读检查点，放到设备上；矩阵换成设备擅长的精度，归一化与位置编码仍是 fp32。
 
+    Args:
+        path: 检查点。
+        device: 用到它的设备、精度，以及编译与否。
+        quantize: "bf16" 或 "int8"：矩阵存得更小，说得更快。
     Raises:
         UserError: 检查点不存在、已损坏或不相配。
     """
     tokenizer = Tokenizer()
     model, config, checkpoint = load(path, tokenizer)
     model.eval().to(device.torch)
-    return make_speaker(model, config, tokenizer, checkpoint["stage"])
+    return prepare(make_speaker(model, config, tokenizer, checkpoint["stage"]), device, quantize)
 
 
 def prepare(speaker: Speaker, device: Device, quantize: str = "none") -> Speaker:
-    """让模型说得快：矩阵换成设备擅长的精度，归一化与位置编码仍是 fp32；编译逐个生成的那一步。
-
-    Args:
-        device: 用到它的设备、精度，以及编译与否；编译要几秒到一分钟。
-        quantize: "bf16" 或 "int8"：矩阵存得更小，说得更快。
-    """
+    """让模型说得快：矩阵换成半精度或 int8，必要时编译逐个生成的那一步。"""
     model = speaker.model
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -245,11 +243,11 @@ def prepare(speaker: Speaker, device: Device, quantize: str = "none") -> Speaker
         frozen = x86 and quantize == "int8"
         if frozen:
             options |= {"max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP"}
-        # 常数写进编译好的代码，所以每个模型要有自己的一份代码，不能误用上一个的。
+            # 常数写进了编译好的代码：不能误用另一个模型的，也不能误用磁盘上存着的、旧检查点的。
+            options |= {"fx_graph_cache": False}
         step = FunctionType(next_logits.__code__.replace(), next_logits.__globals__)
-        speaker.step = compile_if_possible(step, device, **options)
-        with inductor.patch(freezing=frozen):  # 现在就编译，不等第一句话
-            list(speaker.generate([speaker.tokenizer.bos_id], Sampling(max=2)))
+        compiled = compile_if_possible(step, device, **options)
+        speaker.step = inductor.patch(freezing=frozen)(compiled)
     return speaker
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from config import UserError, convert, field_types, help_text, load_config, option, parse_flags
-from generate import Sampling, Speaker, is_looping, load_for_chat, prepare
+from generate import Sampling, Speaker, is_looping, load_for_chat
 from training import Device
 
 HELP = """\
@@ -61,7 +61,7 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
     path = Path(options.checkpoint or f"{config.out_dir}/{stage}.pt")
     options.checkpoint = str(path)
     device = Device(config)
-    speaker = load_for_chat(path, device)
+    speaker = load_for_chat(path, device, options.quantize)
     if speaker.stage != stage:
         script = {"pretrain": "pre_chat.py", "sft": "sft_chat.py"}[speaker.stage]
         raise UserError(f"{path} 是 {speaker.stage} 阶段的检查点；请改用 python {script}")
@@ -70,7 +70,7 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
             notify(f"（{note}）")
     if device.compile:
         notify("（正在编译：第一次半分钟到一分钟，以后几秒……）")
-    prepare(speaker, device, options.quantize)
+        list(speaker.generate([speaker.tokenizer.bos_id], Sampling(max=2)))
     if sys.stdout.isatty() and options.prompt is None:
         print(f"已载入 {path}。输入 /help 看命令，Ctrl-D 离开。")
     return options, speaker

@@ -102,7 +102,7 @@ def test_a_small_model_says_nearly_the_same(quantize):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["none", "bf16", "int8"])
-def test_compiled_generation_equals_eager(quantize):
+def test_compiled_generation_equals_eager(quantize, capfd):
     """编译只是快：fp32 的贪心输出一个编号也不差，存得小的打分几乎相同。
 
     同一个进程里，矩阵存法不同的第二个模型也不会误用第一个编译好的代码。
@@ -118,10 +118,11 @@ def test_compiled_generation_equals_eager(quantize):
                 speaker._next(context[:-1], 0)
             a, b = (s._next(context, len(ids) - 1) for s in (eager, compiled))
         assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.9995
+    assert "失败" not in capfd.readouterr().err  # 编译失败会改走不编译的，那就什么也没有检验
 
 
 @pytest.mark.slow
-def test_a_second_int8_model_does_not_speak_with_the_first_ones_matrices():
+def test_a_second_int8_model_does_not_speak_with_the_first_ones_matrices(capfd):
     """编译 int8 时矩阵是常数，写在编译好的代码里；形状相同的另一个模型要有自己的一份。"""
     ids = torch.tensor(list(range(1000, 1010)))
     for seed in (0, 1):
@@ -131,3 +132,4 @@ def test_a_second_int8_model_does_not_speak_with_the_first_ones_matrices():
                 speaker._next(ids[:-1], 0)
             a, b = (s._next(ids, len(ids) - 1) for s in pair)
         assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.9995
+    assert "失败" not in capfd.readouterr().err  # 编译失败会改走不编译的，那就什么也没有检验

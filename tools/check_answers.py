@@ -14,7 +14,7 @@ from pathlib import Path
 import idioms
 from config import Config, UserError, help_text, option, parse_flags, run_script
 from dataset import is_held_out
-from generate import Sampling, load_for_chat, prepare
+from generate import Sampling, load_for_chat
 from readers import ReadLog
 from training import Device
 
@@ -45,8 +45,7 @@ def main() -> None:
         problems.append(f"--n 必须是正数，得到的是 {options.n}")
     if problems:
         raise UserError("；".join(problems))
-    device = Device(Config(compile=False))
-    speaker = prepare(load_for_chat(Path(options.checkpoint), device), device)
+    speaker = load_for_chat(Path(options.checkpoint), Device(Config(compile=False)))
     if speaker.stage != "sft":
         raise UserError(f"{options.checkpoint} 还没有微调过；请先运行 python sft_train.py")
     tokenizer, fraction = speaker.tokenizer, speaker.config.val_fraction

@@ -293,8 +293,10 @@ def speaker(preset: str, dtype: str, compiled: bool, quantize: str) -> Speaker:
     device = Device(config)
     made = make_speaker(random_model(config).to(device.torch), config, Tokenizer(), "pretrain")
     made.banned = made.banned[:0]  # 对照的那一方没有禁用的编号
+    made = prepare_speaker(made, device, quantize)
     with compiled_or_error(device):
-        return prepare_speaker(made, device, quantize)
+        list(made.generate(PROMPT, Sampling(temp=0, penalty=1, max=8)))
+    return made
 
 
 def decode(preset: str, n: int, dtype: str, compiled: bool, quantize: str) -> Callable[[], list]:
