@@ -229,8 +229,6 @@ def prepare(speaker: Speaker, device: Device, quantize: str = "none") -> Speaker
     if quantize != "none" or (device.compile and device.torch.type == "cpu"):
         speaker.head = compact(model, STORED.get(quantize, device.dtype))
     if device.compile:
-        from torch._inductor import config as inductor  # 只在编译时要，导入它不便宜
-
         for buffer in (*speaker.cache.keys, *speaker.cache.values):
             torch._dynamo.mark_static_address(buffer)  # 地址不变，CUDA 图才能直接写进去
         options = {
@@ -246,8 +244,12 @@ def prepare(speaker: Speaker, device: Device, quantize: str = "none") -> Speaker
             # 常数写进了编译好的代码：不能误用另一个模型的，也不能误用磁盘上存着的、旧检查点的。
             options |= {"fx_graph_cache": False}
         step = FunctionType(next_logits.__code__.replace(), next_logits.__globals__)
-        compiled = compile_if_possible(step, device, **options)
-        speaker.step = inductor.patch(freezing=frozen)(compiled)
+        speaker.step = compile_if_possible(step, device, **options)
+        if frozen:
+            from torch._inductor import config as inductor  # 导入它要一两秒
+
+            # 写在上面的 options 里不够：读 Python 代码的那一步看不见它们。
+            speaker.step = inductor.patch(freezing=True)(speaker.step)
     return speaker
 
 

@@ -69,7 +69,7 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
         for note in device.notes:
             notify(f"（{note}）")
     if device.compile:
-        notify("（正在编译：第一次半分钟到一分钟，以后几秒……）")
+        notify("（正在编译：第一次半分钟到一分钟，以后快些……）")
         list(speaker.generate([speaker.tokenizer.bos_id], Sampling(max=2)))
     if sys.stdout.isatty() and options.prompt is None:
         print(f"已载入 {path}。输入 /help 看命令，Ctrl-D 离开。")
