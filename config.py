@@ -142,7 +142,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "deep": dict(  # 瘦高
         dim=512, n_layers=24, n_heads=8, n_kv_heads=2, hidden_dim=1664, max_len=1024,
-        batch_size=16, seq_len=512, grad_accum=2, lr=0.01, muon_momentum=0.95,
+        batch_size=16, seq_len=512, grad_accum=2, lr=0.005, muon_momentum=0.95,
         isolate_documents=False,
     ),
 }  # fmt: skip
