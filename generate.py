@@ -241,8 +241,8 @@ def prepare(speaker: Speaker, device: Device, quantize: str = "none") -> Speaker
         frozen = x86 and quantize == "int8"
         if frozen:
             options |= {"max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP"}
-            # 常数写进了编译好的代码：不能误用另一个模型的，也不能误用磁盘上存着的、旧检查点的。
-            options |= {"fx_graph_cache": False}
+            options |= {"fx_graph_cache": False}  # 磁盘上存着的代码里，可能是旧检查点的矩阵
+        # 常数写进编译好的代码，所以每个模型要有自己的一份函数，不与别的模型合用编译的结果。
         step = FunctionType(next_logits.__code__.replace(), next_logits.__globals__)
         speaker.step = compile_if_possible(step, device, **options)
         if frozen:

@@ -241,10 +241,11 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):
 def test_a_failing_compiler_falls_back_to_plain_execution(monkeypatch, capsys, tmp_path):
     """有编译器却编译不成（例如缺少头文件）：真的让它失败一次。"""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # 不用上次编译好的
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/bin/false",))
     device = Device(Config(device="cpu"))
     device.compile = True
-    found = compile_if_possible(lambda x: (x * 3).sin() + 1, device)(torch.zeros(64))
+    # 不用 monkeypatch：它把这一项设回去之后，同一个进程里就再也编译不成了。
+    with torch._inductor.config.patch({"cpp.cxx": ("/bin/false",)}):
+        found = compile_if_possible(lambda x: (x * 3).sin() + 1, device)(torch.zeros(64))
     assert found.tolist() == [1.0] * 64
     assert "改为不编译" in capsys.readouterr().err
     assert not device.compile
