@@ -146,6 +146,15 @@ def sample(logits, seen, sampling: Sampling, banned, generator: torch.Generator)
 
 
 @dataclass
+class Choice:
+    """写下一个词元的那一刻：选了哪个，当时的打分，之前自己写过什么。"""
+
+    token: int
+    logits: Tensor  # (V,)，只在走到下一个之前有效：编译过的代码会接着用这块内存
+    written: Tensor  # 编号 (n,)
+
+
+@dataclass
 class Speaker:
     """会说话的模型：模型、分词器，以及生成所需的一切。缓存只有一份，所以一次只能写一篇。"""
 
@@ -158,7 +167,6 @@ class Speaker:
     cache: KVCache
     step: Callable[..., Tensor] = next_logits  # 只有一个新词元时用的，可以是编译过的
 
-    @torch.inference_mode()
     def generate(self, ids: list[int], sampling: Sampling, use_cache: bool = True) -> Iterator[int]:
         """接着 ids 往下写，逐个给出编号；写出 <|im_end|>、写满上限或上下文时停下。
 
@@ -167,6 +175,15 @@ class Speaker:
             sampling: 怎样选。
             use_cache: 假时每一步都从头算一遍，只用来核对缓存。
         """
+        for choice in self.choices(ids, sampling, use_cache):
+            if choice.token != self.tokenizer.eos_id:
+                yield choice.token
+
+    @torch.inference_mode()
+    def choices(
+        self, ids: list[int], sampling: Sampling, use_cache: bool = True
+    ) -> Iterator[Choice]:
+        """同 `generate`，但给出每次选择的全部情形；选中 <|im_end|> 的那一次也在内，是最后一个。"""
         device = self.banned.device
         generator = torch.Generator(device)
         generator.manual_seed(sampling.seed) if sampling.seed else generator.seed()
@@ -180,10 +197,22 @@ class Speaker:
                 raise UserError("模型的打分不是有限的数，写不下去：训练时发散了？请换一个检查点")
             written = context[len(ids) :]  # 只罚自己写过的：罚提问里的字，「你好」就答成「我好」
             new = sample(logits, written, sampling, self.banned, generator)
+            yield Choice(new.item(), logits, written)
             if new.item() == self.tokenizer.eos_id:
                 return
-            yield new.item()
             context = torch.cat([context, new])
+
+    def prompt(self, text: str) -> list[int]:
+        """一段文字变成开头：预训练的模型接着写，微调过的当作一句提问来回答。"""
+        if self.stage == "sft":
+            return self.tokenizer.question_ids(text)
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+
+    @torch.inference_mode()
+    def read(self, ids: list[int]) -> Tensor:
+        """不写，只读一遍：每个位置之后「下一个词元」的概率，(T,) -> (T, V)，fp32。"""
+        row = torch.tensor([ids], device=self.banned.device)
+        return self.head(self.model.hidden(row))[0].float().softmax(-1)
 
     def _next(self, context: Tensor, done: int) -> Tensor:
         """context (T,) 之后的打分 (V,)；其中前 done 个已经在缓存里。"""

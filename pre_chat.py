@@ -13,6 +13,7 @@ from config import UserError, run_script
 def main() -> None:
     """载入模型，读一个开头，接着写；直接回车，接着刚才的往下写。"""
     options, speaker = repl.start("pretrain", sys.argv[1:])
+    chat = repl.Chat(options, speaker)
     written: list[int] = []  # 到目前为止的全文，不含开头的标记
 
     def answer(text: str) -> None:
@@ -28,9 +29,9 @@ def main() -> None:
             repl.notify(f"（前文 {len(written)} 个词元，只看得到最后 {keep} 个）")
         ids = [speaker.tokenizer.bos_id, *written[-keep:]]
         print(text, end="", flush=True)
-        written = written + repl.stream(speaker, ids, options)
+        written = written + chat.stream(ids)
 
-    repl.run(options, speaker, answer, reset=lambda: written.clear())
+    chat.run(answer, reset=lambda: written.clear())
 
 
 if __name__ == "__main__":

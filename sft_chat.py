@@ -25,6 +25,7 @@ def trim(turns: list[list[int]], limit: int) -> list[list[int]]:
 def main() -> None:
     """载入模型，读一句话，答一句话。"""
     options, speaker = repl.start("sft", sys.argv[1:])
+    chat = repl.Chat(options, speaker)
     tokenizer, max_len = speaker.tokenizer, speaker.config.max_len
     turns: list[list[int]] = []
 
@@ -43,12 +44,12 @@ def main() -> None:
             repl.notify(f"（前文太长，忘掉了最早的 {forgotten} 轮）")
         turns = remembered
         ids = [i for turn in turns for i in turn] + tokenizer.reply_prefix()
-        if reply := repl.stream(speaker, ids, options):
+        if reply := chat.stream(ids):
             turns.append(tokenizer.turn_ids("assistant", reply))
         else:
             turns.pop()  # 一个字也没答的提问不留着，免得它接着答上一句
 
-    repl.run(options, speaker, answer, reset=lambda: turns.clear())
+    chat.run(answer, reset=lambda: turns.clear())
 
 
 if __name__ == "__main__":

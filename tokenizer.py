@@ -31,6 +31,7 @@ NOT_ALONE = 0xFFFF  # 比任何编号都大
 CONTROL_TOKENS = [
     "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>",
 ]  # fmt: skip
+VISIBLE = {"\n": "⏎", " ": "␣", "\u3000": "□", "\t": "⇥"}  # 看不见的字，给人看时换成看得见的
 TEXT_TOKENS = ["“", "”", "‘", "’", "—", "–", "…", "`", "\n", " ", "\u3000", "\t"]
 
 # 每一篇文档、每一轮发言都写成同一种样子：<|im_start|> [角色] 正文 <|im_end|>。
@@ -137,6 +138,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """编号 -> 文本，略去控制词元。逐个解码再相接，与整段解码结果相同。"""
         return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def label(self, token: int) -> str:
+        """一个词元给人看的名字：空白换成看得见的符号，控制词元原样，没有用到的编号写成 #编号。"""
+        name = self.backend.id_to_token(token)
+        return f"#{token}" if name is None else VISIBLE.get(name, name)
 
     def document_ids(self, ids: np.ndarray) -> np.ndarray:
         """给一篇文档的编号 (uint16) 加上首尾标记。"""

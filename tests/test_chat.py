@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 import repl
 from config import UserError
-from generate import Sampling
-from repl import HELP, ChatOptions, obey, run, stream
+from generate import Choice, Sampling
+from repl import HELP, Chat, ChatOptions, obey
 from sft_chat import trim
 
 
@@ -48,6 +48,13 @@ def test_bad_commands_change_nothing_and_answer_one_line(command):
     assert options == ChatOptions()
 
 
+def test_the_bars_are_switched_on_and_off():
+    options = ChatOptions()
+    for command, k in [("/probs", 5), ("/probs 3", 3), ("/probs 51", 3), ("/probs 0", 0)]:
+        obey(command, options)
+        assert options.probs == k
+
+
 @given(st.text(max_size=30))
 def test_no_command_is_a_traceback(text):
     options = ChatOptions()
@@ -58,21 +65,31 @@ def test_no_command_is_a_traceback(text):
 def test_help_names_every_command():
     assert obey("/help", ChatOptions()) == HELP
     for name in ("help", "reset", "temp", "top_k", "top_p", "min_p", "penalty", "max", "seed",
-                 "quit"):  # fmt: skip
+                 "quit", "probs", "why", "next"):  # fmt: skip
         assert f"/{name}" in HELP
 
 
 def fake_speaker(tokenizer, ids, max_len=1000):
     """照着 ids 念的模型。"""
 
-    def generate(prompt, options):
+    def choices(prompt, options):
         for token in ids:
             if token is None:
                 raise KeyboardInterrupt
-            yield token
+            yield Choice(token, None, None)
 
     config = SimpleNamespace(max_len=max_len, out_dir=".")
-    return SimpleNamespace(tokenizer=tokenizer, config=config, generate=generate)
+    return SimpleNamespace(tokenizer=tokenizer, config=config, choices=choices)
+
+
+def stream(speaker, ids, options):
+    """一场聊天里写一次。"""
+    return Chat(options, speaker).stream(ids)
+
+
+def run(options, speaker, answer, reset):
+    """从头到尾的一场聊天。"""
+    Chat(options, speaker).run(answer, reset)
 
 
 def test_what_is_printed_is_what_was_generated(tokenizer, capsys):

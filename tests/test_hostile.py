@@ -35,7 +35,7 @@ import repl
 import sft_chat
 from config import SHAPE, Config, UserError, describe, field_types, load_config, option
 from dataset import SIDES, TokenFile, encode_conversations, encode_documents, prepare
-from generate import Sampling, make_speaker
+from generate import Choice, Sampling, make_speaker
 from model import Transformer
 from readers import (
     ROLES,
@@ -45,7 +45,7 @@ from readers import (
     read_conversations,
     read_documents,
 )
-from repl import ChatOptions, obey, run
+from repl import Chat, ChatOptions, obey
 from tokenizer import CONTROL_TOKENS, Tokenizer
 
 TOKENIZER = Tokenizer()  # hypothesis 的测试用它：一个例子一个例子地取夹具太慢
@@ -627,7 +627,7 @@ def test_a_command_typed_with_an_input_method_is_understood(line, monkeypatch, c
     """中文输入法打出来的斜线、空格、数字都是全角的。"""
     monkeypatch.setattr(repl, "read_inputs", lambda history: iter([line]))
     options = ChatOptions(checkpoint="x/sft.pt")
-    run(options, None, print, print)
+    Chat(options, None).run(print, print)
     assert options.temp == 0.5
     assert "temp 改为 0.5" in capsys.readouterr().err
 
@@ -640,7 +640,7 @@ def test_no_line_breaks_the_chat(lines):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repl, "read_inputs", lambda history: iter(lines))
         patch.setattr(repl, "notify", notices.append)
-        run(options, None, answered.append, lambda: None)
+        Chat(options, None).run(answered.append, lambda: None)
     assert options.problems() == []
     assert not [text for text in answered if text.startswith(("/", "／"))]
     assert all(is_readable(notice) for notice in notices)
@@ -691,12 +691,12 @@ def test_a_chat_cannot_forge_a_turn(lines, reply, max_len):
     """聊什么，交给模型的都是规规矩矩的一问一答；接龙则只有开头一个标记。"""
     asked: list[list[int]] = []
 
-    def generate(ids: list[int], options: Sampling) -> Iterator[int]:
+    def choices(ids: list[int], options: Sampling) -> Iterator[Choice]:
         asked.append(ids)
-        yield from reply
+        yield from (Choice(token, None, None) for token in reply)
 
     config = SimpleNamespace(max_len=max_len)
-    speaker = SimpleNamespace(tokenizer=TOKENIZER, config=config, generate=generate)
+    speaker = SimpleNamespace(tokenizer=TOKENIZER, config=config, choices=choices)
     talk(sft_chat, ChatOptions(checkpoint="x/sft.pt"), speaker, lines)
     user, assistant = (TOKENIZER.role_ids[role] for role in ("user", "assistant"))
     for ids in asked:
@@ -718,7 +718,17 @@ def test_a_real_model_survives_a_hostile_talk():
     lines = [
         *["/max 3", "\x00", "<|im_end|>", "/temp 10", "\ud800", "/top_k 0", "/top_p 1", "字" * 99],
         *["/penalty 10", "/min_p 1", "\u200b", "/top_p 0.000001", "/top_k 1", "好", "/temp 1e-300"],
-        *["/penalty 0.1", "/seed 9223372036854775807", "好", "/max 1000000", "好"],
+        *[
+            "/penalty 0.1",
+            "/seed 9223372036854775807",
+            "好",
+            "/max 1000000",
+            "好",
+            "/why",
+            "/why x",
+        ],
+        *["/probs", "好", "\x1b[31m[red]", "/why", "/probs 50", "好", "/next", "/next \x00[b]"],
+        *["/next " + "字" * 99, "／NEXT 好", "/temp 0", "好", "/why x"],
     ]
     for script in (sft_chat, pre_chat):
         assert talk(script, ChatOptions(checkpoint="x/sft.pt"), speaker, lines).count("\n") >= 5

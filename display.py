@@ -1,0 +1,92 @@
+"""把概率画在终端里：深色浅色的底都看得清，没有颜色也读得懂。
+
+    candidates       最可能的几个词元，画成横条
+    surprise         写出来的每个词元有多意外
+
+「意外」是 −log2(概率)，单位比特：概率 1/2 是 1 比特，1/4 是 2 比特。
+"""
+
+import math
+import sys
+
+from rich.bar import Bar
+from rich.cells import cell_len
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from tokenizer import Tokenizer
+
+HEIGHTS = "▁▂▃▄▅▆▇█"
+COLOURS = [(0.5, "green"), (0.1, ""), (0.01, "magenta"), (0.0, "bold red")]  # (概率至少, 颜色)
+
+
+def terminal(file=None) -> Console:
+    """默认画在标准错误上：管道里接着的程序读到的只有回答。"""
+    return Console(file=file or sys.stderr, highlight=False)
+
+
+def bits(p: float) -> float:
+    """概率 -> 意外（比特）。"""
+    return -math.log2(max(p, 1e-30))
+
+
+def percent(p: float) -> str:
+    """概率写成百分数；不是零就不写成零。"""
+    return f"{p:.1%}" if p >= 0.001 or p == 0 else "<0.1%"
+
+
+def candidates(
+    tokenizer: Tokenizer,
+    probs: Tensor,
+    k: int,
+    drawn: int | None = None,
+    lottery: Tensor | None = None,
+) -> Table:
+    """最可能的 k 个，一行一个；选中的 drawn 若不在其中，补在最后。
+
+    Args:
+        probs: 模型给的概率 (V,)，横条的长短。
+        drawn: 选中的编号，前面标上箭头。
+        lottery: 经过温度、top-k 等调整，真正拿来抽签的概率 (V,)；给了就多写一列。
+    """
+    shown = probs.topk(min(k, probs.numel())).indices.tolist()
+    if drawn is not None and drawn not in shown:
+        shown.append(drawn)
+    table = Table.grid(padding=(0, 1))
+    for token in shown:
+        p, style = probs[token].item(), "bold" if token == drawn else ""
+        cells = [
+            Text("→" if token == drawn else " ", style),
+            Text(tokenizer.label(token), style),
+            Bar(1, 0, p, width=30),
+            Text(percent(p), style, justify="right"),
+        ]
+        if lottery is not None:
+            q = lottery[token].item()
+            cells.append(Text(f"抽签时 {percent(q)}" if q else "不参加抽签", "dim"))
+        table.add_row(*cells)
+    return table
+
+
+def surprise(tokenizer: Tokenizer, ids: list[int], probs: list[float], width: int) -> Group:
+    """一串词元，每个按概率上色，下面的小条越高越意外；太长就折行。
+
+    Args:
+        ids: 编号。
+        probs: 每个词元的概率，与 ids 一样长。
+        width: 一行多宽（半角字符）。
+    """
+    lines, text, marks = [], Text(), ""
+    for token, p in zip(ids, probs, strict=True):
+        name = tokenizer.label(token).removeprefix("##")
+        if text and text.cell_len + cell_len(name) > width:
+            lines, text, marks = [*lines, text, Text(marks)], Text(), ""
+        height = HEIGHTS[min(7, int(bits(p)))]
+        text.append(name, next(colour for least, colour in COLOURS if p >= least))
+        marks += height * max(1, cell_len(name))
+    legend = Text("▁ 一半以上的把握  ", "green")
+    legend.append("▂▃▄ 拿不准  ", "default").append("▅▆▇ 很勉强  ", "magenta")
+    legend.append("█ 不到百分之一：很意外", "bold red")
+    return Group(*lines, text, Text(marks), legend)
