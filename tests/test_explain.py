@@ -1,0 +1,121 @@
+"""tools.explain：网页自成一体，里面的数就是模型的数，什么文字都看得了。"""
+
+import json
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripts import run
+
+from config import Config, UserError
+from generate import make_speaker
+from model import Transformer
+from tokenizer import Tokenizer
+from tools import explain
+
+TOKENIZER = Tokenizer()
+SHAPE = Config(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=32, max_len=80)
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    """没训练过、但每层都真的做事的小模型。"""
+    torch.manual_seed(0)
+    model = Transformer(SHAPE).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return make_speaker(model, SHAPE, TOKENIZER, "pretrain")
+
+
+def data_of(html: str) -> dict:
+    """网页里的数据。"""
+    return json.loads(re.search(r"^const F = (.*);$", html, re.M)[1])
+
+
+def test_the_page_says_what_the_model_says(speaker):
+    ids = speaker.prompt("守株待兔")
+    facts = data_of(explain.page(explain.examine(speaker, ids), 2))
+    probs = speaker.model(torch.tensor([ids]))[0].softmax(-1)
+    assert (facts["at"], facts["ids"], facts["tokens"][1:]) == (2, ids, list("守株待兔"))
+    for t, best in enumerate(facts["next"]):
+        value, token = probs[t].max(0)
+        assert best[0] == [TOKENIZER.label(token.item()), pytest.approx(value.item(), rel=1e-5)]
+        assert facts["lens"][-1][t] == best[:3]
+    for t, token in enumerate(ids[1:]):
+        assert facts["target_p"][t] == pytest.approx(probs[t, token].item(), rel=1e-4)
+        assert facts["lens_target_p"][-1][t] == facts["target_p"][t]
+    assert facts["targets"][-1] == facts["next"][-1][0][0]
+    assert facts["without"][1][0] is None and facts["without"][0][0] is None
+    assert facts["without"][1][1] == pytest.approx(probs[0, ids[2]].item(), rel=1e-3)
+    assert facts["total_params"] == sum(p.numel() for p in speaker.model.parameters())
+
+
+def test_attention_survives_the_packing(speaker):
+    ids = speaker.prompt("守株待兔守株待兔")
+    facts = explain.examine(speaker, ids)
+    exact = explain.look(speaker.model, ids).attention.numpy()
+    assert abs(explain.unpacked(facts) - exact).max() <= 0.5 / 65535 + 1e-7
+
+
+def test_the_page_needs_no_network(speaker):
+    html = explain.page(explain.examine(speaker, speaker.prompt("守")), 0)
+    assert not re.findall(r"https?:|//[a-z]+\.|@import|url\(|<link|src=", html)
+    assert "/*DATA*/" not in html
+
+
+@given(st.text(max_size=20).map(lambda s: s.encode("utf-8", "replace").decode()))
+@settings(max_examples=25)
+def test_any_text_makes_a_sound_page(speaker, text):
+    ids = speaker.prompt(text + "</script><!--")[: SHAPE.max_len]
+    facts = explain.examine(speaker, ids)
+    html = explain.page(facts, len(ids) - 1)
+    assert html.count("</script>") == 1 and "<!--" not in html
+    assert data_of(html)["ids"] == ids
+
+
+def test_it_runs_as_in_the_readme(trained):
+    folder, *_ = trained
+    out, _ = run(folder, "tools.explain", "守株待兔：", "--write", "5")
+    for title in ("编号", "猜下一个", "少一个词元", "读到某一层", "哪个", "多长", "运算量"):
+        assert title in out
+    html = (folder / "out/explain.html").read_text(encoding="utf-8")
+    assert data_of(html)["stage"] == "sft"  # 两个都有，用微调过的
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "请先写要看的文字"),
+        (["--write", "5"], "请先写要看的文字"),
+        (["  "], "请先写要看的文字"),
+        (["你好", "--wrte", "5"], "最接近的是 --write"),
+        (["你好", "--write", "-1"], "不能是负数"),
+        (["你好", "--most", "0"], "至少是 1"),
+        (["你好", "--device", "tpu"], "device 只能是"),
+        (["你好", "再见"], "多余的参数"),
+    ],
+)
+def test_mistakes_are_one_sentence(argv, sentence):
+    with pytest.raises(UserError, match=sentence):
+        explain.read_arguments(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["字" * 600], "最多看"),
+        (["你好", "--at", "99"], "--at 要在 1 与"),
+        (["你好", "--checkpoint", "没有.pt"], "找不到"),
+    ],
+)
+def test_what_does_not_fit_is_said(argv, sentence, trained):
+    folder, *_ = trained
+    _, err = run(folder, "tools.explain", *argv, code=2)
+    assert sentence in err and err.count("\n") == 1
+
+
+def test_no_model_yet(tmp_path):
+    _, err = run(tmp_path, "tools.explain", "你好", code=2)
+    assert "还没有模型" in err and "pre_train.py" in err
