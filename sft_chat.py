@@ -8,6 +8,7 @@ import sys
 
 import repl
 from config import UserError, run_script
+from generate import Speaker
 
 
 def trim(turns: list[list[int]], limit: int) -> list[list[int]]:
@@ -22,11 +23,26 @@ def trim(turns: list[list[int]], limit: int) -> list[list[int]]:
     return turns
 
 
+def ask(speaker: Speaker, turns: list[list[int]], text: str) -> tuple[list[list[int]], list[int]]:
+    """在前几轮之后提问：返回放得下的各轮（最后是这一问），以及交给模型的编号。
+
+    Raises:
+        UserError: 这句话太长，放不下。
+    """
+    tokenizer = speaker.tokenizer
+    question = tokenizer.turn_ids("user", tokenizer.encode(text))
+    # 至少空出四分之一的上下文给回答。
+    limit = speaker.config.max_len * 3 // 4 - len(tokenizer.reply_prefix())
+    if len(question) > limit:
+        raise UserError(f"这句话有 {len(question)} 个词元，最多 {limit} 个；请说短一些")
+    turns = trim([*turns, question], limit)
+    return turns, [i for turn in turns for i in turn] + tokenizer.reply_prefix()
+
+
 def main() -> None:
     """载入模型，读一句话，答一句话。"""
     options, speaker = repl.start("sft", sys.argv[1:])
     chat = repl.Chat(options, speaker)
-    tokenizer, max_len = speaker.tokenizer, speaker.config.max_len
     turns: list[list[int]] = []
 
     def answer(text: str) -> None:
@@ -34,18 +50,12 @@ def main() -> None:
         nonlocal turns
         if not text.strip():
             return
-        question = tokenizer.turn_ids("user", tokenizer.encode(text))
-        # 至少空出四分之一的上下文给回答。
-        limit = max_len * 3 // 4 - len(tokenizer.reply_prefix())
-        if len(question) > limit:
-            raise UserError(f"这句话有 {len(question)} 个词元，最多 {limit} 个；请说短一些")
-        remembered = trim([*turns, question], limit)
+        remembered, ids = ask(speaker, turns, text)
         if forgotten := (len(turns) + 1 - len(remembered)) // 2:
             repl.notify(f"（前文太长，忘掉了最早的 {forgotten} 轮）")
         turns = remembered
-        ids = [i for turn in turns for i in turn] + tokenizer.reply_prefix()
         if reply := chat.stream(ids):
-            turns.append(tokenizer.turn_ids("assistant", reply))
+            turns.append(speaker.tokenizer.turn_ids("assistant", reply))
         else:
             turns.pop()  # 一个字也没答的提问不留着，免得它接着答上一句
 

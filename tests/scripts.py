@@ -24,7 +24,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
 def run(folder, script, *args, stdin="", code=0, launcher=(), env=None):
-    """在 folder 里运行一个脚本，或 tools 里的一个程序（写成 tools.名字）；返回 (stdout, stderr)。"""
+    """在 folder 里运行脚本，或 tools 里的程序（写成 tools.名字）；返回 (stdout, stderr)。"""
     program = [str(REPO / script)] if script.endswith(".py") else ["-m", script]
     env = {**ENVIRONMENT, "PYTHONPATH": str(REPO), **(env or {})}
     result = subprocess.run(
