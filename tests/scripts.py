@@ -23,12 +23,16 @@ TWO_THREADS = {"OMP_NUM_THREADS": "2"}
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
+def command(script: str) -> list[str]:
+    """一个脚本，或 tools 里的一个程序（写成 tools.名字）。"""
+    return [str(REPO / script)] if script.endswith(".py") else ["-m", script]
+
+
 def run(folder, script, *args, stdin="", code=0, launcher=(), env=None):
-    """在 folder 里运行脚本，或 tools 里的程序（写成 tools.名字）；返回 (stdout, stderr)。"""
-    program = [str(REPO / script)] if script.endswith(".py") else ["-m", script]
+    """在 folder 里运行一个程序；返回 (stdout, stderr)。"""
     env = {**ENVIRONMENT, "PYTHONPATH": str(REPO), **(env or {})}
     result = subprocess.run(
-        [sys.executable, *launcher, *program, *args], env=env,
+        [sys.executable, *launcher, *command(script), *args], env=env,
         cwd=folder, input=stdin, capture_output=True, encoding="utf-8", timeout=170,
     )  # fmt: skip
     assert result.returncode == code, result.stdout + result.stderr
@@ -49,8 +53,8 @@ class Running:
         self.log = Path(folder) / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, str(REPO / script), *args],
-                env={**ENVIRONMENT, **(env or {})}, cwd=folder,
+                [sys.executable, *launcher, *command(script), *args],
+                env={**ENVIRONMENT, "PYTHONPATH": str(REPO), **(env or {})}, cwd=folder,
                 stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 start_new_session=True, preexec_fn=listen_to_ctrl_c,
             )  # fmt: skip

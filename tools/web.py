@@ -177,9 +177,9 @@ def chat_tab(gr, model) -> None:
             notice = gr.HTML(status(""))
             text = gr.Textbox(label="你说", lines=2, placeholder="例如：画蛇添足是什么意思？")
             with gr.Row():
-                send = gr.Button("发送", variant="primary")
-                stop = gr.Button("停止")
-                clear = gr.Button("重新开始")
+                send = gr.Button("发送", variant="primary", min_width=80)
+                stop = gr.Button("停止", min_width=80)
+                clear = gr.Button("重新开始", min_width=80)
             controls = sampling_controls(gr)
         with gr.Column(scale=3, min_width=320):
             gr.Markdown("### 显微镜：最后一次回答的里面")
@@ -231,8 +231,8 @@ def step_tab(gr, model) -> None:
     notice = gr.HTML(status("按「从这里开始」。"))
     gr.Markdown("**候选**（百分数是模型给的概率；括号里是经过温度、top-k、top-p 之后抽签的概率）")
     with gr.Row():
-        draw = gr.Button("让它抽一个")
-        undo = gr.Button("退一步")
+        draw = gr.Button("让它抽一个", min_width=120)
+        undo = gr.Button("退一步", min_width=120)
     buttons = [gr.Button("", visible=False, elem_classes="candidate") for _ in range(N_CANDIDATES)]
     controls = sampling_controls(gr)
 
@@ -313,7 +313,7 @@ def begun(ids: list[int]) -> None:
 def face(name: str, p: float, q: float) -> str:
     """一个候选按钮上的字：名字、横条、概率。"""
     p_words, q_words = (f"{percent(x):\u2007>6}" for x in (p, q))  # 与数字同宽的空格：对得齐
-    return f"{p_words}　{name}　（抽签 {q_words}）　{'█' * round(24 * p) or '▏'}"
+    return f"{p_words}　{name}　（抽签 {q_words}）　{'█' * round(12 * p) or '▏'}"
 
 
 # ---------- 3. 比较 ----------

@@ -1,0 +1,360 @@
+"""网页：在真的浏览器里走一遍；背后的每个数与直接计算相同。
+
+浏览器是系统里的 chromium（Debian 的 chromium 包），由 Playwright 驱动；不让它联网。
+"""
+
+import re
+import shutil
+import socket
+import threading
+
+import pytest
+import torch
+from scripts import Running, run
+
+from config import Config, UserError
+from display import percent
+from generate import Sampling, make_speaker
+from model import Transformer
+from tokenizer import Tokenizer
+from tools import web_actions as actions
+
+TOKENIZER = Tokenizer()
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update"]  # fmt: skip
+
+
+# ---------- 1. 背后的函数 ----------
+
+
+@pytest.fixture(scope="module", params=["sft", "pretrain"])
+def speaker(request):
+    """没训练过、但每层都真的做事的小模型。"""
+    torch.manual_seed(0)
+    shape = Config(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=32, max_len=80)
+    model = Transformer(shape).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return make_speaker(model, shape, TOKENIZER, request.param)
+
+
+def last(iterator):
+    """走到底，返回最后一个。"""
+    *_, final = iterator
+    return final
+
+
+def test_the_page_answers_like_the_chat(speaker):
+    """同样的种子，网页写的与聊天程序写的相同；缓存各用各的。"""
+    sampling = Sampling(seed=5, max=12)
+    turns, ids, new, _ = last(actions.reply(speaker, [], "守株待兔", sampling))
+    assert ids == speaker.prompt("守株待兔")
+    assert new == list(speaker.generate(ids, sampling))
+    if speaker.stage == "sft":
+        assert turns[-1] == TOKENIZER.turn_ids("assistant", new)
+        _, again, *_ = last(actions.reply(speaker, turns, "你好", sampling))
+        assert again == [
+            *ids[: -len(TOKENIZER.reply_prefix())],
+            *turns[-1],
+            *speaker.prompt("你好"),
+        ]
+
+
+def test_two_visitors_do_not_mix(speaker):
+    """两个人交替着写，与各写各的相同；旁边还有人在看显微镜。"""
+    sampling = Sampling(seed=3, max=20)
+    alone = [last(actions.reply(speaker, [], text, sampling)) for text in ("守株待兔", "画蛇添足")]
+    together: dict[str, tuple] = {}
+
+    def visit(text):
+        together[text] = last(actions.reply(speaker, [], text, sampling))
+
+    threads = [threading.Thread(target=visit, args=[text]) for text in ("守株待兔", "画蛇添足")]
+    for thread in threads:
+        thread.start()
+    page = actions.microscope(speaker, speaker.prompt("守株待兔"))
+    for thread in threads:
+        thread.join()
+    assert [together["守株待兔"], together["画蛇添足"]] == alone
+    assert page == actions.microscope(speaker, speaker.prompt("守株待兔"))
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "字" * 10_000])
+def test_what_cannot_be_answered_is_one_sentence(speaker, text):
+    with pytest.raises(UserError, match=r"请先写点什么|请说短一些|请短一些"):
+        last(actions.reply(speaker, [], text, Sampling()))
+    if text.strip():
+        with pytest.raises(UserError, match="请短一些"):
+            last(actions.answer_html(speaker, text, Sampling()))
+
+
+def test_candidates_are_the_models(speaker):
+    ids = speaker.prompt("守株待兔")
+    probs = speaker.model(torch.tensor([ids]))[0, -1].softmax(-1)
+    found = actions.candidates(speaker, ids, len(ids), Sampling(temp=0), 10)
+    assert [p for _, _, p, _ in found] == pytest.approx(probs.topk(10).values.tolist(), rel=1e-4)
+    allowed = [(q, token) for token, _, _, q in found]
+    (sure,) = {q for q, _ in allowed if q} or {1.0}  # 温度为零，只有一个会被抽中
+    assert sure == 1.0
+    drawn = actions.draw(speaker, ids, len(ids), Sampling(temp=0))
+    assert drawn == next(speaker.choices(ids, Sampling(temp=0))).token
+
+
+def test_html_escapes_what_the_model_writes(speaker):
+    ids = [*speaker.prompt("x"), *TOKENIZER.encode("<b>&")]
+    shown = actions.tokens_html(speaker, ids, len(ids) - 3)
+    assert "<b>" not in shown and "&lt;" in shown and "&amp;" in shown
+    assert actions.microscope(speaker, ids).count("<iframe") == 1
+    assert actions.microscope(speaker, []) == ""
+
+
+def test_records_and_checkpoints_are_found(trained):
+    folder, *_ = trained
+    found = actions.checkpoints(folder / "out")
+    assert [p.rpartition("/")[2] for p in found] == ["sft.pt", "pretrain.pt"]
+    (pretrain, _sft) = actions.runs(folder / "out")
+    points, samples = actions.curves(pretrain)
+    assert {p["哪一种"] for p in points} == {"训练", "检验"}
+    assert samples[0][0] == 0 and samples[-1][0] == 16
+    assert actions.curves(None) == ([], [])
+
+
+def test_a_new_training_is_noticed(trained, tmp_path):
+    folder, *_ = trained
+    path = tmp_path / "sft.pt"
+    shutil.copy(folder / "out/tiny/sft.pt", path)
+    first = actions.open_model(str(path))
+    assert actions.open_model(str(path)) is first
+    shutil.copy(folder / "out/tiny/pretrain.pt", path)
+    assert actions.open_model(str(path)).stage == "pretrain"
+    path.unlink()
+    with pytest.raises(UserError, match="请刷新这一页"):
+        actions.open_model(str(path))
+    with pytest.raises(UserError, match="还没有模型"):
+        actions.open_model(None)
+
+
+# ---------- 2. 命令行 ----------
+
+
+def test_mistakes_are_one_sentence(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for args, sentence in [
+            (["--port", port], "请用 --port"),
+            (["--port", "0"], "port 要在"),
+            (["--host", "不是地址"], "请用 --port 或 --host"),
+            (["--checkpoint", "没有.pt"], "没有.pt"),
+            (["--prot", "1"], "最接近的是 --port"),
+        ]:
+            _, err = run(tmp_path, "tools.web", *args, code=2)
+            assert sentence in err and err.count("\n") == 1
+
+
+# ---------- 3. 真的浏览器 ----------
+
+
+@pytest.fixture(scope="module")
+def address(trained, tmp_path_factory):
+    """一个开着的网页。"""
+    pytest.importorskip("gradio", reason="没有安装 requirements-web.txt")
+    folder, *_ = trained
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("web")
+    server = Running(log, "tools.web", "--port", str(port), "--out_dir", str(folder / "out"))
+    assert server.until(lambda: "网页开在" in server.text()), server.text()
+    yield f"http://127.0.0.1:{port}"
+    assert server.end(15) == 143
+    assert "Traceback" not in server.text()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """没有窗口的 chromium。"""
+    if CHROMIUM is None:
+        pytest.skip("没有 chromium：apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="没有安装 playwright")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """打开页面；结束时核对没有向外联网，页面里没有程序出错。"""
+    outside, errors, contexts = [], [], []
+
+    def open_page(**more):
+        context = browser.new_context(**more)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+
+        def local_only(route):
+            if route.request.url.startswith((address, "data:", "blob:")):
+                route.continue_()
+            else:
+                outside.append(route.request.url)
+                route.abort()
+
+        page.route("**/*", local_only)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(address)
+        page.wait_for_function("document.querySelector('input[aria-label=\"模型\"]')?.value")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert outside == [] and errors == []
+
+
+def say(page, text):
+    """说一句话。"""
+    page.get_by_label("你说").fill(text)
+    page.get_by_role("button", name="发送").click()
+
+
+def sampling(page, **values):
+    """打开采样的抽屉，改几个数。"""
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    panel.get_by_role("button", name="采样").click()
+    for name, value in values.items():
+        box = panel.get_by_label(f"number input for {name}")
+        box.fill(str(value))
+        box.press("Tab")
+
+
+def microscope_of(page):
+    """显微镜里的页面。"""
+    page.locator("iframe[title^=显微镜]").wait_for()
+    return page.frame_locator("iframe[title^=显微镜]")
+
+
+def test_a_chat_and_its_microscope(visit):
+    page = visit()
+    sampling(page, temp=0, max=5)
+    say(page, "守株待兔")
+    lens = microscope_of(page)
+    assert lens.locator("#tokens button").count() >= 8
+    before = lens.locator("#cell").inner_text()
+    assert re.match(r"第 4 层第 1 头：「.+」看「.+」，占 [\d.<]+%。", before)
+    lens.get_by_role("button", name="第 1 层第 2 头").click()
+    assert lens.locator("#cell").inner_text().startswith("第 1 层第 2 头")
+    lens.locator("#map").focus()
+    page.keyboard.press("ArrowUp")  # 换到上一个词元：所有的图跟着变
+    assert lens.locator("#tokens [aria-pressed=true]").count() == 1
+    assert "它猜下一个是" in lens.locator("#next-title").inner_text()
+    box = lens.locator("#map").bounding_box()
+    page.mouse.move(box["x"] + 80, box["y"] + 85)  # 热图的左上角：第一个词元看自己
+    assert "占 100.0%" in lens.locator("#cell").inner_text()
+    page.get_by_role("button", name="重新开始").click()
+    page.get_by_text("先说一句话。").wait_for()
+
+
+def test_a_stop_keeps_what_was_said(visit):
+    page = visit()
+    sampling(page, temp=2, top_k=0, top_p=1, max=400, penalty=1)
+    say(page, "守株待兔")
+    answer = page.locator("[data-testid=bot]").last
+    page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length > 0")
+    page.get_by_role("button", name="停止").click()
+    lens = microscope_of(page)
+    said = answer.inner_text()
+    page.wait_for_timeout(700)
+    assert answer.inner_text() == said and 0 < len(said) < 400  # 真的停了
+    tokens = [t.partition("\n")[0] for t in lens.locator("#tokens button").all_inner_texts()]
+    assert tokens[-1] in said or tokens[-1].startswith(("#", "⏎", "##"))  # 看的就是停下的那一句
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"), [("", "请先写点什么"), ("字" * 10_000, "请说短一些")]
+)
+def test_empty_and_endless_input(visit, text, sentence):
+    page = visit()
+    say(page, text)
+    page.get_by_text(sentence).wait_for()
+    assert page.get_by_label("你说").input_value() == text  # 写下的还在，可以改
+    assert page.locator("[data-testid=bot]").count() == 0
+
+
+def test_step_by_step(visit):
+    """选一个，抽一个，退一步：写成的就是选的。"""
+    page = visit()
+    page.get_by_role("tab", name="一步一步").click()
+    page.get_by_role("button", name="让它抽一个").click()
+    page.get_by_text("请先按「从这里开始」").wait_for()
+    page.get_by_role("button", name="从这里开始").click()
+    choices = page.locator("button.candidate")
+    choices.nth(9).wait_for()
+    third = choices.nth(2).inner_text().split("　")[1]
+    choices.nth(2).focus()
+    page.keyboard.press("Enter")  # 只用键盘也行
+    page.get_by_text(f"你选了「{third}」").wait_for()
+    written = page.locator(".tokens .written")
+    assert written.all_inner_texts() == [third]
+    page.get_by_role("button", name="让它抽一个").click()
+    page.get_by_text("抽中「").wait_for()
+    assert written.count() == 2
+    page.get_by_role("button", name="退一步").click()
+    page.wait_for_function("document.querySelectorAll('.tokens .written').length === 1")
+    assert written.all_inner_texts() == [third]
+
+
+def test_compare_and_training(visit, trained):
+    page = visit()
+    page.get_by_role("tab", name="比较两个模型").click()
+    sampling(page, max=4)
+    page.get_by_role("button", name="比较", exact=True).click()
+    page.get_by_text("平均每个词元意外").nth(1).wait_for()
+    folder, *_ = trained
+    for table, stage in zip(page.locator("table.bars").all(), ("pretrain", "sft"), strict=True):
+        speaker = actions.open_model(str(folder / f"out/tiny/{stage}.pt"))
+        probs = speaker.read(speaker.prompt("守株待兔是什么意思？"))[-1]
+        assert percent(probs.max().item()) in table.inner_text()
+    page.get_by_role("tab", name="训练的过程").click()
+    page.get_by_text("沿途的样本").wait_for()
+    page.locator("canvas, svg.marks").first.wait_for()
+
+
+def test_two_visitors_at_once(visit):
+    """两个人同时说话，各得各的回答，谁也不用等谁说完。"""
+    pages = [visit(), visit()]
+    for page, text in zip(pages, ("守株待兔", "画蛇添足"), strict=True):
+        sampling(page, temp=2, top_k=0, top_p=1, max=150, penalty=1)
+        page.get_by_label("你说").fill(text)
+    for page in pages:
+        page.get_by_role("button", name="发送").click()
+    for page, text in zip(pages, ("守株待兔", "画蛇添足"), strict=True):
+        tokens = "".join(
+            t.partition("\n")[0]
+            for t in microscope_of(page).locator("#tokens button").all_inner_texts()
+        )
+        assert page.locator("[data-testid=user]").inner_text().strip().startswith(text)
+    assert (
+        pages[0].locator("[data-testid=bot]").inner_text()
+        != pages[1].locator("[data-testid=bot]").inner_text()
+    )
+
+
+def test_a_phone_and_a_screen_reader(visit):
+    """手机那么宽也不必左右滑；说的是中文；每个能操作的都有名字。"""
+    page = visit(viewport={"width": 390, "height": 844}, color_scheme="dark")
+    assert page.evaluate("document.documentElement.lang") == "zh-CN"
+    sampling(page, temp=0, max=5)
+    say(page, "守株待兔")
+    lens = microscope_of(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    width = lens.locator("body").evaluate("document.documentElement.scrollWidth")
+    assert width <= lens.locator("body").evaluate("window.innerWidth")
+    unnamed = page.locator("button:visible, input:visible, textarea:visible").evaluate_all(
+        """all => all.filter(e => !(e.innerText || e.ariaLabel || e.title || e.labels?.length))
+                    .map(e => e.outerHTML)"""
+    )
+    assert unnamed == []
