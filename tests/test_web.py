@@ -251,8 +251,9 @@ def test_a_chat_and_its_microscope(visit):
     page.keyboard.press("ArrowUp")  # 换到上一个词元：所有的图跟着变
     assert lens.locator("#tokens [aria-pressed=true]").count() == 1
     assert "它猜下一个是" in lens.locator("#next-title").inner_text()
-    box = lens.locator("#map").bounding_box()
-    page.mouse.move(box["x"] + 80, box["y"] + 85)  # 热图的左上角：第一个词元看自己
+    start, size = lens.locator("#map").evaluate("[margin, size]")
+    lens.locator("#map").hover(position={"x": start + size / 2, "y": start + size / 2})
+    # 左上角那一格：第一个词元只能看自己
     assert "占 100.0%" in lens.locator("#cell").inner_text()
     page.get_by_role("button", name="重新开始").click()
     page.get_by_text("先说一句话。").wait_for()
@@ -332,10 +333,7 @@ def test_two_visitors_at_once(visit):
     for page in pages:
         page.get_by_role("button", name="发送").click()
     for page, text in zip(pages, ("守株待兔", "画蛇添足"), strict=True):
-        tokens = "".join(
-            t.partition("\n")[0]
-            for t in microscope_of(page).locator("#tokens button").all_inner_texts()
-        )
+        assert microscope_of(page).locator("#tokens button").count() > 20
         assert page.locator("[data-testid=user]").inner_text().strip().startswith(text)
     assert (
         pages[0].locator("[data-testid=bot]").inner_text()

@@ -98,7 +98,9 @@ def build(options: Options):
     import gradio as gr
 
     root = Path(options.out_dir)
-    with gr.Blocks(title="mini-llm：看见它怎样猜", analytics_enabled=False) as demo:
+    with gr.Blocks(
+        title="mini-llm：看见它怎样猜", analytics_enabled=False, fill_width=True
+    ) as demo:
         gr.Markdown("# mini-llm：看见它怎样猜下一个词元")
         model = gr.Dropdown([], label="模型", info="out/ 里的检查点；重新训练过会自动用新的")
         with gr.Tab("聊天与显微镜"):
@@ -313,7 +315,9 @@ def begun(ids: list[int]) -> None:
 def face(name: str, p: float, q: float) -> str:
     """一个候选按钮上的字：名字、横条、概率。"""
     p_words, q_words = (f"{percent(x):\u2007>6}" for x in (p, q))  # 与数字同宽的空格：对得齐
-    return f"{p_words}　{name}　（抽签 {q_words}）　{'█' * round(12 * p) or '▏'}"
+    eighths = round(12 * 8 * p)
+    bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]
+    return f"{p_words}　{name}　（抽签 {q_words}）　{bar}"
 
 
 # ---------- 3. 比较 ----------
