@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 import display
-from config import UserError, help_text, load_config, option, parse_flags, run_script
+from config import UserError, help_text, option, parse_flags, run_script
 from dataset import IGNORE, SFTBatches, encode_conversations, prepare
 from generate import Sampling, Speaker, probabilities
 from idioms import GREETINGS, ask_about, dictionary_file, read_entries
@@ -61,7 +61,7 @@ STYLE = {
 class Options:
     """命令行参数。"""
 
-    checkpoint: str | None = option(None, "预训练的检查点；默认是 pre_train.py 写下的那一个")
+    checkpoint: str = option("out/tiny/pretrain.pt", "预训练的检查点；旁边要有训练的记录")
     folder: str = option("out/lessons", "图写到哪里")
 
 
@@ -92,12 +92,11 @@ class Trained:
 def main() -> None:
     """读命令行，画一张或八张。"""
     names, options = read_arguments(sys.argv[1:])
-    checkpoint = options.checkpoint or Path(load_config("pretrain", [])[0].out_dir) / "pretrain.pt"
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         with matplotlib.rc_context(STYLE), quiet_about_fonts():
-            figure = PICTURES[name](Trained(Path(checkpoint)))
+            figure = PICTURES[name](Trained(Path(options.checkpoint)))
             path = folder / f"lesson-{list(PICTURES).index(name) + 1}.svg"
             figure.savefig(path, metadata={"Date": None})
             plt.close(figure)
