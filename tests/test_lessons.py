@@ -15,13 +15,18 @@ from code import InteractiveConsole
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import pytest
+import torch
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # 直接运行这个文件时
 
-from config import load_config  # noqa: E402
+from config import Config, UserError, load_config  # noqa: E402
+from generate import make_speaker  # noqa: E402
+from model import Transformer  # noqa: E402
 from repl import ChatOptions  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 from tools import draw, explain  # noqa: E402
 
 FOLDER = REPO / "docs" / "lessons"
@@ -273,6 +278,52 @@ def test_pictures_that_need_no_model_are_redrawn_the_same(name, tmp_path, monkey
     drawn, kept = (read(f / f"lesson-{number}.svg") for f in (tmp_path, REPO / "docs/pictures"))
     words = re.compile(r"<text[^>]*>(.*?)</text>", re.S)
     assert words.findall(drawn) == words.findall(kept)  # 位置随字体与版本略有不同
+
+
+class Untrained(draw.Trained):
+    """没训练过的小模型与编出来的记录：形状与 tiny 不同，画图的代码不能只认 tiny。"""
+
+    def speaker(self):
+        torch.manual_seed(0)
+        config = Config(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=32, max_len=64)
+        config.data, config.data_dir = "builtin", str(self.path)
+        model = Transformer(config).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        return make_speaker(model, config, Tokenizer(), "pretrain")
+
+    def metrics(self):
+        check = {"val_loss": 9.0, "val_bpc": 13.0, "sample": "比喻\n出处：《无》"}
+        steps = [
+            {"step": s, "train_loss": 9.0, "lr": 0.01, "grad_norm": 2.0 / s} for s in (1, 2, 3, 4)
+        ]
+        return [{"step": 0} | check, *steps[:3], steps[3] | check]
+
+
+@pytest.mark.parametrize("name", draw.PICTURES)
+def test_any_model_can_be_drawn(name, builtin_config, builtin_pretrain, tmp_path, recwarn):
+    with matplotlib.rc_context(draw.STYLE), draw.quiet_about_fonts():
+        figure = draw.PICTURES[name](Untrained(Path(builtin_config.data_dir)))
+        figure.savefig(tmp_path / "a.svg")
+        draw.plt.close(figure)
+    assert not recwarn.list, [str(w.message) for w in recwarn]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "请先写要画哪一张"),
+        (["atention"], "没有叫 atention 的图；最接近的是 attention"),
+        (["loop", "--folde", "a"], "最接近的是 --folder"),
+        (["loop", "--checkpoint", "none.pt"], "找不到训练的记录"),
+        (["sampling", "--checkpoint", "none.pt"], "找不到检查点 none.pt"),
+    ],
+)
+def test_mistakes_are_explained(argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["draw", *argv])
+    with pytest.raises(UserError, match=re.escape(words)):
+        draw.main()
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class Trained:
         path = self.path.parent / "pretrain" / "metrics.jsonl"
         rows = read_metrics(path)
         if len(rows) < 3:
-            raise UserError(f"找不到训练的记录 {path}；请先运行 python pre_train.py")
+            raise UserError(f"找不到训练的记录 {path}；请先运行 python pre_train.py --preset tiny")
         return rows
 
 
