@@ -1,5 +1,6 @@
 """README 说的都是真的：提到的文件都在，写着的命令都能被程序看懂。"""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import download
 from config import Config, load_config, parse_flags
 from repl import ChatOptions
+from tools import explain, web
 
 REPO = Path(__file__).resolve().parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -20,6 +22,8 @@ COMMANDS = [
     if part.strip().startswith(("python ", "torchrun "))
 ]
 
+SUBJECTS = ["画蛇添足是什么意思？", "train"]  # tools.explain 要看的文字，tools.bench 要测的一节
+
 
 def test_there_are_commands_to_check():
     assert len(COMMANDS) >= 12
@@ -30,10 +34,14 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
 def test_every_command_is_understood(command):
     script, *args = shlex.split(command)
+    problems: list[str] = []
+    if script == "-m" and args[0].startswith("tools."):
+        tool = importlib.import_module(args[0])
+        parse_flags(tool.Options, [a for a in args[1:] if a not in SUBJECTS], problems)
+        assert not problems
     if script == "-m" or "--help" in args:
         return
     assert (REPO / script).is_file()
-    problems: list[str] = []
     if script in ("pre_train.py", "sft_train.py"):
         load_config({"pre_train.py": "pretrain", "sft_train.py": "sft"}[script], args)
     elif script in ("pre_chat.py", "sft_chat.py"):
@@ -48,6 +56,13 @@ def test_every_file_it_names_exists():
     for name in re.findall(r"`([\w./]+\.(?:py|md|txt)|[\w]+/)`", README):
         if not name.startswith("out/"):  # 运行之后才有
             assert (REPO / name).exists(), name
+
+
+def test_every_link_leads_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(links) >= 4
+    for link in links:
+        assert link.startswith("http") or (REPO / link).exists(), link
 
 
 def test_every_program_is_on_the_map():
@@ -70,6 +85,8 @@ def test_every_flag_it_names_exists():
         "help",
         "no_compile",
         "file",
+        *parse_names(explain.Options),
+        *parse_names(web.Options),
     } | torchrun
     for flag in re.findall(r"--([a-z][\w-]*)", README):
         assert flag.replace("-", "_") in known, flag

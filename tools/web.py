@@ -28,8 +28,8 @@ CSS = """
 .tokens span { padding: .1rem .1rem; border-radius: .2rem; }
 .tokens .given { opacity: .65; }
 .bars { width: 100%; border-collapse: collapse; } .bars caption { text-align: left; opacity: .75; }
-.bars th, .bars td { border: 0 !important; padding: .1rem .3rem !important; font-weight: 400; }
-.bars th, .bars .percent { width: 1%; white-space: nowrap; text-align: left; }
+.bars tr, .bars th, .bars td { border: 0 !important; padding: .1rem .3rem !important; }
+.bars th, .bars .percent { width: 1%; white-space: nowrap; text-align: left; font-weight: 400; }
 .bars .bar div { height: .9rem; background: #1d5fbf; border-radius: .15rem; min-width: 1px; }
 .answer { font-size: 1.1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .quiet { opacity: .75; }
