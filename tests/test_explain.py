@@ -75,6 +75,15 @@ def test_any_text_makes_a_sound_page(speaker, text):
     assert data_of(html)["ids"] == ids
 
 
+def test_a_token_cannot_end_the_program(speaker):
+    """词表里若有这样的词元，页面也不会被它截断。"""
+    facts = explain.examine(speaker, speaker.prompt("守株"))
+    facts["tokens"][1] = "</script><!--"
+    html = explain.page(facts, 0)
+    assert html.count("</script>") == 1 and "<!--" not in html
+    assert data_of(html)["tokens"][1] == "</script><!--"
+
+
 def test_it_runs_as_in_the_readme(trained):
     folder, *_ = trained
     out, _ = run(folder, "tools.explain", "守株待兔：", "--write", "5")
