@@ -107,6 +107,11 @@ class Laboratory:
         torch.manual_seed(seed)
         return Transformer(config or self.config).to(self.device.torch)
 
+    def rows_scored(self) -> int:
+        """训练时真正算打分的词元数：没出现过的合用一行（training.SharedRow）。"""
+        shared = share_row(self.build(seed=0), self.train_rows.tokens, newborn=True)
+        return len(shared.rows) if shared else self.config.vocab_size
+
     def train(
         self,
         model: Transformer,
