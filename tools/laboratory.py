@@ -1,6 +1,6 @@
 """实验台：tools/try_*.py 共用的几件事，每个实验的故事在它自己的文件里。
 
-    LabOptions     每个实验都有的命令行参数
+    LabOptions     每个实验都有的命令行参数；DataOptions 是用到语料的
     Laboratory     同样的语料、次序、步数与学习率，训练任何一种改装过的模型
     new_picture    一张空的图；save_picture 把它写成 SVG
     conclude       打印三句话：这一次的数说明了什么
@@ -38,6 +38,12 @@ class LabOptions:
     """每个实验都有的命令行参数。"""
 
     out: str = option("out/lab", "图写在哪个目录")
+
+
+@dataclass
+class DataOptions(LabOptions):
+    """用到语料的实验，另有这些。"""
+
     data_dir: str = option("data", "词元文件放在哪里")
     device: str = option("auto", "设备", choices=("auto", "cuda", "mps", "cpu"))
 
@@ -67,12 +73,33 @@ def read_options(cls: type, program: str):
     return options
 
 
-def settings(options: LabOptions, **changes) -> Config:
+def settings(options: DataOptions, **changes) -> Config:
     """tiny 预设，内置语料，fp32，不编译；changes 是要改的字段。"""
     fixed = {"preset": "tiny", "data": "builtin", "dtype": "float32", "compile": False}
     given = {"data_dir": options.data_dir, "device": options.device}
     flags = [f"--{name}={value}" for name, value in (fixed | given | changes).items()]
     return load_config("pretrain", flags)[0]
+
+
+def default_checkpoint() -> Path:
+    """默认的训练留下的检查点：微调过的，没有就用预训练的。"""
+    sft, pretrain = Path("out/tiny/sft.pt"), Path("out/tiny/pretrain.pt")
+    return pretrain if pretrain.is_file() and not sft.is_file() else sft
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str, as_question: bool, max_len: int) -> list[int]:
+    """一句话的编号，后面就轮到模型写：当作提问，或当作一篇文档的开头。
+
+    Raises:
+        UserError: 是空的，或者长过模型的上下文。
+    """
+    if as_question:
+        ids = tokenizer.question_ids(prompt)
+    else:
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    if not prompt.strip() or len(ids) >= max_len:
+        raise UserError(f"--prompt 要有文字，并且少于 {max_len} 个词元，现在是 {len(ids)} 个")
+    return ids
 
 
 # ---------- 2. 训练 ----------
@@ -163,13 +190,20 @@ class Laboratory:
         c = self.config
         return evaluate(loss_sum, model, self.val_rows, c.batch_size, c.eval_tokens, self.device)
 
+    def frequency_loss(self) -> float:
+        """只会按词频猜的损失：不看前文，每个词元的概率就是它在训练语料里的比例。"""
+        V = self.config.vocab_size
+        counts = 1.0 + np.bincount(self.train_rows.tokens, minlength=V)  # 加一，没见过的也有份
+        logs = np.log(counts / counts.sum())
+        return float(-logs[self.val_rows.tokens].mean())
+
     def write(self, model: Transformer, prompt: str, length: int = 40) -> str:
         """接着 prompt 往下写，每次选最可能的。
 
         每个词元都从头算一遍，不用缓存：缓存假定前文的键与值不因后文而变，改装过的未必如此。
         """
         speaker = make_speaker(model.eval(), self.config, self.tokenizer, "pretrain")
-        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        ids = prompt_ids(self.tokenizer, prompt, False, self.config.max_len)
         greedy = Sampling(temp=0, penalty=1, max=length)
         written = list(speaker.generate(ids, greedy, use_cache=False))
         model.train()

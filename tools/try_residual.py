@@ -27,7 +27,7 @@ from config import Config, option, run_script
 from model import Block, Transformer
 from tools.laboratory import (
     STYLES,
-    LabOptions,
+    DataOptions,
     Laboratory,
     Run,
     conclude,
@@ -47,7 +47,7 @@ VARIANTS = {  # 名字: (有没有残差, 有没有归一)
 
 
 @dataclass
-class Options(LabOptions):
+class Options(DataOptions):
     """命令行参数。"""
 
     layers: int = option(24, "层数", "层")
@@ -183,9 +183,11 @@ def draw(results: dict[str, Result], options: Options):
         axis.set(yscale="log", ylim=(FLOOR, CEILING), xlabel="第几层", title=title)
     note = "底边：0 或更小；顶边：溢出（无穷大或 NaN）"
     before.annotate(note, (0.02, 0.03), xycoords="axes fraction", fontsize=8)
-    loss.set(xlabel="步", ylabel="奈特 / 词元", title="训练损失（五步平均）", ylim=(4, 14))
+    loss.set(
+        xlabel="步", ylabel="奈特 / 词元", title="训练损失（五步平均）", xlim=(0, options.steps + 1)
+    )
     loss.legend(fontsize=9)
-    size.legend(fontsize=9, loc="center left")
+    size.legend(fontsize=9, loc="upper left")
     return figure
 
 
@@ -198,8 +200,15 @@ def describe_gradient(name: str, values: list[float]) -> str:
         zeros = sum(v == 0 for v in values)
         return f"「{name}」有 {zeros} 层的梯度正好是 0"
     ratio = first / last
-    times = f"{ratio:.3g} 倍" if ratio >= 1 else f"1/{1 / ratio:.3g}"
+    times = f"{readable(ratio)} 倍" if ratio >= 1 else f"1/{readable(1 / ratio)}"
     return f"「{name}」第 1 层的梯度是第 {len(values)} 层的 {times}"
+
+
+def readable(number: float) -> str:
+    """两位有效数字；大的数分节，太大的写成 10 的幂。"""
+    if number >= 1e6:
+        return f"10^{math.log10(number):.0f}"
+    return f"{float(f'{number:.2g}'):,g}" if number >= 10 else f"{number:.1f}"
 
 
 def describe_size(name: str, values: list[float]) -> str:
@@ -233,18 +242,26 @@ def main() -> None:
     lab = Laboratory(config)
     results = {name: study(lab, name, options) for name in VARIANTS}
     path = save_picture(draw(results, options), options, "try_residual")
+    conclude(path, sentences(results, options, math.log(config.vocab_size), lab.frequency_loss()))
+
+
+def sentences(
+    results: dict[str, Result], options: Options, know_nothing: float, frequency: float
+) -> list[str]:
+    """三句话；后两个参数是什么也不会与只会按词频猜的损失。"""
+    last = options.steps - 1
     sizes = "，".join(describe_size(n, r.sizes) for n, r in results.items())
-    gradients = "，".join(describe_gradient(n, r.gradients[0]) for n, r in results.items())
+    before = "，".join(describe_gradient(n, r.gradients[0]) for n, r in results.items())
+    after = [
+        describe_gradient(n, r.gradients[last]) for n, r in results.items() if last in r.gradients
+    ]
     losses = "，".join(describe_loss(n, r) for n, r in results.items())
-    conclude(
-        path,
-        [
-            f"练之前，逐层输出的均方根：{sizes}。",
-            f"练之前，梯度传到底：{gradients}。",
-            f"练 {options.steps} 步之后的检验损失（什么也没学到是 "
-            f"{math.log(config.vocab_size):.2f}）：{losses}。",
-        ],
-    )
+    return [
+        f"练之前，逐层输出的均方根：{sizes}。",
+        f"练之前，{before}；第 {options.steps} 步，{'，'.join(after) or '没有一种活着'}。",
+        f"练 {options.steps} 步之后的检验损失（什么也不会是 {know_nothing:.2f}，"
+        f"只会按词频猜是 {frequency:.2f}）：{losses}。",
+    ]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from config import Config, UserError, option, run_script
 from model import Transformer
 from tools.laboratory import (
     STYLES,
-    LabOptions,
+    DataOptions,
     Laboratory,
     Run,
     conclude,
@@ -46,7 +46,7 @@ SEQ_LEN = 128
 
 
 @dataclass
-class Options(LabOptions):
+class Options(DataOptions):
     """命令行参数。"""
 
     seeds: int = option(3, "每种形状练几个种子", "个")
