@@ -46,6 +46,7 @@ class DataOptions(LabOptions):
 
     data_dir: str = option("data", "词元文件放在哪里")
     device: str = option("auto", "设备", choices=("auto", "cuda", "mps", "cpu"))
+    eval_tokens: int = option(32768, "检验时最多用多少词元", "词元")
 
 
 def read_options(cls: type, program: str):
@@ -76,7 +77,8 @@ def read_options(cls: type, program: str):
 def settings(options: DataOptions, **changes) -> Config:
     """tiny 预设，内置语料，fp32，不编译；changes 是要改的字段。"""
     fixed = {"preset": "tiny", "data": "builtin", "dtype": "float32", "compile": False}
-    given = {"data_dir": options.data_dir, "device": options.device}
+    names = ("data_dir", "device", "eval_tokens")
+    given = {name: getattr(options, name) for name in names}
     flags = [f"--{name}={value}" for name, value in (fixed | given | changes).items()]
     return load_config("pretrain", flags)[0]
 

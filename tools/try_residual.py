@@ -236,7 +236,7 @@ def main() -> None:
     options = read_options(Options, "try_residual")
     config = settings(
         options, dim=64, n_layers=options.layers, n_heads=2, n_kv_heads=1, hidden_dim=192,
-        seq_len=128, max_steps=options.steps, eval_tokens=16384,
+        seq_len=128, max_steps=options.steps,
     )  # fmt: skip
     print(f"四种 {options.layers} 层的模型，各练 {options.steps} 步；默认设置约三分钟（两个核）。")
     lab = Laboratory(config)

@@ -48,7 +48,6 @@ class Options(DataOptions):
 
     preset: str = option("tiny", "比 out/预设名 里的两个检查点", choices=("tiny", "wide", "deep"))
     n: int = option(20, "数一数多少个没见过的成语，回答的样子对不对", "个")
-    tokens: int = option(32768, "量损失时，每种文字最多用多少词元", "词元")
     prompt: str = option("画蛇添足是什么意思？", "画下一个词元的分布时，问的是哪一句")
 
 
@@ -90,7 +89,7 @@ def study(speaker: Speaker, device: Device, texts: dict, options: Options) -> Re
     ids = prompt_ids(tokenizer, options.prompt, True, speaker.config.max_len)
     logits = model(torch.tensor([ids], device=device.torch))[0, -1]
     losses = {
-        name: evaluate(loss_sum, model, rows, 8, options.tokens, device)
+        name: evaluate(loss_sum, model, rows, 8, options.eval_tokens, device)
         for name, rows in texts.items()
     }
     entries = unseen_entries(options.n, speaker.config.val_fraction)
@@ -103,38 +102,40 @@ def study(speaker: Speaker, device: Device, texts: dict, options: Options) -> Re
 
 def draw(results: dict[str, Result], tokens: dict[int, str], options: Options):
     """上：同一个提问之后的分布；下：给两种文字的概率，样子对的回答。"""
-    figure, ((before, after), (given, right)) = new_picture(
-        "微调之后，多了什么，忘了什么", 2, 2, (11, 7.2)
+    figure, (distributions, (given, right)) = new_picture(
+        "微调之后，多了什么，忘了什么", 2, 2, (11, 7)
     )
-    for axis, (stage, result), style in zip((before, after), results.items(), STYLES, strict=False):
+    top = max(r.next_probs.max().item() for r in results.values())
+    for axis, (stage, result), style in zip(distributions, results.items(), STYLES, strict=False):
         heights = [result.next_probs[i].item() for i in tokens]
         axis.bar(range(len(tokens)), heights, color=style["color"])
-        axis.set_xticks(range(len(tokens)), tokens.values())
-        axis.set(ylim=(0, 1), ylabel="概率")
+        axis.set_xticks(range(len(tokens)), tokens.values(), fontsize=9)
+        axis.set(ylim=(0, min(1, 1.15 * top)), ylabel="概率")
         axis.set_title(f"{STAGES[stage]}：问「{options.prompt}」，下一个词元", fontsize=10)
         axis.grid(axis="x", visible=False)
-    groups = {
-        given: {s: [math.exp(-loss) for loss in r.losses.values()] for s, r in results.items()},
-        right: {s: [n / r.asked for n in r.right.values()] for s, r in results.items()},
-    }
-    for axis, bars in groups.items():
-        for (stage, heights), style, shift in zip(bars.items(), STYLES, (-0.2, 0.2), strict=False):
-            hatch = "" if stage == "pretrain" else "///"
-            at = [x + shift for x in range(len(heights))]
-            drawn = axis.bar(
-                at, heights, 0.38, color=style["color"], hatch=hatch, edgecolor="white"
-            )
-            drawn.set_label(STAGES[stage])
-            axis.bar_label(drawn, fmt=lambda h: f"{h:.1%}", fontsize=9)
-        axis.grid(axis="x", visible=False)
-        axis.legend(fontsize=9)
-    given.set_xticks(range(2), list(next(iter(results.values())).losses))
+    given_by = {s: [math.exp(-loss) for loss in r.losses.values()] for s, r in results.items()}
+    right_by = {s: [n / r.asked for n in r.right.values()] for s, r in results.items()}
+    draw_pairs(given, given_by, list(results["sft"].losses))
     given.set(title="给真正的下一个词元的概率（几何平均）", ylabel="概率")
-    right.set_xticks(range(len(QUESTIONS)), [f"问{kind}" for kind in QUESTIONS])
-    right.set(
-        title=f"{next(iter(results.values())).asked} 个没见过的成语：回答的样子对的", ylim=(0, 1.1)
-    )
+    given.legend(fontsize=9)
+    draw_pairs(right, right_by, [f"问{kind}" for kind in QUESTIONS])
+    asked = results["sft"].asked
+    right.set(title=f"{asked} 个没见过的成语：回答的样子对的", ylabel="比例", ylim=(0, 1.1))
     return figure
+
+
+def draw_pairs(axis, bars: dict[str, list[float]], names: list[str]) -> None:
+    """成对的柱子：微调前的实心，微调后的画斜线。"""
+    for (stage, heights), style, shift in zip(bars.items(), STYLES, (-0.2, 0.2), strict=False):
+        at = [x + shift for x in range(len(heights))]
+        hatch = "" if stage == "pretrain" else "///"
+        drawn = axis.bar(
+            at, heights, 0.38, color=style["color"], hatch=hatch, edgecolor="white",
+            label=STAGES[stage],
+        )  # fmt: skip
+        axis.bar_label(drawn, fmt=lambda height: f"{height:.1%}", fontsize=9)
+    axis.set_xticks(range(len(names)), names)
+    axis.grid(axis="x", visible=False)
 
 
 def sentences(results: dict[str, Result]) -> list[str]:
@@ -180,7 +181,7 @@ def main() -> None:
         print(f"\n{prompt}")
         for stage, result in results.items():
             print(f"  {STAGES[stage]}：{result.texts[prompt]!r}")
-    likely = torch.cat([r.next_probs.topk(8).indices for r in results.values()]).tolist()
+    likely = torch.cat([r.next_probs.topk(6).indices for r in results.values()]).tolist()
     tokens = {i: speakers["sft"].tokenizer.decode([i]) or "结束" for i in likely}
     path = save_picture(draw(results, tokens, options), options, "try_sft")
     conclude(path, sentences(results))

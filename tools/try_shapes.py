@@ -196,7 +196,6 @@ def main() -> None:
     rates = parse_rates(options.lrs)
     config = settings(
         options, **SHAPES[WIDE], seq_len=SEQ_LEN, batch_size=16, max_steps=options.steps,
-        eval_tokens=32768,
     )  # fmt: skip
     total = len(SHAPES) * (len(rates) + options.seeds - 1)
     print(f"共练 {total} 次，每次 {options.steps} 步；默认设置约一刻钟（两个核）。")
