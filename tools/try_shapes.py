@@ -51,7 +51,7 @@ class Options(DataOptions):
 
     seeds: int = option(3, "每种形状练几个种子", "个")
     steps: int = option(150, "每次练多少步", "步")
-    lrs: str = option("0.01,0.02,0.04", "试哪几个最高学习率，用逗号隔开")
+    lrs: str = option("0.01,0.02,0.04,0.08", "试哪几个最高学习率，用逗号隔开")
 
 
 # ---------- 1. 数一数 ----------
@@ -148,7 +148,10 @@ def draw(results: dict[str, Result], options: Options):
     rates.set_xticks(list(results[WIDE].tried), [f"{lr:g}" for lr in results[WIDE].tried])
     rates.minorticks_off()
     rates.legend(fontsize=9)
+    early = [curve[len(curve) // 8] for r in results.values() for curve in r.curves]
     curves.set(xlabel="步", title="训练损失（十步平均，每个种子一条）")
+    if all(map(math.isfinite, early)):
+        curves.set_ylim(top=max(early) + 0.2)  # 开头人人都从 ln V 降下来，不画，好看清后面
     points.set_xticks(range(len(results)), [name.replace("，", "\n") for name in results])
     points.set(xlim=(-0.5, 2.5), title="检验损失：点是种子，横线是平均")
     return figure
