@@ -325,6 +325,13 @@ def test_a_missing_checkpoint_is_one_clear_sentence(tmp_path):
     assert "找不到检查点 out/tiny/sft.pt" in stderr
 
 
+def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path):
+    (tmp_path / "file").write_text("x")
+    stdout, stderr = experiment(tmp_path, "try_without", "--out", "file", code=2)
+    assert stdout == ""
+    assert stderr.startswith("错误：读写 file 失败")
+
+
 def test_help_lists_the_flags(tmp_path):
     stdout, _ = experiment(tmp_path, "try_without", "--help")
     assert "--steps" in stdout

@@ -71,6 +71,7 @@ def read_options(cls: type, program: str):
             problems.append(f"--{f.name} 只能是 {'、'.join(choices)}，得到的是 {value!r}")
     if problems:
         raise UserError("；".join(problems))
+    Path(options.out).mkdir(parents=True, exist_ok=True)  # 写不了，现在就知道，不必等到练完
     return options
 
 
@@ -260,7 +261,6 @@ def new_picture(title: str, n_rows: int, n_columns: int, size: tuple[float, floa
 def save_picture(figure, options: LabOptions, program: str) -> Path:
     """写成 SVG；同样的数每次写出同样的文件。"""
     path = Path(options.out) / f"{program}.svg"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         # 没有中文字体时它量不准字的宽度，图照样是对的。
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
