@@ -152,13 +152,23 @@ def test_torn_models_start_from_the_same_numbers():
     """不管在这之前抽过多少随机数。"""
     found = []
     for residual, pre_norm in TORN.values():
-        model = tear(Transformer(SMALL), SMALL, residual, pre_norm, seed=3)
+        model = tear(Transformer(SMALL), SMALL, residual, pre_norm, seed=3, zero_init=False)
         blocks = model.blocks.state_dict()
         found.append({k: v for k, v in blocks.items() if "_norm" not in k})
     for other in found[1:]:
         assert other.keys() == found[0].keys()
         assert all(torch.equal(other[k], v) for k, v in found[0].items())
     assert all(v.abs().sum() > 0 for v in found[0].values())  # 没有一个投影从零开始
+
+
+def test_with_both_parts_and_zero_init_it_is_the_whole_model():
+    """一样也不拆，参数也照 model.py 来：整个模型与 Transformer 同样的参数算出同样的打分。"""
+    model = Transformer(SMALL)
+    torn = tear(Transformer(SMALL), SMALL, True, True, seed=3, zero_init=True)
+    model.load_state_dict(torn.state_dict())
+    assert torch.equal(torn(some_ids()), model(some_ids()))
+    assert all((b.feed_forward.down.weight == 0).all() for b in torn.blocks)
+    assert all((b.attention.out.weight == 0).all() for b in torn.blocks)
 
 
 # ---------- 2. 公平 ----------

@@ -65,7 +65,8 @@ def read_options(cls: type, program: str):
     options = cls(**parse_flags(cls, sys.argv[1:], problems))
     for f in fields(cls):
         value, choices = getattr(options, f.name), f.metadata["choices"]
-        if isinstance(value, int | float) and not 0 < value < math.inf:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not 0 < value < math.inf:
             problems.append(f"--{f.name} 必须是正数，得到的是 {value}")
         if choices and value not in choices:
             problems.append(f"--{f.name} 只能是 {'、'.join(choices)}，得到的是 {value!r}")

@@ -14,7 +14,8 @@
 
 公平起见：同样的种子、语料次序与步数，每种模型试两个学习率，取好的那个；最后打分前的归一与
 QK-norm 四种都留着。model.py 让每条残差支路的最后一个投影从零开始，没有残差时那样整个模型
-只会输出零；所以这里四种模型的投影都换成同样的、不为零的随机数。
+只会输出零；所以这里四种模型的投影都换成同样的、不为零的随机数。加上 --zero_init，就都照 model.py
+从零开始：看它救得了哪几种。
 """
 
 import math
@@ -53,6 +54,7 @@ class Options(DataOptions):
     layers: int = option(24, "层数", "层")
     steps: int = option(120, "每种练多少步", "步")
     lr: float = option(0.02, "最高学习率；另试它的五分之一")
+    zero_init: bool = option(False, "每条支路的最后一个投影从零开始，与 model.py 相同")
     seed: int = option(1, "随机种子：初始化与语料的次序")
 
 
@@ -76,7 +78,9 @@ class TornBlock(Block):
         return x + y if self.residual else y
 
 
-def tear(model: Transformer, config: Config, residual: bool, pre_norm: bool, seed: int):
+def tear(
+    model: Transformer, config: Config, residual: bool, pre_norm: bool, seed: int, zero_init: bool
+) -> Transformer:
     """把每一层换成 TornBlock；矩阵全部重新取随机数，四种模型取到的相同。"""
     blocks = (TornBlock(config, residual, pre_norm) for _ in range(config.n_layers))
     model.blocks = nn.ModuleList(blocks).to(model.embedding.weight.device)
@@ -84,6 +88,10 @@ def tear(model: Transformer, config: Config, residual: bool, pre_norm: bool, see
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    if zero_init:
+        for block in model.blocks:
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.feed_forward.down.weight)
     return model
 
 
@@ -137,7 +145,8 @@ def study(lab: Laboratory, name: str, options: Options) -> Result:
     """训练一种模型，两个学习率。"""
     tried = []
     for lr in (options.lr, options.lr / 5):
-        model = tear(lab.build(options.seed), lab.config, *VARIANTS[name], options.seed)
+        model = lab.build(options.seed)
+        tear(model, lab.config, *VARIANTS[name], options.seed, options.zero_init)
         sizes = output_sizes(lab, model)
         probe = Probe((0, options.steps - 1))
         run = lab.train(model, f"{name}，学习率 {lr:g}", lr, options.seed, probe)
