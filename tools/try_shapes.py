@@ -51,7 +51,7 @@ class Options(DataOptions):
 
     seeds: int = option(3, "每种形状练几个种子", "个")
     steps: int = option(150, "每次练多少步", "步")
-    lrs: str = option("0.01,0.02,0.04,0.08", "试哪几个最高学习率，用逗号隔开")
+    lrs: str = option("0.01,0.02,0.04", "试哪几个最高学习率，用逗号隔开")
 
 
 # ---------- 1. 数一数 ----------
