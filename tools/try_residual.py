@@ -231,12 +231,12 @@ def describe_size(name: str, values: list[float]) -> str:
 
 
 def describe_loss(name: str, result: Result) -> str:
-    """例如「残差 + 归一：5.02（学习率 0.004；0.02 时 5.3）」。"""
+    """例如「残差 + 归一：5.02（学习率 0.004；0.02 时是 5.3）」。"""
     run, other = result.run, result.other
     if run.died:
         return f"「{name}」第 {run.died} 步就坏了"
-    rest = "坏了" if other.died else f"{other.held_out:.2f}"
-    others = f"；{result.other_lr:g} 时 {rest}" if other is not run else ""
+    rest = f"第 {other.died} 步坏了" if other.died else f"是 {other.held_out:.2f}"
+    others = f"；{result.other_lr:g} 时{rest}" if other is not run else ""
     return f"「{name}」{run.held_out:.2f}（学习率 {result.lr:g}{others}）"
 
 
