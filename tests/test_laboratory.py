@@ -1,7 +1,9 @@
 """实验：改装过的模型正是它说的那样，比较是公平的，程序从头跑得到尾。"""
 
 import dataclasses
+import importlib
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from scripts import ENVIRONMENT, REPO
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import Config
+from config import Config, UserError
 from model import Block, Transformer
 from tools.laboratory import Laboratory, Run, settings, smooth
 from tools.try_residual import VARIANTS as TORN
@@ -324,15 +326,19 @@ BAD = [
 
 
 @pytest.mark.parametrize(("program", "args", "sentence"), BAD, ids=[b[0] for b in BAD])
-def test_a_bad_flag_is_one_clear_sentence(program, args, sentence, tmp_path):
-    _, stderr = experiment(tmp_path, program, *args.split(), code=2)
-    assert sentence in stderr
-    assert len(stderr.splitlines()) == 1
+def test_a_bad_flag_is_one_clear_sentence(program, args, sentence, tmp_path, monkeypatch):
+    """在同一个进程里，免得每条都等导入；退出码与印成一句话，由下面两条走真的命令行。"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [program, *args.split()])
+    with pytest.raises(UserError, match=re.escape(sentence)) as error:
+        importlib.import_module(f"tools.{program}").main()
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_checkpoint_is_one_clear_sentence(tmp_path):
     _, stderr = experiment(tmp_path, "try_sampling", code=2)
-    assert "找不到检查点 out/tiny/sft.pt" in stderr
+    assert stderr.startswith("错误：找不到检查点 out/tiny/sft.pt")
+    assert len(stderr.splitlines()) == 1
 
 
 def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path):
@@ -342,7 +348,20 @@ def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path):
     assert stderr.startswith("错误：读写 file 失败")
 
 
-def test_help_lists_the_flags(tmp_path):
-    stdout, _ = experiment(tmp_path, "try_without", "--help")
-    assert "--steps" in stdout
-    assert "--prompt" in stdout
+@pytest.mark.parametrize("program", SHORT)
+def test_help_lists_the_flags(program, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"tools.{program}").main()
+    assert f"用法：python -m tools.{program} " in (shown := capsys.readouterr().out)
+    assert "--out" in shown
+
+
+def test_every_experiment_is_documented_with_its_picture():
+    text = (REPO / "docs/experiments.md").read_text(encoding="utf-8")
+    for path in (REPO / "tools").glob("try_*.py"):
+        assert f"`python -m tools.{path.stem}`" in text
+        assert f"(pictures/{path.stem}.svg)" in text
+        picture = (REPO / f"docs/pictures/{path.stem}.svg").read_text(encoding="utf-8")
+        assert SHORT[path.stem][1] in picture
+        assert len(picture) < 300_000

@@ -99,6 +99,11 @@ class Result:
         finite = all(map(math.isfinite, self.losses))
         return stdev(self.losses) if len(self.losses) > 1 and finite else 0.0
 
+    def __str__(self) -> str:
+        """例如「4.740 ± 0.010」。"""
+        spread = f" ± {self.spread():.3f}" if len(self.losses) > 1 else ""
+        return f"{self.mean():.3f}{spread}"
+
 
 def parse_rates(text: str) -> list[float]:
     """ "0.01,0.02" -> [0.01, 0.03]。"""
@@ -169,9 +174,7 @@ def compare(wide: Result, tall: Result, equal: str) -> str:
     else:
         verdict = "不到种子起伏的两倍：分不出高下"
     return (
-        f"{equal}时，矮胖 {wide.mean():.3f} ± {wide.spread():.3f}，"
-        f"瘦高 {tall.mean():.3f} ± {tall.spread():.3f} 奈特每词元，"
-        f"相差 {abs(difference):.3f}，{verdict}。"
+        f"{equal}时，矮胖 {wide}，瘦高 {tall} 奈特每词元，相差 {abs(difference):.3f}，{verdict}。"
     )
 
 
@@ -179,7 +182,7 @@ def describe_rates(results: dict[str, Result]) -> str:
     """各取用了哪个学习率；取在试过的边上的，最好的也许还在外面。"""
     chosen = "，".join(f"「{name}」{r.lr:g}" for name, r in results.items())
     edge = [n for n, r in results.items() if r.lr in (min(r.tried), max(r.tried))]
-    if edge:
+    if edge and len(results[WIDE].tried) > 1:
         chosen += f"（{'、'.join(f'「{n}」' for n in edge)}取在试过的边上，也许还有更好的）"
     return chosen
 
