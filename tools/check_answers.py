@@ -14,7 +14,7 @@ from pathlib import Path
 import idioms
 from config import Config, UserError, help_text, option, parse_flags, run_script
 from dataset import is_held_out
-from generate import Sampling, load_for_chat
+from generate import Sampling, Speaker, load_for_chat
 from readers import ReadLog
 from training import Device
 
@@ -48,12 +48,23 @@ def main() -> None:
     speaker = load_for_chat(Path(options.checkpoint), Device(Config(compile=False)))
     if speaker.stage != "sft":
         raise UserError(f"{options.checkpoint} 还没有微调过；请先运行 python sft_train.py")
-    tokenizer, fraction = speaker.tokenizer, speaker.config.val_fraction
+    entries = unseen_entries(options.n, speaker.config.val_fraction)
+    right = count_right(speaker, entries, options.show)
+    for kind, count in right.items():
+        print(f"问{kind}：{len(entries)} 个没见过的成语，{count} 个回答的样子对")
+
+
+def unseen_entries(n: int, fraction: float) -> list[dict]:
+    """大约 n 个留作检验的词条，均匀地取自整部词典。"""
     entries = idioms.read_entries(idioms.dictionary_file(), ReadLog("builtin"))
     unseen = [e for e in entries if is_held_out(e["explanation"], fraction)]
-    unseen = unseen[:: max(1, len(unseen) // options.n)][: options.n]
-    right = dict.fromkeys(QUESTIONS, 0)
-    for number, entry in enumerate(unseen):
+    return unseen[:: max(1, len(unseen) // n)][:n]
+
+
+def count_right(speaker: Speaker, entries: list[dict], show: int = 0) -> dict[str, int]:
+    """每种问题有几个回答的样子对；打印前 show 个词条的回答。"""
+    tokenizer, right = speaker.tokenizer, dict.fromkeys(QUESTIONS, 0)
+    for number, entry in enumerate(entries):
         for kind, (question, form) in QUESTIONS.items():
             asked = question.format(**entry)
             ids = tokenizer.question_ids(asked)
@@ -61,10 +72,9 @@ def main() -> None:
             answer = tokenizer.decode(speaker.generate(ids, greedy))
             fits = re.fullmatch(form, answer, re.S) is not None
             right[kind] += fits
-            if number < options.show:
+            if number < show:
                 print(f"{'✓' if fits else '✗'} {asked}\n    {answer}")
-    for kind, count in right.items():
-        print(f"问{kind}：{len(unseen)} 个没见过的成语，{count} 个回答的样子对")
+    return right
 
 
 if __name__ == "__main__":
