@@ -26,6 +26,7 @@ from tools.try_shapes import (
     SHAPES,
     TALL,
     TALL_FLOPS,
+    TALL_WIDTH,
     WIDE,
     block_parameters,
     compare,
@@ -183,6 +184,8 @@ def test_shapes_are_equal_where_they_say():
     assert n[TALL] == pytest.approx(n[WIDE], rel=0.01)
     assert flops[TALL_FLOPS] == pytest.approx(flops[WIDE], rel=0.01)
     assert flops[TALL] < 0.9 * flops[WIDE]  # 两种相等真的不是一回事
+    assert SHAPES[TALL_WIDTH]["dim"] == SHAPES[WIDE]["dim"]  # 词嵌入也就一样多
+    assert n[TALL_WIDTH] == pytest.approx(n[WIDE], rel=0.01)
 
 
 def test_the_formula_counts_what_pytorch_counts(tiny_lab):

@@ -1,19 +1,21 @@
 """实验：矮胖与瘦高，哪一种好？
 
-    python -m tools.try_shapes                      默认设置约一刻钟
+    python -m tools.try_shapes                      默认设置约二十分钟
     python -m tools.try_shapes --seeds 5 --steps 400
 
-「层数多的更好」常常是因为层数多的参数也多。这里比三种形状，训练同样的词元：
+「层数多的更好」常常是因为层数多的参数也多。这里比四种形状，训练同样的词元：
 
     矮胖               4 层，宽 128
     瘦高，参数相同     16 层，宽 64：各层的参数与矮胖的相差不到 1%
     瘦高，运算量相同   19 层，宽 64：训练一个词元的浮点运算与矮胖的相差不到 1%
+    瘦高，宽度相同     8 层，宽 128，前馈窄到三分之一：连词嵌入在内，参数与矮胖的相差不到 1%
 
-两种「相同」不是一回事：词表那一层的运算与宽度成正比，瘦高的省下一半，可以多叠几层。
-词嵌入的参数没有算在「参数相同」里（瘦高的也只有一半），见 arXiv 2001.08361 的做法。
+前两种「相同」不是一回事：词表那一层的运算与宽度成正比，瘦高的省下一半，可以多叠几层。
+它们的词嵌入也只有一半宽，没有算在「参数相同」里（arXiv 2001.08361 的做法）。究竟是层数多了不好，
+还是词嵌入窄了不好？第三种词嵌入一样宽，分得开这两样（代价是前馈窄了）。
 
-公平起见：每个种子决定初始化与语料的次序，三种形状在同一个种子下读同样的词元；每种形状用第一个种子
-把学习率都试一遍，取最好的。学习率是按留出的词条挑的，三种形状都占同样的便宜。
+公平起见：每个种子决定初始化与语料的次序，几种形状在同一个种子下读同样的词元；每种形状用第一个种子
+把学习率都试一遍，取最好的。学习率是按留出的词条挑的，几种形状都占同样的便宜。
 头宽都是 32，每两个查询头共用一个键值头。
 """
 
@@ -40,8 +42,9 @@ SHAPES = {
     "矮胖": dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=384),
     "瘦高，参数相同": dict(dim=64, n_layers=16, n_heads=2, n_kv_heads=1, hidden_dim=192),
     "瘦高，运算量相同": dict(dim=64, n_layers=19, n_heads=2, n_kv_heads=1, hidden_dim=196),
+    "瘦高，宽度相同": dict(dim=128, n_layers=8, n_heads=4, n_kv_heads=2, hidden_dim=128),
 }
-WIDE, TALL, TALL_FLOPS = SHAPES
+WIDE, TALL, TALL_FLOPS, TALL_WIDTH = SHAPES
 SEQ_LEN = 128
 
 
@@ -158,7 +161,7 @@ def draw(results: dict[str, Result], options: Options):
     if all(map(math.isfinite, early)):
         curves.set_ylim(top=max(early) + 0.2)  # 开头人人都从 ln V 降下来，不画，好看清后面
     points.set_xticks(range(len(results)), [name.replace("，", "\n") for name in results])
-    points.set(xlim=(-0.5, 2.5), title="检验损失：点是种子，横线是平均")
+    points.set(xlim=(-0.5, len(results) - 0.5), title="检验损失：点是种子，横线是平均")
     return figure
 
 
@@ -188,35 +191,42 @@ def describe_rates(results: dict[str, Result]) -> str:
 
 
 def describe_costs(lab: Laboratory, options: Options) -> None:
-    """打印三种形状的参数与运算量。"""
+    """打印几种形状的参数与运算量。"""
     n_rows = lab.rows_scored()
     for name, shape in SHAPES.items():
         config = settings(options, **shape, seq_len=SEQ_LEN)
         n, flops = block_parameters(lab.build(0, config)), training_flops(config, n_rows)
-        print(f"  {name}：各层参数 {n / 1e6:.3f} M，训练一个词元 {flops / 1e6:.2f} MFLOP")
+        embedding = config.dim * config.vocab_size
+        print(
+            f"  {name}：各层参数 {n / 1e6:.3f} M，词嵌入 {embedding / 1e6:.2f} M，"
+            f"训练一个词元 {flops / 1e6:.2f} MFLOP"
+        )
 
 
 def main() -> None:
-    """三种形状各练几个学习率、几个种子；画图，说三句话。"""
+    """几种形状各练几个学习率、几个种子；画图，说三句话。"""
     options = read_options(Options, "try_shapes")
     rates = parse_rates(options.lrs)
     config = settings(
         options, **SHAPES[WIDE], seq_len=SEQ_LEN, batch_size=16, max_steps=options.steps,
     )  # fmt: skip
     total = len(SHAPES) * (len(rates) + options.seeds - 1)
-    print(f"共练 {total} 次，每次 {options.steps} 步；默认设置约一刻钟（两个核）。")
+    print(f"共练 {total} 次，每次 {options.steps} 步；默认设置约二十分钟（两个核）。")
     lab = Laboratory(config)
     describe_costs(lab, options)
     results = {name: study(lab, name, rates, options) for name in SHAPES}
     path = save_picture(draw(results, options), options, "try_shapes")
     tokens = options.steps * config.batch_size * SEQ_LEN
+    print(
+        f"每次读 {tokens / 1e6:.2f} M 词元，{options.seeds} 个种子；"
+        f"试过 {len(rates)} 个学习率，取用的是{describe_rates(results)}。"
+    )
     conclude(
         path,
         [
             compare(results[WIDE], results[TALL], "各层参数相同"),
             compare(results[WIDE], results[TALL_FLOPS], "训练的运算量相同"),
-            f"每次读 {tokens / 1e6:.2f} M 词元，{options.seeds} 个种子；"
-            f"试过 {len(rates)} 个学习率，取用的是{describe_rates(results)}。",
+            compare(results[WIDE], results[TALL_WIDTH], "宽度与全部参数都相同"),
         ],
     )
 
