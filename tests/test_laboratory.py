@@ -4,13 +4,12 @@ import dataclasses
 import importlib
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import ENVIRONMENT, REPO
+from scripts import REPO, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -288,15 +287,10 @@ SHORT = {  # 程序: (参数, 图里该有的字)
 
 def experiment(folder: Path, program: str, *args: str, code: int = 0):
     """在 folder 里运行一个实验；返回 (stdout, stderr)。"""
-    result = subprocess.run(
-        [sys.executable, "-m", f"tools.{program}", *args], cwd=folder, capture_output=True,
-        env={**ENVIRONMENT, "PYTHONPATH": str(REPO)}, encoding="utf-8", timeout=170, check=False,
-    )  # fmt: skip
-    assert result.returncode == code, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    assert "Warning" not in result.stderr
-    assert "findfont" not in result.stderr
-    return result.stdout, result.stderr
+    stdout, stderr = run(folder, f"tools.{program}", *args, code=code)
+    assert "Warning" not in stderr
+    assert "findfont" not in stderr
+    return stdout, stderr
 
 
 @pytest.mark.parametrize("program", SHORT)
@@ -340,7 +334,7 @@ def test_a_bad_flag_is_one_clear_sentence(program, args, sentence, tmp_path, mon
 
 def test_a_missing_checkpoint_is_one_clear_sentence(tmp_path):
     _, stderr = experiment(tmp_path, "try_sampling", code=2)
-    assert stderr.startswith("错误：找不到检查点 out/tiny/sft.pt")
+    assert stderr.startswith("错误：out/tiny 里还没有模型")
     assert len(stderr.splitlines()) == 1
 
 

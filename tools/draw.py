@@ -12,11 +12,8 @@ tokenizer 与 sft 不需要训练过的模型；其余的要先运行 python pre
 """
 
 import difflib
-import logging
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,25 +33,13 @@ from microscope import logit_lens, look
 from optimizer import learning_rate
 from readers import ReadLog, Record
 from tokenizer import Tokenizer
+from tools.drawing import SVG, quiet_about_fonts
 from tools.explain import load_speaker
 from training import read_metrics
 
 BLUE, ORANGE, GREEN, GREY = "#2f6db3", "#d9772b", "#3c8d5a", "#9aa0a6"
 SOFT = {BLUE: "#d7e6f6", ORANGE: "#fbe3cf", GREEN: "#d5ecdd", GREY: "#eceef0"}
-STYLE = {
-    "svg.fonttype": "none",  # 文字仍是文字：能选中，用读者自己的字体
-    "svg.hashsalt": "mini-llm",  # 同样的数画出同样的字节
-    "font.family": [
-        "Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC",
-        "WenQuanYi Micro Hei", "Noto Sans CJK JP", "sans-serif",
-    ],
-    "font.size": 11,
-    "axes.unicode_minus": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 12,
-    "figure.facecolor": "white",
-}  # fmt: skip
+STYLE = SVG | {"font.size": 11, "axes.titlesize": 12, "figure.facecolor": "white"}
 
 
 @dataclass
@@ -122,15 +107,6 @@ def read_arguments(argv: list[str]) -> tuple[list[str], Options]:
     if problems:
         raise UserError("；".join(problems))
     return list(PICTURES) if name == "all" else [name], options
-
-
-@contextmanager
-def quiet_about_fonts() -> Iterator[None]:
-    """字体由读图的浏览器来挑：这台机器上缺哪一种，matplotlib 不必说。"""
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
-        yield
 
 
 # ---------- 1. 预测器 ----------

@@ -9,10 +9,8 @@
 一律用 fp32、不编译：模型小，快慢差不多，换一台机器结果也相近。
 """
 
-import logging
 import math
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -28,6 +26,7 @@ from generate import Sampling, make_speaker
 from model import Transformer
 from optimizer import build_optimizers, learning_rate, set_learning_rate
 from tokenizer import Tokenizer
+from tools.drawing import SVG, quiet_about_fonts
 from training import Device, evaluate, loss_sum, share_row
 
 # ---------- 1. 命令行 ----------
@@ -83,12 +82,6 @@ def settings(options: DataOptions, **changes) -> Config:
     given = {name: getattr(options, name) for name in names}
     flags = [f"--{name}={value}" for name, value in (fixed | given | changes).items()]
     return load_config("pretrain", flags)[0]
-
-
-def default_checkpoint() -> Path:
-    """默认的训练留下的检查点：微调过的，没有就用预训练的。"""
-    sft, pretrain = Path("out/tiny/sft.pt"), Path("out/tiny/pretrain.pt")
-    return pretrain if pretrain.is_file() and not sft.is_file() else sft
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, as_question: bool, max_len: int) -> list[int]:
@@ -231,9 +224,6 @@ STYLES = [
     {"color": "#009E73", "linestyle": "-.", "marker": "^"},
     {"color": "#CC79A7", "linestyle": ":", "marker": "D"},
 ]
-# 图里存的是文字，由看图的人的机器选字体，挑第一个有的。
-FONTS = ["Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC",
-         "WenQuanYi Micro Hei", "sans-serif"]  # fmt: skip
 
 
 def new_picture(title: str, n_rows: int, n_columns: int, size: tuple[float, float]):
@@ -241,15 +231,10 @@ def new_picture(title: str, n_rows: int, n_columns: int, size: tuple[float, floa
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({
-        "svg.fonttype": "none", "svg.hashsalt": "mini-llm", "font.family": FONTS, "font.size": 10,
-        "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 11, "lines.markersize": 4,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.unicode_minus": False,
+    matplotlib.rcParams.update(SVG | {
+        "font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 11,
+        "lines.markersize": 4,
     })  # fmt: skip
-    # 画图的机器不必有这些字体，有几个没有都不必说。
-    logging.getLogger("matplotlib.font_manager").addFilter(
-        lambda record: "not found" not in record.getMessage()
-    )
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
@@ -262,9 +247,7 @@ def new_picture(title: str, n_rows: int, n_columns: int, size: tuple[float, floa
 def save_picture(figure, options: LabOptions, program: str) -> Path:
     """写成 SVG；同样的数每次写出同样的文件。"""
     path = Path(options.out) / f"{program}.svg"
-    with warnings.catch_warnings():
-        # 没有中文字体时它量不准字的宽度，图照样是对的。
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with quiet_about_fonts():
         figure.savefig(path, metadata={"Date": None})
     return path
 

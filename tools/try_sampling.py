@@ -10,20 +10,17 @@ generate.probabilities，重复惩罚关掉。
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoint import load
 from config import UserError, option, run_script
-from generate import Sampling, make_speaker, probabilities
-from tokenizer import Tokenizer
+from generate import Sampling, probabilities
+from tools.explain import load_speaker
 from tools.laboratory import (
     STYLES,
     LabOptions,
     conclude,
-    default_checkpoint,
     new_picture,
     prompt_ids,
     read_options,
@@ -37,9 +34,7 @@ SHOWN = 16  # 每个小图画最可能的几个词元
 class Options(LabOptions):
     """命令行参数。"""
 
-    checkpoint: str | None = option(
-        None, "用哪个检查点；默认 out/tiny/sft.pt，没有就用 out/tiny/pretrain.pt"
-    )
+    checkpoint: str | None = option(None, "用哪个检查点；默认是训练脚本写下的，微调过的优先")
     prompt: str = option("画蛇添足是什么意思？", "在哪句话之后取分布；微调过的模型当作提问")
     temps: str = option("0.3,0.6,1.5", "三种温度，用逗号隔开")
     top_k: int = option(5, "top-k 留几个", "个")
@@ -102,21 +97,19 @@ def main() -> None:
     """读一个检查点，算一处的分布，画六份，说三句话。"""
     options = read_options(Options, "try_sampling")
     shown = settings_to_show(options)
-    tokenizer = Tokenizer()
-    path = Path(options.checkpoint) if options.checkpoint else default_checkpoint()
-    model, config, checkpoint = load(path, tokenizer)
-    ids = prompt_ids(tokenizer, options.prompt, checkpoint["stage"] == "sft", config.max_len)
-    logits = model.eval()(torch.tensor([ids]))[0, -1]
-    banned = make_speaker(model, config, tokenizer, checkpoint["stage"]).banned
+    speaker = load_speaker(options.checkpoint, "cpu")
+    tokenizer, limit = speaker.tokenizer, speaker.config.max_len
+    ids = prompt_ids(tokenizer, options.prompt, speaker.stage == "sft", limit)
+    logits = speaker.model(torch.tensor([ids]))[0, -1]
     nothing_written = torch.tensor([], dtype=torch.long)
     distributions = {
-        name: probabilities(logits, nothing_written, sampling, banned)
+        name: probabilities(logits, nothing_written, sampling, speaker.banned)
         for name, sampling in shown.items()
     }
     raw = next(iter(distributions.values()))
     order = raw.argsort(descending=True)[:SHOWN]
     tokens = [tokenizer.decode([i]) or "结束" for i in order.tolist()]
-    print(f"{path} 在「{options.prompt}」之后：")
+    print(f"{speaker.stage} 阶段的模型，在「{options.prompt}」之后：")
     for name, probs in distributions.items():
         best = "，".join(f"{t} {probs[i]:.1%}" for t, i in zip(tokens[:5], order, strict=False))
         print(f"  {describe(name, probs)}：{best}")
