@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tokenizer import Tokenizer
 
-HEIGHTS = "▁▂▃▄▅▆▇█"
-COLOURS = [(0.5, "green"), (0.1, ""), (0.01, "magenta"), (0.0, "bold red")]  # (概率至少, 颜色)
+HEIGHTS = "▁▂▃▄▅▆▇█"  # 意外不到 1 比特、不到 2 比特……，最后是 7 比特以上
+COLOURS = ["green"] + ["default"] * 3 + ["magenta"] * 3 + ["bold red"]  # 与上面一一对应
 
 
 def terminal(file=None) -> Console:
@@ -83,10 +83,11 @@ def surprise(tokenizer: Tokenizer, ids: list[int], probs: list[float], width: in
         name = tokenizer.label(token).removeprefix("##")
         if text and text.cell_len + cell_len(name) > width:
             lines, text, marks = [*lines, text, Text(marks)], Text(), ""
-        height = HEIGHTS[min(7, int(bits(p)))]
-        text.append(name, next(colour for least, colour in COLOURS if p >= least))
-        marks += height * max(1, cell_len(name))
-    legend = Text("▁ 一半以上的把握  ", "green")
-    legend.append("▂▃▄ 拿不准  ", "default").append("▅▆▇ 很勉强  ", "magenta")
-    legend.append("█ 不到百分之一：很意外", "bold red")
+        level = min(7, int(bits(p)))
+        text.append(name, COLOURS[level])
+        marks += HEIGHTS[level] * max(1, cell_len(name))
+    legend = Text()
+    for level, words in [(0, "▁ 概率超过一半  "), (1, "▂▃▄ 6% 以上  "), (4, "▅▆▇ 0.8% 以上  "),
+                         (7, "█ 更小：很意外")]:  # fmt: skip
+        legend.append(words, COLOURS[level])
     return Group(*lines, text, Text(marks), legend)

@@ -94,6 +94,16 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return logits.scatter(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
 
 
+def check_finite(logits: Tensor) -> None:
+    """打分里有一个不是有限的数，后面的就都没有意义。
+
+    Raises:
+        UserError: 模型坏了。
+    """
+    if not math.isfinite(logits.float().sum().item()):  # 有一个不是，和就不是
+        raise UserError("模型的打分不是有限的数，写不下去：训练时发散了？请换一个检查点")
+
+
 def keep_top_p(probs: Tensor, p: float) -> Tensor:
     """从大到小，留到概率之和达到 p 为止（nucleus sampling，arXiv 1904.09751）；至少留一个。"""
     if p >= 1:
@@ -193,8 +203,7 @@ class Speaker:
         for _ in range(min(sampling.max, self.config.max_len - len(ids))):
             logits = self._next(context, done if use_cache else 0)
             done = len(context)
-            if not math.isfinite(logits.float().sum().item()):  # 有一个不是，和就不是
-                raise UserError("模型的打分不是有限的数，写不下去：训练时发散了？请换一个检查点")
+            check_finite(logits)
             written = context[len(ids) :]  # 只罚自己写过的：罚提问里的字，「你好」就答成「我好」
             new = sample(logits, written, sampling, self.banned, generator)
             yield Choice(new.item(), logits, written)
@@ -212,7 +221,9 @@ class Speaker:
     def read(self, ids: list[int]) -> Tensor:
         """不写，只读一遍：每个位置之后「下一个词元」的概率，(T,) -> (T, V)，fp32。"""
         row = torch.tensor([ids], device=self.banned.device)
-        return self.head(self.model.hidden(row))[0].float().softmax(-1)
+        logits = self.head(self.model.hidden(row))[0]
+        check_finite(logits)
+        return logits.float().softmax(-1)
 
     def _next(self, context: Tensor, done: int) -> Tensor:
         """context (T,) 之后的打分 (V,)；其中前 done 个已经在缓存里。"""

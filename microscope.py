@@ -12,7 +12,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,7 @@ STEPS = {  # 零件的名字: 做什么；块里的前面加 blocks.0.
     "attention.value": "值：被看时交出什么",
     "attention.query_norm": "查询归一，再按位置旋转",
     "attention.key_norm": "键归一，再按位置旋转",
-    "attention": "查询与键的内积取 softmax，按它把值加权相加",
+    "attention": "查询与键的内积取 softmax：每行的权重，再按它把值加起来",
     "attention.out": "投影回来，加进残差流",
     "feed_forward_norm": "归一化",
     "feed_forward.gate": "前馈的门",
@@ -182,7 +182,7 @@ def anatomy(config: Config, n_tokens: int) -> list[Part]:
         n_tokens: 输入几个词元。
     """
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(replace(config, n_layers=1))
         ids = torch.zeros(1, n_tokens, dtype=torch.long)
     counter = FlopCounterMode(display=False)
     with torch.inference_mode(), hooks(model) as seen, counter:
@@ -195,7 +195,7 @@ def anatomy(config: Config, n_tokens: int) -> list[Part]:
         full = f"Transformer.{name}" if name else "Transformer"
         inside = [f"{full}.{child}" for child, _ in module.named_children()]
         if not name:  # 块在 ModuleList 里，没有自己的一项
-            inside += [f"Transformer.blocks.{i}" for i in range(config.n_layers)]
+            inside += ["Transformer.blocks.0"]
         flops = counted.get(full, 0) - sum(counted.get(child, 0) for child in inside)
         params = sum(p.numel() for p in module.parameters(recurse=False))
         shape = tuple(seen[module][1].shape[1:])

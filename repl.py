@@ -23,9 +23,9 @@ HELP = """\
   /top_p 0.95        概率之和到此为止             /min_p 0.05   太不可能的不选
   /penalty 1.1       重复惩罚                     /max 200      一次最多写多少词元
   /seed 1            固定随机种子（0：不固定）    /quit         离开（或按 Ctrl-D）
-  /probs 5           每写一个词元，画出最可能的几个；/probs 0 不再画
+  /probs 5           每写一个词元，画出最可能的几个；不写数就是 5，/probs 0 不再画
   /why               刚才的回答里，每个词元有多意外
-  /next 守株待       不写，只看这段文字之后最可能是什么
+  /next 守株待       不写，只看接下来最可能是什么（sft_chat.py 当作提问，看回答的头一个）
   回答时按 Ctrl-C 停止回答；上下方向键翻看输入过的话。"""
 
 
@@ -134,7 +134,7 @@ class Chat:
 
     options: ChatOptions
     speaker: Speaker
-    last: tuple[list[int], list[int]] = ((), ())  # (开头, 接着写的)
+    last: tuple[list[int], list[int]] | None = None  # (开头, 接着写的，连同写完的标记)
 
     def run(self, answer: Callable[[str], None], reset: Callable[[], None]) -> None:
         """读一句，答一句，直到离开。
@@ -159,6 +159,7 @@ class Chat:
                     return
                 if command == "/reset":
                     reset()
+                    self.last = None
                     notify("（已忘掉前文）")
                 elif command == "/why":
                     self.why()
@@ -170,17 +171,21 @@ class Chat:
                     answer(text)
             except UserError as error:
                 notify(f"（{error}）")
+            except KeyboardInterrupt:  # 停在 /why 或 /next 的半途
+                notify("（已停止）")
 
     def stream(self, ids: list[int]) -> list[int]:
         """一边生成一边打印，返回生成的编号。Ctrl-C 停止；不是自己写完的，都说明为什么停下。"""
         speaker, options = self.speaker, self.options
         new: list[int] = []
+        end: list[int] = []
         notice = ""
         try:
             for choice in speaker.choices(ids, options):
                 if options.probs:
                     self.show(choice, len(new) + 1)
                 if choice.token == speaker.tokenizer.eos_id:
+                    end = [choice.token]
                     break
                 new.append(choice.token)
                 if not options.probs:
@@ -200,7 +205,7 @@ class Chat:
         print(speaker.tokenizer.decode(new) if options.probs else "")
         if notice:
             notify(notice)
-        self.last = (ids, new)
+        self.last = (ids, new + end)
         return new
 
     def show(self, choice: Choice, number: int) -> None:
@@ -216,9 +221,9 @@ class Chat:
 
     def why(self) -> None:
         """/why：刚才的回答里，每个词元有多意外；最意外的三个，它本来更想写什么。"""
-        ids, new = self.last
+        ids, new = self.last or ([], [])
         if not new:
-            raise UserError("还没有回答过；先说一句话，再看它为什么这样答")
+            raise UserError("还没有回答；先说一句话，再看它为什么这样答")
         tokenizer = self.speaker.tokenizer
         probs = self.speaker.read([*ids, *new])[len(ids) - 1 : -1]  # (n, V)
         chosen = [row[token].item() for row, token in zip(probs, new, strict=True)]
@@ -243,6 +248,8 @@ class Chat:
             limit = self.speaker.config.max_len
             raise UserError(f"这段文字有 {len(ids)} 个词元，最多 {limit} 个；请短一些")
         probs, k = self.speaker.read(ids)[-1], self.options.probs or 10
+        if self.speaker.stage == "sft":
+            notify("（当作一句提问，这是回答的头一个词元）")
         display.terminal().print(display.candidates(self.speaker.tokenizer, probs, k))
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import display
 import repl
-from config import Config
+from config import Config, UserError
 from display import HEIGHTS, bits, candidates, percent, surprise
-from generate import make_speaker
+from generate import Choice, make_speaker, probabilities
 from model import Transformer
 from repl import Chat, ChatOptions
 from tokenizer import Tokenizer
@@ -58,6 +58,18 @@ def test_surprise_is_readable_without_colour():
     assert marks == "▁▁▂▂▆▆██"  # 一个汉字两格宽
 
 
+@given(st.floats(0, 1))
+def test_the_colour_and_the_bar_say_the_same(p):
+    """颜色、高矮与图例说的是同一回事。"""
+    group = surprise(TOKENIZER, TOKENIZER.encode("守"), [p], 60)
+    text, marks, legend = group.renderables
+    colour = text.spans[0].style
+    (words,) = [s for s in legend.spans if marks.plain[0] in legend.plain[s.start : s.end]]
+    assert words.style == colour
+    least = {"green": 0.5, "default": 1 / 16, "magenta": 1 / 128, "bold red": 0}
+    assert colour == next(c for c, limit in least.items() if p > limit or limit == 0)
+
+
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size + 9), min_size=1, max_size=60),
        st.integers(10, 90))  # fmt: skip
 def test_any_tokens_can_be_drawn(ids, width):
@@ -101,20 +113,61 @@ def test_what_the_bars_say_is_what_the_model_says(chat, capsys):
         assert f"第 {i + 1} 个：「{TOKENIZER.label(token)}」" in err
         assert f"意外 {bits(probs[i, token].item()):.1f} 比特" in err
         assert percent(probs[i].max().item()) in err
+    last = err.rpartition("个：")[2]
+    written = torch.tensor(plain[: len(plain) - 1])
+    lottery = probabilities(
+        chat.speaker.model(context)[0, len(ids) + len(plain) - 2], written, chat.options,
+        chat.speaker.banned,
+    )  # fmt: skip
+    assert f"抽签时 {percent(lottery[plain[-1]].item())}" in last
 
 
 def test_why_reads_the_answer_back(chat, capsys):
     repl_lines = ["/why", "守株待兔", "/why", "/next 守株", "/next", "/next " + "字" * 60]
+    repl_lines += ["/reset", "/why"]
     ids = chat.speaker.prompt("守株待兔")
+    said: list[list[int]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repl, "read_inputs", lambda history: iter(repl_lines))
-        chat.run(lambda text: chat.stream(chat.speaker.prompt(text)), lambda: None)
+        chat.run(lambda text: said.append(chat.stream(chat.speaker.prompt(text))), lambda: None)
     err = capsys.readouterr().err
-    assert "还没有回答过" in err
-    new = chat.last[1]
+    assert err.count("还没有回答") == 2  # 一开始，以及 /reset 之后
+    (new,) = said
     probs = chat.speaker.model(torch.tensor([ids + new]))[0].softmax(-1)
     chosen = [probs[len(ids) - 1 + i, t].item() for i, t in enumerate(new)]
     assert f"平均每个词元意外 {sum(map(bits, chosen)) / len(chosen):.1f} 比特" in err
+    strangest = min(range(len(new)), key=lambda i: chosen[i])
+    best = TOKENIZER.label(probs[len(ids) - 1 + strangest].argmax().item())
+    first = err.partition("最意外的：\n")[2].splitlines()[0]
+    assert first.startswith(f"  第 {strangest + 1} 个「{TOKENIZER.label(new[strangest])}」")
+    assert f"它最想写的是「{best}」" in first
     nxt = chat.speaker.model(torch.tensor([chat.speaker.prompt("守株")]))[0, -1].softmax(-1)
     assert percent(nxt.max().item()) in err
+    assert "当作一句提问" in err
     assert "请写上一段文字" in err and "最多 48 个" in err
+
+
+def test_why_counts_the_end_mark(chat, monkeypatch, capsys):
+    """写完了也是一次选择：它有多大把握，也要看得见。"""
+    eos = TOKENIZER.eos_id
+    steps = [Choice(TOKENIZER.encode("守")[0], None, None), Choice(eos, None, None)]
+    monkeypatch.setattr(type(chat.speaker), "choices", lambda *_: iter(steps))
+    assert chat.stream(chat.speaker.prompt("守株")) == TOKENIZER.encode("守")
+    chat.why()
+    assert "守<|im_end|>" in capsys.readouterr().err
+
+
+def test_a_broken_model_is_one_sentence(chat, monkeypatch):
+    monkeypatch.setattr(chat.speaker, "head", lambda x: x.new_full((*x.shape[:-1], 9), torch.nan))
+    with pytest.raises(UserError, match="不是有限的数"):
+        chat.next("守株")
+
+
+def test_ctrl_c_in_the_middle_of_a_look_does_not_end_the_chat(chat, monkeypatch, capsys):
+    def interrupted(self, ids):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(chat.speaker), "read", interrupted)
+    monkeypatch.setattr(repl, "read_inputs", lambda history: iter(["/next 守", "/temp"]))
+    chat.run(print, print)
+    assert "已停止" in (err := capsys.readouterr().err) and "temp 现在是" in err

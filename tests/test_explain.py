@@ -49,6 +49,9 @@ def test_the_page_says_what_the_model_says(speaker):
     assert facts["targets"][-1] == facts["next"][-1][0][0]
     assert facts["without"][1][0] is None and facts["without"][0][0] is None
     assert facts["without"][1][1] == pytest.approx(probs[0, ids[2]].item(), rel=1e-3)
+    view = explain.look(speaker.model, ids)
+    assert torch.allclose(torch.tensor(facts["norms"]), view.residual.norm(dim=-1), rtol=1e-5)
+    assert torch.allclose(torch.tensor(facts["writes"]), view.writes, rtol=1e-5)
     assert facts["total_params"] == sum(p.numel() for p in speaker.model.parameters())
 
 
@@ -75,6 +78,27 @@ def test_any_text_makes_a_sound_page(speaker, text):
     assert data_of(html)["ids"] == ids
 
 
+def test_the_words_in_the_terminal(speaker):
+    """变小写成负的比特；最看哪个取最大的；合计的运算量乘上了层数。"""
+    assert explain.change(0.5, 0.125) == "12.5%（-2.0 比特）"
+    assert explain.change(0.25, 0.5) == "50.0%（+1.0 比特）"
+    facts = explain.examine(speaker, speaker.prompt("守株待兔"))
+    weights = explain.look(speaker.model, facts["ids"]).attention[1, 0, 4]
+    cells = list(explain.most_attended(facts, 4).columns[1].cells)
+    assert cells[1].plain.startswith(facts["tokens"][weights.argmax()] + " ")
+    parts = {p["name"]: p["flops"] for p in facts["parts"]}
+    blocks = sum(flops for name, flops in parts.items() if name.startswith("blocks."))
+    assert explain.total_flops(facts) == 2 * blocks + parts["score"]
+
+
+def test_a_broken_model_is_one_sentence(speaker, monkeypatch):
+    monkeypatch.setattr(
+        speaker.model, "score", lambda x: x.new_full((*x.shape[:-1], 30), torch.nan)
+    )
+    with pytest.raises(UserError, match="不是有限的数"):
+        explain.examine(speaker, speaker.prompt("守株"))
+
+
 def test_a_token_cannot_end_the_program(speaker):
     """词表里若有这样的词元，页面也不会被它截断。"""
     facts = explain.examine(speaker, speaker.prompt("守株"))
@@ -87,7 +111,7 @@ def test_a_token_cannot_end_the_program(speaker):
 def test_it_runs_as_in_the_readme(trained):
     folder, *_ = trained
     out, _ = run(folder, "tools.explain", "守株待兔：", "--write", "5")
-    for title in ("编号", "猜下一个", "少一个词元", "读到某一层", "哪个", "多长", "运算量"):
+    for title in ("编号", "猜下一个", "去掉一个词元", "读到某一层", "哪个", "多长", "运算量"):
         assert title in out
     html = (folder / "out/explain.html").read_text(encoding="utf-8")
     assert data_of(html)["stage"] == "sft"  # 两个都有，用微调过的
@@ -104,6 +128,7 @@ def test_it_runs_as_in_the_readme(trained):
         (["你好", "--most", "0"], "至少是 1"),
         (["你好", "--device", "tpu"], "device 只能是"),
         (["你好", "再见"], "多余的参数"),
+        (["\udcff"], "不是 UTF-8"),
     ],
 )
 def test_mistakes_are_one_sentence(argv, sentence):

@@ -15,11 +15,13 @@ from scripts import Running, run
 from config import Config, UserError
 from display import percent
 from generate import Sampling, make_speaker
+from microscope import leave_one_out, look
 from model import Transformer
 from tokenizer import Tokenizer
 from tools import web_actions as actions
 
 TOKENIZER = Tokenizer()
+SHAPE = Config(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=32, max_len=80)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update"]  # fmt: skip
@@ -32,11 +34,10 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 def speaker(request):
     """没训练过、但每层都真的做事的小模型。"""
     torch.manual_seed(0)
-    shape = Config(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=32, max_len=80)
-    model = Transformer(shape).eval()
+    model = Transformer(SHAPE).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return make_speaker(model, shape, TOKENIZER, request.param)
+    return make_speaker(model, SHAPE, TOKENIZER, request.param)
 
 
 def last(iterator):
@@ -96,11 +97,46 @@ def test_candidates_are_the_models(speaker):
     probs = speaker.model(torch.tensor([ids]))[0, -1].softmax(-1)
     found = actions.candidates(speaker, ids, len(ids), Sampling(temp=0), 10)
     assert [p for _, _, p, _ in found] == pytest.approx(probs.topk(10).values.tolist(), rel=1e-4)
-    allowed = [(q, token) for token, _, _, q in found]
-    (sure,) = {q for q, _ in allowed if q} or {1.0}  # 温度为零，只有一个会被抽中
-    assert sure == 1.0
-    drawn = actions.draw(speaker, ids, len(ids), Sampling(temp=0))
-    assert drawn == next(speaker.choices(ids, Sampling(temp=0))).token
+
+
+def test_drawing_step_by_step_is_the_lottery_shown(speaker):
+    """一步一步地抽：抽中的就是写着 100% 的，与一口气写的相同；重复惩罚也在。"""
+    sampling, ids = Sampling(temp=0, penalty=5, max=12), speaker.prompt("守株待兔")
+    start, straight = len(ids), [c.token for c in speaker.choices(ids, sampling)]
+    for _ in straight:
+        found = actions.candidates(speaker, ids, start, sampling, SHAPE.vocab_size)
+        (sure,) = [token for token, _, _, q in found if q == 1]
+        ids = [*ids, actions.draw(speaker, ids, start, sampling)]
+        assert ids[-1] == sure
+    assert ids[start:] == straight
+    penalties = [
+        actions.candidates(speaker, ids, start, Sampling(temp=0, penalty=p), 10) for p in (1, 5)
+    ]
+    assert penalties[0] != penalties[1] or speaker.stage == "pretrain"
+
+
+def test_a_fixed_seed_is_not_the_same_number_every_step(speaker):
+    ids = speaker.prompt("守株待兔")
+    sampling, start = Sampling(temp=10, top_k=0, top_p=1, penalty=1, seed=7), len(ids)
+    drawn = [actions.draw(speaker, [*ids, *[5] * n], start, sampling) for n in range(8)]
+    assert len(set(drawn)) > 4
+    assert drawn[0] == actions.draw(speaker, ids, start, sampling)
+
+
+def test_what_was_said_before_a_stop_is_remembered(speaker):
+    """停在半途，写了一半的回答也是前文；一问一答不乱。"""
+    steps = actions.reply(speaker, [], "守株待兔", Sampling(seed=5, max=12))
+    *_, (turns, _, new, _) = [next(steps) for _ in range(3)]
+    if speaker.stage == "sft":
+        assert turns[1:] == [TOKENIZER.turn_ids("assistant", new)]
+    else:
+        assert turns == []
+
+
+def test_forgetting_is_said(speaker):
+    turns = [TOKENIZER.turn_ids(role, [5] * 12) for role in ("user", "assistant") * 2]
+    notices = [n for *_, n in actions.reply(speaker, turns, "守株待兔", Sampling(max=3))]
+    assert all("忘掉了最早的" in n for n in notices) == (speaker.stage == "sft")
 
 
 def test_html_escapes_what_the_model_writes(speaker):
@@ -246,7 +282,7 @@ def test_a_chat_and_its_microscope(visit):
     lens = microscope_of(page)
     assert lens.locator("#tokens button").count() >= 8
     before = lens.locator("#cell").inner_text()
-    assert re.match(r"第 4 层第 1 头：「.+」看「.+」，占 [\d.<]+%。", before)
+    assert re.match(r"第 4 层第 1 头：第 \d+ 个「.+」看第 \d+ 个「.+」，占 [\d.<]+%。", before)
     lens.get_by_role("button", name="第 1 层第 2 头").click()
     assert lens.locator("#cell").inner_text().startswith("第 1 层第 2 头")
     lens.locator("#map").focus()
@@ -259,6 +295,65 @@ def test_a_chat_and_its_microscope(visit):
     assert "占 100.0%" in lens.locator("#cell").inner_text()
     page.get_by_role("button", name="重新开始").click()
     page.get_by_text("先说一句话。").wait_for()
+
+
+def test_the_page_shows_the_numbers_of_the_model(visit, trained):
+    """网页上读得到的每个数，与直接算的相同：注意力的每一格、去掉一个词元、残差流、概率。"""
+    page = visit()
+    sampling(page, temp=0, max=5)
+    say(page, "守株待兔")
+    lens = microscope_of(page)
+    body = lens.locator("body")
+    facts = body.evaluate("({ids: F.ids, at: at, targets: F.targets})")
+    folder, *_ = trained
+    model = actions.open_model(str(folder / "out/tiny/sft.pt")).model
+    ids, at = facts["ids"], facts["at"]
+    view, n = look(model, ids), len(ids)
+    shown = body.evaluate(
+        """[...Array(L).keys()].map(l => [...Array(H).keys()].map(h =>
+            F.ids.map((_, i) => F.ids.map((_, j) => weight(l, h, i, j)))))"""
+    )
+    assert torch.allclose(torch.tensor(shown), view.attention, atol=1e-5)
+    target = view.logits[-1].argmax().item()
+    without = leave_one_out(model, ids, [*ids[1:], target]).exp()[:, at].tolist()
+    words = lens.locator("#without > :nth-child(3n)").all_inner_texts()
+    assert [w.split("　")[0] for w in words] == [percent(p) for p in without]
+    bars = lens.locator("#without i")
+    smaller = [p < view.logits[-1].softmax(-1)[target] for p in without]
+    classes = bars.evaluate_all("all => all.map(e => e.className)")
+    assert [c == "less" for c in classes] == smaller
+    norms = lens.locator("#norms > :nth-child(3n)").all_inner_texts()
+    assert [w.split("　")[0] for w in norms] == [
+        f"{x:.2f}" for x in view.residual.norm(dim=-1)[:, at].tolist()
+    ]
+    best = view.logits[-1].softmax(-1).topk(10).values.tolist()
+    assert lens.locator("#next > :nth-child(3n)").all_inner_texts() == [percent(p) for p in best]
+    assert n == lens.locator("#tokens button").count()
+
+
+def test_what_looks_like_html_is_shown_as_typed(visit):
+    """不会变成网页，也不会去取里面的图片（visit 核对没有向外联网）。"""
+    page = visit()
+    sampling(page, temp=0, max=3)
+    text = "<img src=http://example.invalid/a.png><b>粗</b> & 体"
+    say(page, text)
+    microscope_of(page)
+    assert page.locator("[data-testid=user]").inner_text().strip() == text
+
+
+def test_starting_again_stops_the_answer(visit):
+    page = visit()
+    sampling(page, temp=2, top_k=0, top_p=1, max=400, penalty=1)
+    say(page, "守株待兔")
+    page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length > 0")
+    page.get_by_label("你说").fill("下一句")
+    page.wait_for_timeout(300)
+    assert page.get_by_label("你说").input_value() == "下一句"  # 边答边写，不会被擦掉
+    page.get_by_role("button", name="重新开始").click()
+    page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length === 0")
+    page.wait_for_timeout(1000)
+    assert page.locator("[data-testid=bot]").count() == 0
+    assert page.locator("iframe").count() == 0
 
 
 def test_a_stop_keeps_what_was_said(visit):
@@ -297,17 +392,19 @@ def test_step_by_step(visit):
     choices = page.locator("button.candidate")
     choices.nth(9).wait_for()
     third = choices.nth(2).inner_text().split("　")[1]
+    sampling(page, temp=0)
+    page.get_by_text("抽签 100.0%").wait_for()  # 采样改了，候选跟着变
     choices.nth(2).focus()
     page.keyboard.press("Enter")  # 只用键盘也行
     page.get_by_text(f"你选了「{third}」").wait_for()
     written = page.locator(".tokens .written")
-    assert written.all_inner_texts() == [third]
+    assert [w.split()[0] for w in written.all_inner_texts()] == [third]
     page.get_by_role("button", name="让它抽一个").click()
     page.get_by_text("抽中「").wait_for()
     assert written.count() == 2
     page.get_by_role("button", name="退一步").click()
     page.wait_for_function("document.querySelectorAll('.tokens .written').length === 1")
-    assert written.all_inner_texts() == [third]
+    assert [w.split()[0] for w in written.all_inner_texts()] == [third]
 
 
 def test_compare_and_training(visit, trained):
@@ -330,10 +427,17 @@ def test_two_visitors_at_once(visit):
     """两个人同时说话，各得各的回答，谁也不用等谁说完。"""
     pages = [visit(), visit()]
     for page, text in zip(pages, ("守株待兔", "画蛇添足"), strict=True):
-        sampling(page, temp=2, top_k=0, top_p=1, max=150, penalty=1)
+        sampling(page, temp=2, top_k=0, top_p=1, max=400, penalty=1)
         page.get_by_label("你说").fill(text)
     for page in pages:
         page.get_by_role("button", name="发送").click()
+    for page in pages:
+        page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length > 0")
+    first = pages[0].locator("[data-testid=bot]")
+    length = len(first.inner_text())  # 第二位已经得到了字，第一位还没有说完
+    pages[0].wait_for_function(
+        f"document.querySelector('[data-testid=bot]').innerText.length > {length} + 2"
+    )
     for page, text in zip(pages, ("守株待兔", "画蛇添足"), strict=True):
         assert microscope_of(page).locator("#tokens button").count() > 20
         assert page.locator("[data-testid=user]").inner_text().strip().startswith(text)

@@ -20,8 +20,17 @@ from rich.table import Table
 from rich.text import Text
 
 import display
-from config import Config, UserError, help_text, load_config, option, parse_flags, run_script
-from generate import Sampling, Speaker, load_for_chat
+from config import (
+    Config,
+    UserError,
+    help_text,
+    is_text,
+    load_config,
+    option,
+    parse_flags,
+    run_script,
+)
+from generate import Sampling, Speaker, check_finite, load_for_chat
 from microscope import anatomy, leave_one_out, logit_lens, look
 from training import Device
 
@@ -48,14 +57,19 @@ def main() -> None:
     if len(ids) > speaker.config.max_len:
         limit = speaker.config.max_len
         raise UserError(f"这段文字有 {len(ids)} 个词元，模型最多看 {limit} 个；请短一些")
-    ids += speaker.generate(ids, Sampling(temp=0, max=options.write)) if options.write else []
-    if len(ids) > options.most:
-        print(f"（共 {len(ids)} 个词元，只看最后 {options.most} 个；想看更多用 --most）")
-    ids = ids[-options.most :]
+    greedy = Sampling(temp=0, penalty=1, max=options.write)
+    ids += speaker.generate(ids, greedy) if options.write else []
+    dropped = max(0, len(ids) - options.most)
+    if dropped:
+        print(
+            f"（共 {len(ids)} 个词元，只把最后 {options.most} 个送进模型，数因此与读全文时不同；"
+            f"想看全文用 --most {len(ids)}）"
+        )
+    ids = ids[dropped:]
     at = len(ids) if options.at is None else options.at
     if not 1 <= at <= len(ids):
         raise UserError(f"--at 要在 1 与词元数 {len(ids)} 之间，得到的是 {at}")
-    facts = examine(speaker, ids)
+    facts = examine(speaker, ids, dropped)
     report(facts, at - 1, display.terminal(sys.stdout))
     path = Path(options.html)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,11 +86,14 @@ def read_arguments(argv: list[str]) -> tuple[str, Options]:
         raise UserError('请先写要看的文字，例如：python -m tools.explain "守株待兔："')
     problems: list[str] = []
     options = Options(**parse_flags(Options, argv[1:], problems))
+    if not is_text(argv[0]):
+        problems.append(f"要看的文字不是 UTF-8：{argv[0]!r}")
     if options.write < 0 or options.most < 1:
         problems.append(f"--write（{options.write}）不能是负数，--most（{options.most}）至少是 1")
-    choices = fields(Options)[-1].metadata["choices"]
-    if options.device not in choices:
-        problems.append(f"device 只能是 {'、'.join(choices)}，得到的是 {options.device!r}")
+    for f in fields(Options):
+        choices, value = f.metadata["choices"], getattr(options, f.name)
+        if choices and value not in choices:
+            problems.append(f"{f.name} 只能是 {'、'.join(choices)}，得到的是 {value!r}")
     if problems:
         raise UserError("；".join(problems))
     return argv[0], options
@@ -103,13 +120,19 @@ def load_speaker(checkpoint: str | None, device: str = "auto") -> Speaker:
 # ---------- 1. 看一遍，记成能写进 JSON 的样子 ----------
 
 
-def examine(speaker: Speaker, ids: list[int]) -> dict:
+def examine(speaker: Speaker, ids: list[int], dropped: int = 0) -> dict:
     """把 ids 看一遍，所有要给人看的数。
 
     「目标」是每个位置的下一个词元；最后一个位置没有下一个，就用模型最想写的。
+
+    Args:
+        dropped: 前面还有多少个词元没有送进来，只用来说一声。
+    Raises:
+        UserError: 模型坏了，打分不是有限的数。
     """
     model, label = speaker.model, speaker.tokenizer.label
     view = look(model, ids)
+    check_finite(view.logits)
     probs = view.logits.softmax(-1)  # (T, V)
     targets = [*ids[1:], probs[-1].argmax().item()]
     lens = logit_lens(model, view.residual).softmax(-1)  # (L + 1, T, V)
@@ -128,6 +151,7 @@ def examine(speaker: Speaker, ids: list[int]) -> dict:
     return {
         "stage": speaker.stage,
         "ids": ids,
+        "dropped": dropped,
         "tokens": [label(token) for token in ids],
         "targets": [label(token) for token in targets],
         "next": best(probs, 10),
@@ -206,11 +230,16 @@ def report(facts: dict, at: int, console: Console) -> None:
     show(f"二、{here}，它猜下一个是", bars(rows))
     p = facts["target_p"][at]
     rows = [
-        (f"去掉「{tokens[i]}」", facts["without"][i][at], change(p, facts["without"][i][at]))
+        (
+            f"第 {i + 1} 个「{tokens[i]}」",
+            facts["without"][i][at],
+            change(p, facts["without"][i][at]),
+        )
         for i in range(at + 1)
         if facts["without"][i][at] is not None
     ]
-    show(f"三、「{target}」的概率是 {display.percent(p)}；前文少一个词元，就变成", bars(rows))
+    title = f"三、「{target}」的概率是 {display.percent(p)}；前文去掉一个词元，就变成"
+    show(title if rows else "三、只有一个词元，去掉就没有了", bars(rows))
     lens = [facts["lens"][layer][at] for layer in range(facts["n_layers"] + 1)]
     rows = [
         (layer_name(i), facts["lens_target_p"][i][at], guesses(best)) for i, best in enumerate(lens)

@@ -26,11 +26,13 @@ NOTHING = '<p class="quiet">先说一句话。</p>'
 CSS = """
 .tokens { font-size: 1.1rem; line-height: 2; overflow-wrap: anywhere; }
 .tokens span { padding: .1rem .1rem; border-radius: .2rem; }
+.tokens .written { display: inline-block; text-align: center; line-height: 1.2; }
+.tokens small { display: block; font-size: .65rem; }
 .tokens .given { opacity: .65; }
 .bars { width: 100%; border-collapse: collapse; } .bars caption { text-align: left; opacity: .75; }
 .bars tr, .bars th, .bars td { border: 0 !important; padding: .1rem .3rem !important; }
 .bars th, .bars .percent { width: 1%; white-space: nowrap; text-align: left; font-weight: 400; }
-.bars .bar div { height: .9rem; background: #1d5fbf; border-radius: .15rem; min-width: 1px; }
+.bars .bar div { height: .9rem; background: currentColor; border-radius: .15rem; min-width: 1px; }
 .answer { font-size: 1.1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .quiet { opacity: .75; }
 .candidate { justify-content: flex-start !important; text-align: left; font-weight: 400;
@@ -85,7 +87,8 @@ def main() -> None:
 def check_port(host: str, port: int) -> None:
     """端口用不了，先说清楚。"""
     try:
-        with socket.socket() as probe:
+        family = socket.getaddrinfo(host, port)[0][0]  # IPv4 或 IPv6
+        with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except (OSError, UnicodeError) as error:
@@ -127,7 +130,7 @@ def build(options: Options):
                 gr.Dropdown(records, value=records[0] if records else None),
             )
 
-        demo.load(found, outputs=[model, *refresh_pair, run])
+        demo.load(found, outputs=[model, *refresh_pair, run], api_name=False)
     return demo
 
 
@@ -160,10 +163,16 @@ def sampling_controls(gr) -> list:
 
 
 def sampling_from(values: tuple) -> Sampling:
-    """控件的值 -> Sampling；清空了的数字框用默认值。"""
+    """控件的值 -> Sampling；清空了的数字框用默认值。
+
+    Raises:
+        UserError: 值不合理。
+    """
     given = {}
     for f, value in zip(fields(Sampling), values, strict=True):
         given[f.name] = f.default if value is None else type(f.default)(value)
+    if problems := Sampling(**given).problems():
+        raise UserError("；".join(problems))
     return Sampling(**given)
 
 
@@ -172,12 +181,14 @@ def sampling_from(values: tuple) -> Sampling:
 
 def chat_tab(gr, model) -> None:
     """左边说话，右边看最后一次回答的里面。"""
-    turns, seen = gr.State([]), gr.State([])
+    turns, seen = gr.State([]), gr.State(None)  # seen：哪个模型，开头与写出的编号
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             box = gr.Chatbot(label="对话", render_markdown=False, height=360, buttons=["copy"])
             notice = gr.HTML(status(""))
-            text = gr.Textbox(label="你说", lines=2, placeholder="例如：画蛇添足是什么意思？")
+            text = gr.Textbox(
+                label="你说", lines=1, max_lines=6, placeholder="例如：画蛇添足是什么意思？"
+            )
             with gr.Row():
                 send = gr.Button("发送", variant="primary", min_width=80)
                 stop = gr.Button("停止", min_width=80)
@@ -189,34 +200,45 @@ def chat_tab(gr, model) -> None:
 
     def talk(path, message, messages, turns, *values) -> Iterator[tuple]:
         """一边写一边显示。"""
-        messages, seen = messages or [], []
+        messages, box_after = messages or [], ""  # 发出之后清空输入框，只清一次
         try:
-            speaker = actions.open_model(path)
-            said = [*messages, {"role": "user", "content": message}]
-            steps = actions.reply(speaker, turns, message, sampling_from(values))
-            for remembered, ids, new, why in steps:
-                answer = {"role": "assistant", "content": speaker.tokenizer.decode(new)}
-                seen = [*ids, *new]
-                yield [*said, answer], remembered, seen, "", status(why)
+            speaker, sampling = actions.open_model(path), sampling_from(values)
+            said = [*messages, bubble("user", message)]
+            for remembered, ids, new, why in actions.reply(speaker, turns, message, sampling):
+                answer = bubble("assistant", speaker.tokenizer.decode(new))
+                yield [*said, answer], remembered, (path, [*ids, *new]), box_after, status(why)
+                box_after = gr.skip()
         except UserError as error:  # 写下的字留在框里，改一改再发
-            yield messages, turns, seen, message, status(str(error))
+            yield messages, turns, None, message, status(str(error))
 
-    def examine(path, seen) -> str:
-        """看最后一次回答的里面。"""
-        return actions.microscope(actions.open_model(path), seen) if seen else gr.skip()
+    def examine(seen) -> str:
+        """看最后一次回答的里面；用的是作答的那个模型。"""
+        if not seen:
+            return gr.skip()
+        try:
+            path, ids = seen
+            return actions.microscope(actions.open_model(path), ids)
+        except UserError as error:
+            return status(str(error))
 
     outputs = [box, turns, seen, text, notice]
-    for ask in (send.click, text.submit):
-        talking = ask(talk, [model, text, box, turns, *controls], outputs, api_name=False)
-        talking.then(examine, [model, seen], lens, api_name=False)
-        stop.click(None, cancels=[talking], api_name=False).then(
-            examine, [model, seen], lens, api_name=False
-        )
-    for forget in (clear.click, box.clear, model.change):
-        forget(
-            lambda: ([], [], [], gr.skip(), status(""), NOTHING), None, [*outputs, lens],
+    talking = [
+        ask(talk, [model, text, box, turns, *controls], outputs, api_name=False)
+        for ask in (send.click, text.submit)
+    ]
+    for event in talking:
+        event.then(examine, seen, lens, api_name=False)
+    stop.click(None, cancels=talking, api_name=False).then(examine, seen, lens, api_name=False)
+    for forget in (clear.click, box.clear, model.change):  # 先停下，再清空
+        forget(None, cancels=talking, api_name=False).then(
+            lambda: ([], [], None, gr.skip(), status(""), NOTHING), None, [*outputs, lens],
             api_name=False,
         )  # fmt: skip
+
+
+def bubble(role: str, words: str) -> dict:
+    """对话里的一句。尖括号要转写：Gradio 会把它当作网页，甚至去取里面的图片。"""
+    return {"role": role, "content": html.escape(words, quote=False)}
 
 
 # ---------- 2. 一步一步 ----------
@@ -240,19 +262,16 @@ def step_tab(gr, model) -> None:
 
     def show(path, ids, start, values, words="") -> tuple:
         """画出到现在为止的，和接下来的候选。"""
-        speaker = actions.open_model(path)
-        sampling = sampling_from(values)
-        if sampling.problems():
-            raise UserError("；".join(sampling.problems()))
-        ended = len(ids) > start and ids[-1] == speaker.tokenizer.eos_id
+        speaker, sampling = actions.open_model(path), sampling_from(values)
+        ended = is_over(speaker, ids, start)
         if ended or len(ids) >= speaker.config.max_len:
             words = "写完了。" if ended else "上下文写满了。"
             shown = [gr.Button(visible=False)] * N_CANDIDATES
         else:
             found = actions.candidates(speaker, ids, start, sampling, N_CANDIDATES)
             shown = [gr.Button(face(name, p, q), visible=True) for _, name, p, q in found]
-        html = actions.tokens_html(speaker, ids, start)
-        return ids, start, html, status(words), *shown
+        tokens = actions.tokens_html(speaker, ids, start)
+        return ids, start, tokens, status(words), *shown
 
     def guarded(step):
         """出了用户能改的错，只换提示，别的不动。"""
@@ -276,6 +295,8 @@ def step_tab(gr, model) -> None:
     def draw_one(path, ids, start, text, *values):
         begun(ids)
         speaker = actions.open_model(path)
+        if is_over(speaker, ids, start) or len(ids) >= speaker.config.max_len:
+            raise UserError("已经写完了；退一步，或者重新开始")
         token = actions.draw(speaker, ids, start, sampling_from(values))
         return show(path, [*ids, token], start, values, f"抽中「{speaker.tokenizer.label(token)}」")
 
@@ -289,6 +310,13 @@ def step_tab(gr, model) -> None:
 
         return step
 
+    def refresh(path, ids, start, text, *values):
+        return (
+            show(path, ids, start, values)
+            if ids
+            else (ids, start, *[gr.skip()] * (2 + N_CANDIDATES))
+        )
+
     def back(path, ids, start, text, *values):
         begun(ids)
         return show(path, ids[:-1] if len(ids) > start else ids, start, values)
@@ -298,12 +326,18 @@ def step_tab(gr, model) -> None:
     for event, step in [
         (begin.click, restart), (text.submit, restart), (draw.click, draw_one), (undo.click, back),
         *((button.click, pick(i)) for i, button in enumerate(buttons)),
+        *((control.change, refresh) for control in controls),
     ]:  # fmt: skip
         event(guarded(step), inputs, outputs, api_name=False, show_progress="hidden")
     hidden = [gr.Button(visible=False)] * N_CANDIDATES
     model.change(
         lambda: ([], 0, "", status("按「从这里开始」。"), *hidden), None, outputs, api_name=False
     )
+
+
+def is_over(speaker, ids: list[int], start: int) -> bool:
+    """写出来的最后一个是不是「写完了」的标记。"""
+    return len(ids) > start and ids[-1] == speaker.tokenizer.eos_id
 
 
 def begun(ids: list[int]) -> None:

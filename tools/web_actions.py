@@ -14,7 +14,15 @@ import torch
 
 from config import UserError
 from display import bits, percent
-from generate import Choice, KVCache, Sampling, Speaker, is_looping, probabilities
+from generate import (
+    Choice,
+    KVCache,
+    Sampling,
+    Speaker,
+    check_finite,
+    is_looping,
+    probabilities,
+)
 from sft_chat import ask
 from tools.explain import examine, load_speaker, page
 from training import read_metrics
@@ -68,7 +76,13 @@ def choices(speaker: Speaker, ids: list[int], sampling: Sampling) -> Iterator[Ch
 
 
 def read(speaker: Speaker, ids: list[int]) -> torch.Tensor:
-    """每个位置之后的概率 (T, V)，排队。"""
+    """每个位置之后的概率 (T, V)，排队。
+
+    Raises:
+        UserError: 比模型的上下文长：检查点中途换成了更小的模型。
+    """
+    if len(ids) > speaker.config.max_len:
+        raise UserError(f"有 {len(ids)} 个词元，模型最多看 {speaker.config.max_len} 个；请重新开始")
     with LOCK:
         return speaker.read(ids)
 
@@ -90,30 +104,30 @@ def reply(
     """
     if not text.strip():
         raise UserError("请先写点什么")
-    if sampling.problems():
-        raise UserError("；".join(sampling.problems()))
     if speaker.stage == "sft":
-        turns, ids = ask(speaker, turns, text)
+        asked, ids = ask(speaker, turns, text)
+        forgotten = (len(turns) + 1 - len(asked)) // 2
     else:
-        turns, ids = [], checked(speaker, speaker.prompt(text))
+        asked, ids, forgotten = [], checked(speaker, speaker.prompt(text)), 0
     new: list[int] = []
-    notice = ""
+    notice = f"（前文太长，忘掉了最早的 {forgotten} 轮）" if forgotten else ""
+
+    def state(why: str = "") -> tuple:
+        """中途停下也记得写了一半的；一个字也没答的提问不留着。"""
+        answered = [*asked, speaker.tokenizer.turn_ids("assistant", new)] if new else asked[:-1]
+        return answered if speaker.stage == "sft" else [], ids, new, notice + why
+
     for choice in choices(speaker, ids, sampling):
         if choice.token == speaker.tokenizer.eos_id:
-            notice = "" if new else "它一个字也没写：认为到这里就完了"
-            break
+            yield state("" if new else "它一个字也没写：认为到这里就完了")
+            return
         new.append(choice.token)
-        yield turns, ids, new, ""
+        yield state()
         if is_looping(new):
-            notice = "开始重复，停在这里"
-            break
-    else:
-        full = len(ids) + len(new) >= speaker.config.max_len
-        notice = "写满了上下文" if full else f"写满了 {len(new)} 个词元，采样里的 max 可以调"
-    if speaker.stage == "sft":
-        answered = [*turns, speaker.tokenizer.turn_ids("assistant", new)]
-        turns = answered if new else turns[:-1]  # 没答的提问不留着
-    yield turns, ids, new, notice
+            yield state("开始重复，停在这里")
+            return
+    full = len(ids) + len(new) >= speaker.config.max_len
+    yield state("写满了上下文" if full else f"写满了 {len(new)} 个词元，采样里的 max 可以调")
 
 
 def checked(speaker: Speaker, ids: list[int]) -> list[int]:
@@ -128,9 +142,10 @@ def microscope(speaker: Speaker, ids: list[int]) -> str:
     """显微镜的网页，装在一个框里；从最后一个词元看起。"""
     if not ids:
         return ""
-    ids = ids[-MOST:]
+    dropped = max(0, len(ids) - min(MOST, speaker.config.max_len))
+    ids = ids[dropped:]
     with LOCK:
-        facts = examine(speaker, ids)
+        facts = examine(speaker, ids, dropped)
     inside = html.escape(page(facts, len(ids) - 1), quote=True)
     return (
         '<iframe title="显微镜：这段话的每一步" sandbox="allow-scripts" '
@@ -141,8 +156,10 @@ def microscope(speaker: Speaker, ids: list[int]) -> str:
 # ---------- 3. 一步一步 ----------
 
 
-def candidates(speaker: Speaker, ids: list[int], start: int, sampling: Sampling, k: int) -> list:
-    """接下来最可能的 k 个：[(编号, 名字, 模型给的概率, 抽签时的概率)]。
+def lottery(
+    speaker: Speaker, ids: list[int], start: int, sampling: Sampling
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """接下来：模型给的概率 (V,)，与真正拿来抽签的概率 (V,)。
 
     Args:
         ids: 到现在为止的编号。
@@ -151,28 +168,34 @@ def candidates(speaker: Speaker, ids: list[int], start: int, sampling: Sampling,
     with LOCK, torch.inference_mode():
         row = torch.tensor([ids], device=speaker.banned.device)
         logits = speaker.head(speaker.model.hidden(row)[0, -1])
-        lottery = probabilities(logits, row[0, start:], sampling, speaker.banned)
-        best, tokens = logits.float().softmax(-1).topk(k)
+        check_finite(logits)
+        drawn_from = probabilities(logits, row[0, start:], sampling, speaker.banned)
+        return logits.float().softmax(-1), drawn_from
+
+
+def candidates(speaker: Speaker, ids: list[int], start: int, sampling: Sampling, k: int) -> list:
+    """接下来最可能的 k 个：[(编号, 名字, 模型给的概率, 抽签时的概率)]，参数同 `lottery`。"""
+    probs, drawn_from = lottery(speaker, ids, start, sampling)
+    best, tokens = probs.topk(k)
     return [
-        (token, speaker.tokenizer.label(token), p, lottery[token].item())
+        (token, speaker.tokenizer.label(token), p, drawn_from[token].item())
         for token, p in zip(tokens.tolist(), best.tolist(), strict=True)
     ]
 
 
 def draw(speaker: Speaker, ids: list[int], start: int, sampling: Sampling) -> int:
-    """让它自己抽一个。"""
-    steps = choices(speaker, ids, replace(sampling, max=1))
-    choice = next(steps, None)
-    if choice is None:
-        raise UserError("上下文写满了；请重新开头")
-    return choice.token
+    """让它自己抽一个，参数同 `lottery`；固定了种子，每一步仍是不同的随机数。"""
+    _, drawn_from = lottery(speaker, ids, start, sampling)
+    generator = torch.Generator(drawn_from.device)
+    generator.manual_seed(sampling.seed + len(ids)) if sampling.seed else generator.seed()
+    return torch.multinomial(drawn_from, 1, generator=generator).item()
 
 
 # ---------- 4. 写成网页 ----------
 
 
 def tokens_html(speaker: Speaker, ids: list[int], start: int) -> str:
-    """一串词元：写出来的按意外程度上色，悬停时说出概率；start 之前的是开头，不上色。"""
+    """一串词元：写出来的按意外程度上色，下面是概率；start 之前的是开头，不上色。"""
     probs = read(speaker, ids) if len(ids) > start else None
     pieces = []
     for i, token in enumerate(ids):
@@ -181,10 +204,10 @@ def tokens_html(speaker: Speaker, ids: list[int], start: int) -> str:
             pieces.append(f'<span class="given">{name}</span>')
         else:
             p = probs[i - 1, token].item()
-            strength = min(0.6, bits(p) / 16)
+            strength = min(0.4, bits(p) / 20)
             pieces.append(
-                f'<span class="written" title="{percent(p)}，意外 {bits(p):.1f} 比特" '
-                f'style="background:rgba(213,94,0,{strength:.2f})">{name}</span>'
+                f'<span class="written" style="background:rgba(213,94,0,{strength:.2f})">{name}'
+                f"<small>{percent(p)}</small></span>"
             )
     return f'<p class="tokens">{"".join(pieces)}</p>'
 
