@@ -351,7 +351,7 @@ def test_starting_again_stops_the_answer(visit):
     assert page.get_by_label("你说").input_value() == "下一句"  # 边答边写，不会被擦掉
     page.get_by_role("button", name="重新开始").click()
     page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length === 0")
-    page.wait_for_timeout(1000)
+    page.wait_for_timeout(2500)  # 停下来的那一次若还要看显微镜，也看完了
     assert page.locator("[data-testid=bot]").count() == 0
     assert page.locator("iframe").count() == 0
 

@@ -228,7 +228,7 @@ def chat_tab(gr, model) -> None:
     ]
     for event in talking:
         event.then(examine, seen, lens, api_name=False)
-    stop.click(None, cancels=talking, api_name=False).then(examine, seen, lens, api_name=False)
+    stop.click(None, cancels=talking, api_name=False)
     for forget in (clear.click, box.clear, model.change):  # 先停下，再清空
         forget(None, cancels=talking, api_name=False).then(
             lambda: ([], [], None, gr.skip(), status(""), NOTHING), None, [*outputs, lens],
