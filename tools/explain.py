@@ -9,6 +9,7 @@
 import base64
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -69,12 +70,14 @@ def main() -> None:
     at = len(ids) if options.at is None else options.at
     if not 1 <= at <= len(ids):
         raise UserError(f"--at 要在 1 与词元数 {len(ids)} 之间，得到的是 {at}")
+    started = time.perf_counter()
     facts = examine(speaker, ids, dropped)
+    seconds = time.perf_counter() - started
     report(facts, at - 1, display.terminal(sys.stdout))
     path = Path(options.html)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(facts, at - 1), encoding="utf-8")
-    print(f"\n网页：{path}（用浏览器打开）")
+    print(f"\n看一遍用了 {seconds:.2f} 秒。网页：{path}（用浏览器打开）")
 
 
 def read_arguments(argv: list[str]) -> tuple[str, Options]:
