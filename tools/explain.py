@@ -91,8 +91,12 @@ def read_arguments(argv: list[str]) -> tuple[str, Options]:
     options = Options(**parse_flags(Options, argv[1:], problems))
     if not is_text(argv[0]):
         problems.append(f"要看的文字不是 UTF-8：{argv[0]!r}")
-    if options.write < 0 or options.most < 1:
-        problems.append(f"--write（{options.write}）不能是负数，--most（{options.most}）至少是 1")
+    if options.write < 0:
+        problems.append(f"--write 不能是负数，得到的是 {options.write}")
+    if options.most < 1:
+        problems.append(f"--most 至少是 1，得到的是 {options.most}")
+    if not options.html.strip():
+        problems.append("--html 是空的；请写上网页的路径")
     for f in fields(Options):
         choices, value = f.metadata["choices"], getattr(options, f.name)
         if choices and value not in choices:
@@ -241,7 +245,7 @@ def report(facts: dict, at: int, console: Console) -> None:
         for i in range(at + 1)
         if facts["without"][i][at] is not None
     ]
-    title = f"三、「{target}」的概率是 {display.percent(p)}；前文去掉一个词元，就变成"
+    title = f"三、「{target}」的概率是 {display.percent(p)}；去掉一个词元就变成（少 1 比特是减半）"
     show(title if rows else "三、只有一个词元，去掉就没有了", bars(rows))
     lens = [facts["lens"][layer][at] for layer in range(facts["n_layers"] + 1)]
     rows = [

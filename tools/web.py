@@ -29,7 +29,7 @@ CSS = """
 .tokens .written { display: inline-block; text-align: center; line-height: 1.2; }
 .tokens small { display: block; font-size: .65rem; }
 .tokens .given { opacity: .65; }
-.bars { width: 100%; border-collapse: collapse; } .bars caption { text-align: left; opacity: .75; }
+.bars { width: 100%; border: 0 !important; } .bars caption { text-align: left; opacity: .75; }
 .bars tr, .bars th, .bars td { border: 0 !important; padding: .1rem .3rem !important; }
 .bars th, .bars .percent { width: 1%; white-space: nowrap; text-align: left; font-weight: 400; }
 .bars .bar div { height: .9rem; background: currentColor; border-radius: .15rem; min-width: 1px; }
@@ -106,13 +106,13 @@ def build(options: Options):
     ) as demo:
         gr.Markdown("# mini-llm：看见它怎样猜下一个词元")
         model = gr.Dropdown([], label="模型", info="out/ 里的检查点；重新训练过会自动用新的")
-        with gr.Tab("聊天与显微镜"):
+        with gr.Tab("聊天"):
             chat_tab(gr, model)
         with gr.Tab("一步一步"):
             step_tab(gr, model)
-        with gr.Tab("比较两个模型"):
+        with gr.Tab("比较"):
             refresh_pair = compare_tab(gr)
-        with gr.Tab("训练的过程"):
+        with gr.Tab("训练"):
             run = training_tab(gr)
 
         def found():
@@ -228,7 +228,9 @@ def chat_tab(gr, model) -> None:
     ]
     for event in talking:
         event.then(examine, seen, lens, api_name=False)
-    stop.click(None, cancels=talking, api_name=False)
+    stop.click(None, cancels=talking, api_name=False).then(
+        lambda: status("（已停止）"), None, notice, api_name=False
+    )
     for forget in (clear.click, box.clear, model.change):  # 先停下，再清空
         forget(None, cancels=talking, api_name=False).then(
             lambda: ([], [], None, gr.skip(), status(""), NOTHING), None, [*outputs, lens],
@@ -253,7 +255,9 @@ def step_tab(gr, model) -> None:
         begin = gr.Button("从这里开始", variant="primary", scale=1)
     written = gr.HTML(label="到现在为止")
     notice = gr.HTML(status("按「从这里开始」。"))
-    gr.Markdown("**候选**（百分数是模型给的概率；括号里是经过温度、top-k、top-p 之后抽签的概率）")
+    gr.Markdown(
+        "**候选**（百分数是模型给的概率；括号里是抽签的概率：经过重复惩罚、温度、top-k、top-p、min-p）"
+    )
     with gr.Row():
         draw = gr.Button("让它抽一个", min_width=120)
         undo = gr.Button("退一步", min_width=120)
@@ -349,9 +353,10 @@ def begun(ids: list[int]) -> None:
 def face(name: str, p: float, q: float) -> str:
     """一个候选按钮上的字：名字、横条、概率。"""
     p_words, q_words = (f"{percent(x):\u2007>6}" for x in (p, q))  # 与数字同宽的空格：对得齐
+    q_words = f"抽签 {q_words}" if q else "不参加抽签"
     eighths = round(12 * 8 * p)
     bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]
-    return f"{p_words}　{name}　（抽签 {q_words}）　{bar}"
+    return f"{p_words}　{name}　（{q_words}）　{bar}"
 
 
 # ---------- 3. 比较 ----------
@@ -359,7 +364,11 @@ def face(name: str, p: float, q: float) -> str:
 
 def compare_tab(gr) -> list:
     """同一个开头，两个模型：微调前后，矮胖与瘦高。"""
-    gr.Markdown("同一段文字给两个模型：微调前后，或者矮胖与瘦高，猜得有什么不同？")
+    gr.Markdown(
+        "同一段文字给两个模型：微调前后，或者矮胖与瘦高，猜得有什么不同？"
+        "微调过的把它当作一句提问，只预训练过的接着往下写。"
+        "「意外」是各自对自己写的话，不能拿来比好坏。"
+    )
     text = gr.Textbox(label="文字", value="守株待兔是什么意思？")
     go = gr.Button("比较", variant="primary")
     notice = gr.HTML(status(""))
@@ -398,7 +407,7 @@ def training_tab(gr):
     )  # fmt: skip
     samples = gr.Dataframe(
         headers=["步", "检验损失", "样本"], label="沿途的样本", wrap=True, interactive=False,
-        column_widths=["10%", "15%", "75%"],
+        column_widths=["70px", "90px", "auto"],
     )  # fmt: skip
 
     def show(run):

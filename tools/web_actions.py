@@ -143,6 +143,9 @@ def microscope(speaker: Speaker, ids: list[int]) -> str:
     if not ids:
         return ""
     dropped = max(0, len(ids) - min(MOST, speaker.config.max_len))
+    if dropped:  # 从一轮发言的开头看起，不从半句话看起
+        starts = [i for i, t in enumerate(ids) if t == speaker.tokenizer.bos_id and i >= dropped]
+        dropped = starts[0] if starts and starts[0] < len(ids) - 2 else dropped
     ids = ids[dropped:]
     with LOCK:
         facts = examine(speaker, ids, dropped)
@@ -259,7 +262,7 @@ def curves(run: str | None) -> tuple[list[dict], list[list]]:
         if isinstance(row.get(key), float) and row[key] == row[key]
     ]
     samples = [
-        [row["step"], round(row["val_loss"], 3), row["sample"]]
+        [row["step"], f"{row['val_loss']:.3f}", row["sample"]]
         for row in rows
         if row.get("sample") is not None and row.get("val_loss") is not None
     ]
