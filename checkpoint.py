@@ -280,6 +280,9 @@ def what_to_do_without(path: Path) -> str:
     """缺了这个检查点，下一步该做什么：先训练，还是指定已有的另一个。"""
     if (previous := previous_of(path)).is_file():
         return f"前一个还在：{previous}，可以指定它"
+    if path.name not in ("pretrain.pt", "sft.pt"):  # 训练脚本写不出这个名字：多半是打错了
+        found = "、".join(sorted(map(str, Path("out").glob("*/*.pt")))) or "还没有检查点"
+        return f"请检查路径，out 里现有的：{found}"
     others = "、".join(sorted(map(str, Path("out").glob(f"*/{path.name}"))))
     usual = path.parent in [Path("out") / preset for preset in PRESETS]
     here = "" if usual else f" --out_dir {shlex.quote(str(path.parent))}"

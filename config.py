@@ -190,6 +190,14 @@ def parse_flags(cls: type, argv: list[str], problems: list[str]) -> dict[str, An
     return given
 
 
+def check_choices(options: Any, problems: list[str]) -> None:
+    """只能从几个里选的字段，值在不在其中；不在的记进 problems。"""
+    for f in fields(options):
+        choices, value = f.metadata["choices"], getattr(options, f.name)
+        if choices and value not in choices:
+            problems.append(f"--{f.name} 只能是 {'、'.join(choices)}，得到的是 {value!r}")
+
+
 def field_types(cls: type) -> dict[str, type]:
     """每个字段的类型，``int | None`` 记作 int。"""
     hints = get_type_hints(cls)

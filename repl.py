@@ -8,11 +8,20 @@ obey       执行设置采样的命令
 import reprlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import display
-from config import UserError, convert, field_types, help_text, load_config, option, parse_flags
+from config import (
+    UserError,
+    check_choices,
+    convert,
+    field_types,
+    help_text,
+    load_config,
+    option,
+    parse_flags,
+)
 from generate import Choice, Sampling, Speaker, is_looping, load_for_chat, probabilities
 from training import Device
 
@@ -65,10 +74,7 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
     calm = {"temp": 0.3} if stage == "sft" else {}  # 接龙要活，回答要稳
     options = ChatOptions(**calm | parse_flags(ChatOptions, argv, problems))
     problems = problems or options.problems()
-    for f in fields(ChatOptions):
-        choices, value = f.metadata["choices"], getattr(options, f.name)
-        if choices and value not in choices:
-            problems.append(f"{f.name} 只能是 {'、'.join(choices)}，得到的是 {value!r}")
+    check_choices(options, problems)
     if problems:
         raise UserError("；".join(problems))
     config, _ = load_config(stage, [])

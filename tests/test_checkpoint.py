@@ -97,6 +97,8 @@ def test_a_missing_checkpoint_names_the_next_command(tokenizer, tmp_path, monkey
     other.touch()
     with pytest.raises(UserError, match=r"现有的是 out/wide/pretrain\.pt.*--init_from"):
         load(Path("out/tiny/pretrain.pt"), tokenizer)
+    with pytest.raises(UserError, match=r"请检查路径"):  # 打错了的名字，不劝人去训练
+        load(tmp_path / "nope.pt", tokenizer)
     with pytest.raises(UserError, match=r"请先运行 python sft_train\.py"):
         load(Path("out/tiny/sft.pt"), tokenizer)  # 预训练的检查点代替不了
     with pytest.raises(UserError, match=r"是目录.*out/wide/pretrain\.pt"):

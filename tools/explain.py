@@ -10,7 +10,7 @@ import base64
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import display
 from config import (
     Config,
     UserError,
+    check_choices,
     help_text,
     is_text,
     load_config,
@@ -97,10 +98,7 @@ def read_arguments(argv: list[str]) -> tuple[str, Options]:
         problems.append(f"--most 至少是 1，得到的是 {options.most}")
     if not options.html.strip():
         problems.append("--html 是空的；请写上网页的路径")
-    for f in fields(Options):
-        choices, value = f.metadata["choices"], getattr(options, f.name)
-        if choices and value not in choices:
-            problems.append(f"{f.name} 只能是 {'、'.join(choices)}，得到的是 {value!r}")
+    check_choices(options, problems)
     if problems:
         raise UserError("；".join(problems))
     return argv[0], options

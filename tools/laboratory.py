@@ -20,7 +20,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from config import Config, UserError, help_text, load_config, option, parse_flags
+from config import Config, UserError, check_choices, help_text, load_config, option, parse_flags
 from dataset import IGNORE, PretrainBatches, prepare, rows_of_step
 from generate import Sampling, make_speaker
 from model import Transformer
@@ -63,12 +63,11 @@ def read_options(cls: type, program: str):
     problems: list[str] = []
     options = cls(**parse_flags(cls, sys.argv[1:], problems))
     for f in fields(cls):
-        value, choices = getattr(options, f.name), f.metadata["choices"]
+        value = getattr(options, f.name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and not 0 < value < math.inf:
             problems.append(f"--{f.name} 必须是正数，得到的是 {value}")
-        if choices and value not in choices:
-            problems.append(f"--{f.name} 只能是 {'、'.join(choices)}，得到的是 {value!r}")
+    check_choices(options, problems)
     if problems:
         raise UserError("；".join(problems))
     Path(options.out).mkdir(parents=True, exist_ok=True)  # 写不了，现在就知道，不必等到练完

@@ -141,7 +141,7 @@ def draw(results: dict[str, Result], options: Options):
     figure, ((rates, curves, points),) = new_picture(
         "矮胖与瘦高：同样的词元，同样的参数或同样的运算量", 1, 3, (12, 4.4)
     )
-    for x, ((name, result), style) in enumerate(zip(results.items(), STYLES, strict=False)):
+    for x, ((name, result), style) in enumerate(zip(results.items(), STYLES, strict=True)):
         rates.plot(result.tried.keys(), result.tried.values(), **style, label=name)
         for number, curve in enumerate(result.curves):
             curves.plot(
