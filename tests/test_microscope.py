@@ -67,7 +67,9 @@ def test_the_attention_shown_is_the_attention_used(model, view):
             mixed = a.out((view.attention[layer] @ v[0]).transpose(0, 1).reshape(1, T, -1))
             assert torch.allclose(mixed.norm(dim=-1)[0], view.writes[layer, 0], rtol=1e-4)
             x = x + mixed
-            x = x + block.feed_forward(block.feed_forward_norm(x))
+            more = block.feed_forward(block.feed_forward_norm(x))
+            assert torch.allclose(more.norm(dim=-1)[0], view.writes[layer, 1], rtol=1e-3)
+            x = x + more
             assert torch.allclose(x[0], view.residual[layer + 1], rtol=1e-3, atol=1e-3)
 
 
