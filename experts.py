@@ -121,14 +121,17 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         rows = x.view(-1, x.size(-1))  # (N, C)
-        probs, weights, chosen = route(self.router(rows), self.n_active)
+        scores = self.router(x).flatten(
+            0, -2
+        )  # (N, E)；autocast 之下是半精度的，专家的乘法也用这个精度
+        probs, weights, chosen = route(scores, self.n_active)
         if routing is not None:
             self.balance(probs, chosen, routing)
-        half = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if half else self.gate.dtype
-        # 只有一个词元时（逐个生成），逐位算的只读挑中的几位的矩阵，不比排队慢。
-        if len(rows) > 1 and has_grouped_mm(x.device, dtype):
-            y = mix_grouped(rows.to(dtype), weights, chosen, self.gate, self.up, self.down)
+        # 只有一个词元时（逐个生成），不必排队；"meta" 上的没有内容，不知道挑中的是谁。
+        alone = len(rows) == 1 and not rows.is_meta
+        if has_grouped_mm(x.device, scores.dtype) and not alone:
+            rows = rows.type_as(scores)
+            y = mix_grouped(rows, weights, chosen, self.gate, self.up, self.down)
         else:
             y = mix_by_hand(rows, weights, chosen, self.expert)
         return y.view(x.shape).type_as(x)
