@@ -67,7 +67,7 @@ def compact(model: Transformer, dtype: torch.dtype) -> CompactLinear:
     """
     for parent in list(model.modules()):
         for name, module in parent.named_children():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and name != "router":  # 它很小，差一点就挑错人
                 setattr(parent, name, CompactLinear(module.weight, dtype))
     return CompactLinear(model.embedding.weight, dtype)
 
