@@ -5,6 +5,7 @@ import re
 import shlex
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +24,23 @@ from training import Device, SharedRow, loss_sum, share_row
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, device="cpu",
     dtype="float32", compile=False, lr=0.01, muon_momentum=0.9, vocab_size=640,
+    n_experts=0, n_active=0,
 )  # fmt: skip
 WORDS = np.arange(200, dtype=np.uint16)  # 学生的语料只用到这些编号
 
 
-def random_model(seed: int, dim: int = 16) -> Transformer:
-    """参数全是随机数的小模型：打分有大有小，考得出对错。"""
+def random_model(seed: int, **shape) -> Transformer:
+    """参数全是随机数的小模型：打分有大有小，考得出对错；shape 是要改的字段。"""
     torch.manual_seed(seed)
-    model = Transformer(Config(**{**vars(SMALL), "dim": dim}))
+    model = Transformer(replace(SMALL, **shape))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model
+
+
+def state_of(model: Transformer) -> dict[str, torch.Tensor]:
+    """参数与缓冲区，不进检查点的也在内。"""
+    return dict([*model.named_parameters(), *model.named_buffers()])
 
 
 def a_batch(seed: int = 1) -> Batch:
@@ -145,9 +152,12 @@ def test_the_gradient_is_the_slope():
     assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(norm, rel=1e-2)
 
 
-def test_the_teacher_does_not_change_and_is_not_asked_when_evaluating():
-    student, teacher, batch = random_model(0), random_model(1), a_batch()
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+@pytest.mark.parametrize("experts", [0, 4])
+def test_the_teacher_does_not_change_and_is_not_asked_when_evaluating(experts):
+    """专家混合的老师也一样：它那份负载的统计，不因为给学生讲课而变。"""
+    student, batch = random_model(0), a_batch()
+    teacher = random_model(1, n_experts=experts, n_active=min(experts, 2))
+    before = {name: value.clone() for name, value in state_of(teacher).items()}
     lesson = Teacher(teacher, Options(alpha=0.5))
     optimizers = build_optimizers(student, SMALL, Device(SMALL), 0.01)
     losses = []
@@ -158,7 +168,7 @@ def test_the_teacher_does_not_change_and_is_not_asked_when_evaluating():
             optimizer.step()
             optimizer.zero_grad()
     assert losses[-1] < 0.7 * losses[0]
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in state_of(teacher).items())
     assert not teacher.training
     assert all(p.grad is None for p in teacher.parameters())
     with torch.no_grad():
