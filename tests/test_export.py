@@ -511,6 +511,7 @@ def removed(name: str):
 
 NORM, WEIGHTS = "model.norm.weight", "model.safetensors"
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+THETA = {"rope_type": "default", "rope_theta": "x"}
 WINDOW = dict(use_sliding_window=True, sliding_window=8, max_window_layers=0, layer_types=None)
 LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama")
 SHARED_EXPERT = dict(architectures=["Qwen2MoeForCausalLM"], model_type="qwen2_moe")
@@ -529,6 +530,7 @@ BROKEN = {
     "偏置": (config(attention_bias=True), "attention_bias 是 True，应为 False"),
     "滑动窗口": (config(**WINDOW), "sliding_window 是 8"),
     "拉长的旋转": (config(rope_parameters=YARN), "rope_parameters 是"),
+    "旋转的底数不是数": (config(rope_parameters=THETA), "rope_theta 要的是 float"),
     "激活函数": (config(hidden_act="gelu"), "hidden_act 是 gelu，应为 silu"),
     "头宽": (config(head_dim=16), "head_dim 是 16，应为 8"),
     "词表的大小": (config(vocab_size=21248), "vocab_size 是 21248，应为 21146"),

@@ -11,6 +11,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,11 +70,11 @@ def qwen3_config(config: Config, **more):
     return Qwen3MoeConfig(**shape | experts | {"norm_topk_prob": True} | more)
 
 
-def our_shape(theirs) -> dict[str, int | float]:
-    """反过来：它的配置 -> 我们的 {字段名: 值}，不含 vocab_size。"""
+def our_shape(theirs) -> dict[str, Any]:
+    """反过来：它的配置 -> 我们的 {字段名: 值}，不含 vocab_size；值对不对，由调用者检查。"""
     names = SHAPE | (EXPERTS if theirs.model_type == "qwen3_moe" else {})
     shape = {ours: getattr(theirs, name) for ours, name in names.items() if ours != "vocab_size"}
-    return shape | {"rope_theta": float(theirs.rope_parameters["rope_theta"])}
+    return shape | {"rope_theta": theirs.rope_parameters.get("rope_theta")}
 
 
 def qwen3(config: Config, state: dict[str, Tensor] | None = None, **more) -> nn.Module:

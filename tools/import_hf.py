@@ -43,7 +43,9 @@ class Options:
     """命令行参数。"""
 
     stage: str = option(
-        "auto", "练到了哪个阶段；auto：导出时记下的", choices=("auto", "pretrain", "sft")
+        "auto",
+        "练到了哪个阶段；auto：导出时记下的（带出去之后才学会回答的，写 sft）",
+        choices=("auto", "pretrain", "sft"),
     )
     preset: str = option(
         "auto",
@@ -123,7 +125,8 @@ def read_config(folder: Path) -> tuple[Any, dict]:
     from transformers import AutoConfig  # 导入要几秒，路径不对的不必等
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True), raw.get(KEY) or {}
+        with quiet():
+            return AutoConfig.from_pretrained(folder, local_files_only=True), raw.get(KEY) or {}
     except Exception as error:  # 值不对时，transformers 抛出的异常种类繁多
         raise UserError(f"{path} 里有不对的值（{last_line(error)}）；请重新导出") from error
 
