@@ -126,7 +126,7 @@ def to_ours(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Te
         parts = (*weights.pop(name).chunk(2, dim=1), weights.pop(layer + DOWN))
         weights |= {layer + stack: part for stack, part in zip(OUR_STACKS, parts, strict=True)}
     return {
-        name: torch.full_like(old, 1 / len(old)) if name.endswith(STATISTIC)
+        name: torch.full(old.shape, 1 / len(old)) if name.endswith(STATISTIC)
         else weights[their_name(name)].contiguous()
         for name, old in like.items()
     }  # fmt: skip
