@@ -21,6 +21,7 @@ import training
 from checkpoint import load
 from config import Config, UserError, load_config
 from dataset import IGNORE, PretrainBatches, TokenFile, prepare, rows_of_step
+from experts import share_load, take_load
 from generate import Sampling, Speaker, make_speaker
 from generate import prepare as prepare_speaker
 from model import Transformer
@@ -141,6 +142,8 @@ class Ours(Trainer):
             optimizer.step()
         if self.shared:
             self.shared.spread(self.model.embedding.weight)
+        if busy := take_load(self.model, self.device.world):
+            share_load(self.model, busy)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.n += 1
