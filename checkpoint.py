@@ -367,19 +367,23 @@ class Folder:
         stage: "pretrain" 或 "sft"。
         config, origins: `load_config` 的结果。
         world: 多个进程时，只有第 0 个上锁、改名。
+        program: 接着练时写在 python 后面的；默认是这个阶段的脚本。
     Raises:
         UserError: 有别的训练正在写这个目录，或者目录写不了。
     """
 
-    def __init__(self, stage: str, config: Config, origins: dict[str, str], world: World):
+    def __init__(
+        self, stage: str, config: Config, origins: dict[str, str], world: World, program: str = ""
+    ):
         self.stage, self.world = stage, world
         self.root = Path(config.out_dir)
         self.path = self.root / f"{stage}.pt"
         self.damaged = False
-        command = f"python {SCRIPTS[stage]}"
+        program = program or SCRIPTS[stage]
+        command = f"python {program}"
         if world.launched:
             how = "…" if world.machines > 1 else f"--nproc_per_node={world.size}"
-            command = f"torchrun {how} {SCRIPTS[stage]}"
+            command = f"torchrun {how} {program}"
         self.how_to_resume = f"{command} --out_dir {shlex.quote(config.out_dir)} --resume"
         if world.rank == 0:
             try:

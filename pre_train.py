@@ -12,8 +12,10 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
@@ -40,13 +42,23 @@ from training import (
 )
 
 
-def main() -> None:
-    """读配置、备数据、建模型，然后一步一步地训练。"""
+def main(
+    argv: list[str] | None = None,
+    loss_sum: Callable[..., Tensor] = loss_sum,
+    program: str = "pre_train.py",
+) -> None:
+    """读配置、备数据、建模型，然后一步一步地训练。
+
+    Args:
+        argv: 参数；不给就取自命令行。
+        loss_sum: 一批的损失之和怎样算；examples/distill 换成了听老师的。
+        program: 接着练时写在 python 后面的。
+    """
     # ---------- 1. 配置、设备、输出目录 ----------
-    config, origins = load_config("pretrain", sys.argv[1:])
+    config, origins = load_config("pretrain", sys.argv[1:] if argv is None else argv)
     world = World()
     tokenizer = Tokenizer()
-    folder = Folder("pretrain", config, origins, world)
+    folder = Folder("pretrain", config, origins, world, program)
     checkpoint = folder.begin(config, origins, tokenizer)  # --resume：上次的全部状态
     device = Device(config, world)
     print(f"预训练 · {device.describe()}\n{describe(config, origins)}")

@@ -20,6 +20,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -225,13 +226,29 @@ def shared_before(checkpoint: dict, device: Device) -> SharedRow | None:
     return saved and SharedRow(**{k: v.to(device.torch) for k, v in saved.items()})
 
 
-def loss_sum(model: Transformer, batch: Batch, shared: SharedRow | None = None) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """打分 (B, T, V) 给答案 (B, T) 的负对数概率之和，单位奈特；答案是 IGNORE 的不算。"""
+    return F.cross_entropy(
+        logits.view(-1, logits.size(-1)).float(),  # (B·T, V)
+        targets.reshape(-1),
+        ignore_index=IGNORE,
+        reduction="sum",
+    )
+
+
+def loss_sum(
+    model: Transformer,
+    batch: Batch,
+    shared: SharedRow | None = None,
+    criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+) -> Tensor:
     """这一批所有目标的负对数概率之和，单位奈特；平均由调用者除以目标的总数得到。
 
     专家混合的负载均衡损失不在这个数里，只在它的梯度里：这样，记下来的总是语言的损失。
 
     Args:
         shared: 给了就用它省去重复的打分，结果相同；目标须是训练语料里出现过的词元。
+        criterion: 怎样给打分评判；给了 shared 时，打分是 (B, T, R)，答案是其中的第几列。
     """
     targets = batch.targets
     routing = Routing(targets != IGNORE)
@@ -246,12 +263,7 @@ def loss_sum(model: Transformer, batch: Batch, shared: SharedRow | None = None) 
         # 偏置加在 fp32 上：bf16 在 10 附近一格是 0.06，装不下 ln n。
         logits = F.linear(x, table).float() + shared.bias  # (B, T, R)
         targets = torch.where(targets == IGNORE, IGNORE, shared.column[targets.clamp(min=0)])
-    loss = F.cross_entropy(
-        logits.view(-1, logits.size(-1)).float(),  # (B·T, V)
-        targets.reshape(-1),
-        ignore_index=IGNORE,
-        reduction="sum",
-    )
+    loss = criterion(logits, targets)
     if routing.penalty is None:
         return loss
     return loss + (routing.penalty - routing.penalty.detach())  # 加的是 0，梯度却在
