@@ -1,13 +1,12 @@
-"""背书：让一个小模型把几段话背下来。要看真的回答、而且知道该答什么的测试用它。"""
+"""背书：让一个小模型把几段话背下来。要看真的回答、又要事先知道该答什么的测试用它。"""
 
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from checkpoint import Progress, capture, write
-from config import Config, load_config
+from config import load_config
 from dataset import IGNORE
 from model import Transformer
 from tokenizer import Tokenizer
@@ -18,36 +17,29 @@ SHAPE = ["--preset", "tiny", "--dim", "64", "--n_layers", "2", "--n_heads", "2",
          "--dtype", "float32", "--no-compile"]  # fmt: skip
 
 
-def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """几段编号 -> (编号, 目标)，各 (B, T)，补齐的不算损失。"""
+def learn_by_rote(rows: list[list[int]], path: Path, stage: str, tokenizer: Tokenizer) -> None:
+    """背下这几段编号，写成检查点；几秒钟。"""
+    torch.manual_seed(0)
+    config, _ = load_config("pretrain", SHAPE)
+    model = Transformer(config)
     T = max(map(len, rows)) - 1
     ids, targets = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), IGNORE)
     for r, row in enumerate(rows):
         ids[r, : len(row) - 1] = torch.tensor(row[:-1])
         targets[r, : len(row) - 1] = torch.tensor(row[1:])
-    return ids, targets
 
-
-def learn_by_rote(
-    rows: list[list[int]], path: Path, stage: str, tokenizer: Tokenizer
-) -> tuple[Transformer, Config]:
-    """背下这几段编号，写成检查点。"""
-    torch.manual_seed(0)
-    config, _ = load_config("pretrain", SHAPE)
-    model, (ids, targets) = Transformer(config), padded(rows)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
-    for _ in range(200):
-        loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-        if loss.item() < 0.01 * targets.ne(IGNORE).sum().item() ** 0:
-            break
+    # 只在出现过的词元里分辨：两万个词元一起算，慢几十倍；其余的打分本来就接近 0。
+    used = torch.cat([ids.flatten(), targets[targets != IGNORE]]).unique()
+    places = torch.where(targets == IGNORE, IGNORE, torch.searchsorted(used, targets))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
+    for _ in range(60):
+        scores = model.hidden(ids) @ model.embedding.weight[used].T  # (B, T, 用到的词元)
+        loss = F.cross_entropy(scores.flatten(0, 1), places.flatten(), ignore_index=IGNORE)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(_, loss.item())
-    card = {"train_sha256": "", "val_sha256": ""}
-    progress = Progress(step=1, val_loss=loss.item(), val_bpc=1.0)
-    snapshot = capture(
-        stage, config, tokenizer, model, [], Device(config), progress, None, 1, (1, 1), card
-    )
-    write(path, snapshot)
-    return model.eval(), config
+
+    device, card = Device(config), {"train_sha256": "", "val_sha256": ""}
+    progress = Progress(step=60, val_loss=loss.item(), val_bpc=1.0)
+    write(path, capture(stage, config, tokenizer, model, [], device, progress, None, 60, (1, 1),
+                        card))  # fmt: skip
