@@ -56,7 +56,8 @@ CHAT_TEMPLATE = r"""
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|><|assistant|>' }}{% endif %}
 """.strip()
-# 反过来，写出的词元里哪些是回答。没有它，transformers serve 就用 Qwen3 的：开头对不上，连提问也算进回答。
+# 反过来，写出的词元里哪些是回答。没有它，transformers serve 就用 Qwen3 的那一份，开头对不上，
+# 连提问也算进回答。
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|im_start|><|assistant|>",

@@ -61,7 +61,7 @@ def main() -> None:
     """选出能考的成语，出题，写进目录；不看题也能对多少，一并报告。"""
     folder, options = read_arguments(sys.argv[1:])
     entries, dropped = examinable(options.val_fraction)
-    print("；".join([f"能考的成语 {len(entries)} 个", *(f"{k} {n} 个" for k, n in dropped.items())]))
+    print(f"能考的成语 {len(entries)} 个；去掉的：" + "；".join(f"{k} {n}" for k, n in dropped.items()))
     questions = [ask(word, entries, options.seed) for word in entries]
     unshared = [q for q in questions if not shared(q.word, q.right)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,8 +103,6 @@ def examinable(fraction: float) -> tuple[dict[str, str], dict[str, int]]:
         fraction: 训练时留出的比例。
     Returns:
         ({成语: 释义}, {去掉的缘故: 个数})
-    Raises:
-        UserError: 剩下的不够出一道题。
     """
     entries = list(idioms.read_entries(idioms.dictionary_file(), ReadLog("builtin")))
     held_out = [e for e in entries if is_held_out(e["explanation"], fraction)]
@@ -127,8 +125,6 @@ def examinable(fraction: float) -> tuple[dict[str, str], dict[str, int]]:
             dropped[reason] = dropped.get(reason, 0) + 1
         else:
             kept[word] = meaning
-    if len(kept) < 10 * N_CHOICES:
-        raise UserError(f"只有 {len(kept)} 个成语能考，太少；请调大 --val_fraction（{fraction}）")
     return kept, dropped
 
 
@@ -154,6 +150,8 @@ def ask(word: str, entries: dict[str, str], seed: int) -> Question:
         word: 考的成语。
         entries: {成语: 释义}，干扰项取自其中。
         seed: 与成语一起决定选哪些、怎样排；同样的种子，题目总是一样。
+    Raises:
+        UserError: 找不到三个合适的干扰项。
     """
     rng, right = random.Random(f"{seed} {word}"), entries[word]
     words_used = pairs(re.sub(OPENINGS, "|", right)) | pairs(word)
@@ -164,6 +162,8 @@ def ask(word: str, entries: dict[str, str], seed: int) -> Question:
         and not words_used & pairs(re.sub(OPENINGS, "|", meaning))
         and (shared(word, right) or not shared(word, meaning))
     ]
+    if len(wrong) < N_CHOICES - 1:
+        raise UserError(f"{len(entries)} 个成语不够给「{word}」出题；请调大 --val_fraction")
     rng.shuffle(wrong)
     wrong.sort(key=lambda meaning: abs(len(meaning) - len(right)))
     choices = [right, *wrong[: N_CHOICES - 1]]
@@ -208,17 +208,21 @@ def tasks(folder: Path) -> Iterator[dict]:
     """四份任务：两种问法，各考全部的题，与照抄答不对的题。"""
     for form, prompt in FORMS.items():
         for name, suffix in (("questions", ""), ("unshared", "_unshared")):
+            path = str((folder / f"{name}.jsonl").resolve())
             yield {
                 "task": f"idiom_{form}{suffix}",
                 "dataset_path": "json",
-                "dataset_kwargs": {"data_files": {"test": str((folder / f"{name}.jsonl").resolve())}},
+                "dataset_kwargs": {"data_files": {"test": path}},
                 "test_split": "test",
                 "output_type": "multiple_choice",
                 "doc_to_text": prompt.format("{{word}}"),
                 "doc_to_choice": "choices",
                 "doc_to_target": "answer",
                 "target_delimiter": "",  # 默认的空格，训练的文字里没有
-                "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],  # 后者除以字数
+                "metric_list": [
+                    {"metric": name, "aggregation": "mean", "higher_is_better": True}
+                    for name in ("acc", "acc_norm")  # 后者先除以字数，再比
+                ],
                 "metadata": {"version": 1},
             }
 
