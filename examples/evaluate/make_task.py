@@ -61,7 +61,8 @@ def main() -> None:
     """选出能考的成语，出题，写进目录；不看题也能对多少，一并报告。"""
     folder, options = read_arguments(sys.argv[1:])
     entries, dropped = examinable(options.val_fraction)
-    print(f"能考的成语 {len(entries)} 个；去掉的：" + "；".join(f"{k} {n}" for k, n in dropped.items()))
+    reasons = "；".join(f"{reason} {n}" for reason, n in dropped.items())
+    print(f"能考的成语 {len(entries)} 个，去掉 {sum(dropped.values())} 个：{reasons}")
     questions = [ask(word, entries, options.seed) for word in entries]
     unshared = [q for q in questions if not shared(q.word, q.right)]
     folder.mkdir(parents=True, exist_ok=True)
