@@ -22,19 +22,19 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from checkpoint import FORMAT, SCRIPTS, Progress, build_model, config_of, versions, write
-from config import N_TOKENS, PRESETS, Config, UserError, fill_in, option, run_script
+from config import N_TOKENS, PRESETS, Config, UserError, check_types, fill_in, option, run_script
 from model import Transformer
 from tokenizer import Tokenizer
 from tools.export import KEY
 from tools.huggingface import arguments, check_finite, our_shape, quiet, qwen3_config, to_ours
 
 USAGE = "python -m tools.import_hf 文件夹 检查点.pt [--参数 值 …]"
-KINDS = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
+KINDS = ((["Qwen3ForCausalLM"], "qwen3"), (["Qwen3MoeForCausalLM"], "qwen3_moe"))
 # 两边必须一样的：写着别的值，它算的就不是我们的模型。形状取自它，不必比。
 SAME = ("vocab_size", "head_dim", "hidden_act", "attention_bias", "sliding_window", "layer_types",
         "rope_parameters", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")  # fmt: skip
 SAME_TOKENIZER = ("normalizer", "pre_tokenizer", "model", "decoder")
-WRONG = {"missing_keys": "少了", "unexpected_keys": "多了", "mismatched_keys": "形状不对："}
+WRONG = {"missing_keys": "少了 ", "unexpected_keys": "多了 ", "mismatched_keys": "形状不对："}
 UNKNOWN = "没有记下"
 
 
@@ -79,14 +79,15 @@ def import_folder(folder: Path, path: Path, options: Options) -> str:
     tokenizer = Tokenizer()
     theirs, noted = read_config(folder)
     check_tokenizer(folder, tokenizer)
-    stage, config = our_config(folder, theirs, noted, options)
+    stage, config = our_config(folder / "config.json", theirs, noted, options)
     checkpoint = {
         "format": FORMAT, "stage": stage, "config": asdict(config),
         "tokenizer": tokenizer.fingerprint(), "versions": versions(), "device": "导入",
         "model": {}, "optimizers": [], "scaler": {}, "shared_row": None,
         "progress": asdict(Progress()), "max_steps": 0, "data": {}, "rng": {},
     }  # fmt: skip
-    config = config_of(checkpoint, folder / "config.json", tokenizer)
+    config = config_of(checkpoint, folder / "config.json", tokenizer)  # 值与值之间也要相容
+    check_same(folder / "config.json", theirs, config)
     checkpoint["model"] = read_weights(folder, config, theirs)
     build_model(config, checkpoint, folder)
     write(path, checkpoint)
@@ -100,10 +101,8 @@ def read_config(folder: Path) -> tuple[Any, dict]:
     """config.json -> (transformers 的配置, 导出时记下的)。
 
     Raises:
-        UserError: 没有、读不懂，或者不是 Qwen3。
+        UserError: 没有、读不懂，不是 Qwen3，或者层数与权重的不同。
     """
-    from transformers import AutoConfig
-
     if not folder.is_dir():
         what = "是文件，不是文件夹" if folder.exists() else "不存在"
         raise UserError(f"{folder} {what}；要的是 tools.export 或 save_pretrained 写出来的文件夹")
@@ -113,16 +112,36 @@ def read_config(folder: Path) -> tuple[Any, dict]:
     if not path.is_file():
         raise UserError(f"{folder} 里没有 config.json，不是 transformers 的模型；请检查路径")
     raw = parse(path)
-    architecture = (raw.get("architectures") or ["没有写"])[0]
-    if architecture not in KINDS or raw.get("model_type") != KINDS[architecture]:
+    kind = raw.get("model_type")
+    if (raw.get("architectures"), kind) not in KINDS:
+        names = "、".join(names[0] for names, _ in KINDS)
         raise UserError(
-            f"{path} 的结构是 {architecture}（{raw.get('model_type')}）；"
-            f"能导入的只有 {'、'.join(KINDS)}"
+            f"{path} 的结构是 {raw.get('architectures')}（{kind}）；能导入的只有 {names}"
         )
+    if (n := count_layers(folder)) != raw.get("num_hidden_layers"):  # 写着一亿层的，不要真的去建
+        raise UserError(f"{folder} 的权重有 {n} 层，与 config.json 的 num_hidden_layers 不同")
+    from transformers import AutoConfig  # 导入要几秒，路径不对的不必等
+
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True), raw.get(KEY) or {}
     except Exception as error:  # 值不对时，transformers 抛出的异常种类繁多
         raise UserError(f"{path} 里有不对的值（{last_line(error)}）；请重新导出") from error
+
+
+def count_layers(folder: Path) -> int:
+    """权重有几层；顺便看看文件是否完好。"""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder} 里没有 safetensors 的权重；请用 save_pretrained 存成这一种")
+    names: list[str] = []
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                names += file.keys()
+        except Exception as error:  # 坏文件、读不了的文件
+            reason = last_line(error)
+            raise UserError(f"{path} 不是完好的 safetensors（{reason}）；请重新导出") from error
+    return len({m[1] for name in names if (m := re.match(r"model\.layers\.(\d+)\.", name))})
 
 
 def parse(path: Path) -> dict:
@@ -161,35 +180,42 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         raise UserError(f"{path} 的 {'、'.join(differ)} 与这里的不同；请换回 tools.export 写出的")
 
 
-def our_config(folder: Path, theirs, noted: dict, options: Options) -> tuple[str, Config]:
+def our_config(path: Path, theirs, noted: dict, options: Options) -> tuple[str, Config]:
     """它的配置 -> (阶段, 我们的配置)；形状取自它，其余取自导出时记下的。
 
+    Args:
+        path: config.json，只用来说话。
     Raises:
-        UserError: 算法与我们的不同，或者缺了 --stage、--preset。
+        UserError: 记下的不对，或者缺了 --stage、--preset。
     """
-    path = folder / "config.json"
     if not isinstance(noted, dict) or not isinstance(noted.get("config", {}), dict):
         raise UserError(f"{path} 的 {KEY} 不对；请删掉这一项，再加上 --stage 与 --preset")
     stage = noted.get("stage") if options.stage == "auto" else options.stage
-    if stage not in SCRIPTS:
+    if stage not in [*SCRIPTS]:
         raise UserError(f"{path} 没有记下练到了哪个阶段；请加上 --stage pretrain 或 --stage sft")
     known = {f.name for f in fields(Config)}
-    saved = {"data": UNKNOWN, "sft_data": UNKNOWN} | noted.get("config", {})
+    saved = {"data": UNKNOWN, "sft_data": UNKNOWN} | noted.get("config", {}) | our_shape(theirs)
     config = Config(**{name: value for name, value in saved.items() if name in known})
-    for name, value in our_shape(theirs).items():
-        setattr(config, name, value)
+    problems: list[str] = []
+    check_types(config, problems)
+    if problems:
+        raise UserError(f"{path} 里的配置不对：{'；'.join(problems)}")
+    if options.preset != "auto":
+        config.preset = options.preset
+    elif config.preset == "auto":
+        config.preset = preset_like(config)
+    fill_in(config, {})
+    config.seq_len = min(config.seq_len, config.max_len)
+    return stage, config
+
+
+def check_same(path: Path, theirs, config: Config) -> None:
+    """它的算法与我们的相同。Raises UserError：列出不同的。"""
     expected = qwen3_config(config, vocab_size=N_TOKENS)
-    differ = [
-        f"{name} 是 {getattr(theirs, name, None)}，应为 {getattr(expected, name, None)}"
-        for name in SAME
-        if getattr(theirs, name, None) != getattr(expected, name, None)
-    ]
+    pairs = {name: (getattr(theirs, name, None), getattr(expected, name, None)) for name in SAME}
+    differ = [f"{name} 是 {a}，应为 {b}" for name, (a, b) in pairs.items() if a != b]
     if differ:
         raise UserError(f"{path} 与我们的模型算法不同：{'；'.join(differ)}")
-    if options.preset != "auto" or config.preset not in PRESETS:
-        config.preset = preset_like(config) if options.preset == "auto" else options.preset
-    fill_in(config, {})
-    return stage, config
 
 
 def preset_like(config: Config) -> str:
@@ -216,7 +242,6 @@ def read_weights(folder: Path, config: Config, theirs) -> dict[str, Tensor]:
     """
     from transformers import AutoModelForCausalLM
 
-    check_files(folder, config)
     try:
         with quiet():
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -225,7 +250,7 @@ def read_weights(folder: Path, config: Config, theirs) -> dict[str, Tensor]:
             )  # fmt: skip
     except Exception as error:  # 同 checkpoint.read：坏文件引起的异常种类繁多
         raise UserError(f"{folder} 的权重读不出来（{last_line(error)}）；请重新导出") from error
-    problems = [f"{what} {first(found[key])}" for key, what in WRONG.items() if found[key]]
+    problems = [f"{what}{first(found[key])}" for key, what in WRONG.items() if found[key]]
     if problems:
         raise UserError(f"{folder} 的参数与 config.json 对不上：{'；'.join(problems)}")
     weights = model.state_dict()
@@ -242,27 +267,6 @@ def first(names: set) -> str:
     """对不上的参数：第一个的名字，共几个。形状不对的，transformers 连同两个形状一起给。"""
     names = sorted(name if isinstance(name, str) else name[0] for name in names)
     return names[0] if len(names) == 1 else f"{names[0]} 等 {len(names)} 个"
-
-
-def check_files(folder: Path, config: Config) -> None:
-    """权重的文件都完好，层数也与配置相同：写着一亿层的，不要真的去建。"""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise UserError(f"{folder} 里没有 safetensors 的权重；请用 save_pretrained 存成这一种")
-    names: list[str] = []
-    for path in paths:
-        try:
-            with safe_open(path, "pt") as file:
-                names += file.keys()
-        except Exception as error:  # 坏文件、读不了的文件
-            raise UserError(
-                f"{path} 不是完好的 safetensors（{last_line(error)}）；请重新导出"
-            ) from error
-    layers = {found[1] for name in names if (found := re.match(r"model\.layers\.(\d+)\.", name))}
-    if len(layers) != config.n_layers:
-        raise UserError(
-            f"{folder} 的权重有 {len(layers)} 层，config.json 写的是 {config.n_layers} 层"
-        )
 
 
 def pad(table: Tensor, n_rows: int) -> Tensor:
