@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import re
+import shlex
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from rote import learn_by_rote
-from scripts import run
+from scripts import REPO, run
 
 import idioms
 import readers
@@ -25,7 +28,8 @@ def folder(tmp_path_factory):
     """出好的卷子，真的命令行出的。"""
     where = tmp_path_factory.mktemp("evaluate")
     out, _ = run(where, "examples.evaluate.make_task", "task")
-    assert "399 题" in out and "96 题" in out  # 文档里的数就是这样来的
+    assert "399 题；不用模型，总选最长的 24.3%，总选最短的 23.6%" in out  # 文档里写的就是这些
+    assert "字最多的 79.4%" in out and "96 题" in out
     return where / "task"
 
 
@@ -36,20 +40,28 @@ def questions(folder) -> list[Question]:
     return [Question(**json.loads(line)) for line in lines]
 
 
+@pytest.fixture(scope="module")
+def examinable():
+    """能考的成语，与去掉的各有多少。"""
+    return make_task.examinable(0.03)
+
+
 # ---------- 题目 ----------
+
+
+def as_text(ids) -> str:
+    """一个编号当作一个字，好用找字的办法来找。"""
+    return np.asarray(ids, "<u2").tobytes().decode("utf-16-le")
 
 
 def test_no_idiom_was_ever_trained_on(tokenizer, questions, builtin_pretrain, builtin_sft):
     for data in (builtin_pretrain, builtin_sft):
-        trained_on = "".join(map(chr, data.tokens["train"]))  # 一个编号当作一个字
-        held_out = "".join(map(chr, data.tokens["val"]))
+        trained_on, held_out = as_text(data.tokens["train"]), as_text(data.tokens["val"])
         for q in questions:
-            word = "".join(map(chr, tokenizer.encode(q.word)))
+            word = as_text(tokenizer.encode(q.word))
             assert word in held_out and word not in trained_on, q.word
-            for meaning in q.choices:
-                # 干扰项也是没见过的：若见过，模型会偏爱它。
-                body = "".join(map(chr, tokenizer.encode(meaning)))
-                assert body in held_out, meaning
+            for meaning in q.choices:  # 干扰项也取自留出的：若见过，模型会偏爱它
+                assert as_text(tokenizer.encode(meaning)) in held_out, meaning
 
 
 def test_every_question_has_one_right_answer(questions):
@@ -85,8 +97,8 @@ def test_controls_count_ties_as_a_guess():
     assert list(found.values()) == [0, 0.5, 1]
 
 
-def test_the_same_seed_asks_the_same(tmp_path, folder):
-    entries, _ = make_task.examinable(0.03)
+def test_the_same_seed_asks_the_same(examinable, folder):
+    entries, _ = examinable
     word = next(iter(entries))
     first, again, other = (make_task.ask(word, entries, seed) for seed in (0, 0, 1))
     assert first == again != other
@@ -107,6 +119,16 @@ def test_the_same_seed_asks_the_same(tmp_path, folder):
 def test_mistakes_are_one_sentence(args, words):
     with pytest.raises(UserError, match=words):
         make_task.read_arguments(args)
+
+
+def test_its_readme_says_what_happens(examinable, folder):
+    text = (REPO / "examples/evaluate/README.md").read_text(encoding="utf-8")
+    for command in re.findall(r"^python -m examples\.evaluate\.make_task (.*)$", text, re.M):
+        make_task.read_arguments(shlex.split(command))
+    named = {name for line in re.findall(r"--tasks (\S+)", text) for name in line.split(",")}
+    assert named == {path.stem for path in folder.glob("*.yaml")}
+    assert all(f"（{n}" in text for n in examinable[1].values())
+    assert all(n in text for n in ("399", "96", "24.3%", "23.6%", "79.4%"))
 
 
 # ---------- 考 ----------
