@@ -28,8 +28,8 @@ def folder(tmp_path_factory):
     """出好的卷子，真的命令行出的。"""
     where = tmp_path_factory.mktemp("evaluate")
     out, _ = run(where, "examples.evaluate.make_task", "task")
-    assert "399 题；不用模型，总选最长的 24.3%，总选最短的 23.6%" in out  # 文档里写的就是这些
-    assert "字最多的 79.4%" in out and "96 题" in out
+    assert "399 题；不用模型，总选最长的 23.7%，总选最短的 23.2%" in out  # 文档里写的就是这些
+    assert "字最多的 79.9%" in out and "96 题" in out
     return where / "task"
 
 
@@ -75,6 +75,7 @@ def test_every_question_has_one_right_answer(questions):
         assert entries[q.word].startswith(q.right)
         assert not any(entries[q.word].startswith(c) for c in q.choices if c != q.right)
         assert all(not pairs(q.word) & pairs(c) for c in q.choices)  # 没有一句引了成语
+        assert not any(entries[q.other].startswith(c) for c in q.choices)  # 对照的，哪句都不对
 
 
 def test_neither_place_nor_length_gives_the_answer_away(questions, folder):
@@ -89,10 +90,14 @@ def test_neither_place_nor_length_gives_the_answer_away(questions, folder):
     assert make_task.controls(unshared)["总选与成语共同的字最多的"] == 0.25
     assert not any(shared(q.word, c) for q in unshared for c in q.choices)
     assert [q for q in questions if not shared(q.word, q.right)] == unshared
+    # 这两类释义的样子不同（「比喻……」与照字面说的），混在一起，不看题目也挑得出来。
+    right = {q.right for q in unshared}
+    assert all(set(q.choices) <= right for q in unshared)
+    assert not any(set(q.choices) & right for q in questions if q.right not in right)
 
 
 def test_controls_count_ties_as_a_guess():
-    two = Question("甲乙", ["甲。", "丙丁。", "戊己。", "丙。"], 0)
+    two = Question("甲乙", ["甲。", "丙丁。", "戊己。", "丙。"], 0, "庚辛")
     found = make_task.controls([two])
     assert list(found.values()) == [0, 0.5, 1]
 
@@ -126,9 +131,10 @@ def test_its_readme_says_what_happens(examinable, folder):
     for command in re.findall(r"^python -m examples\.evaluate\.make_task (.*)$", text, re.M):
         make_task.read_arguments(shlex.split(command))
     named = {name for line in re.findall(r"--tasks (\S+)", text) for name in line.split(",")}
-    assert named == {path.stem for path in folder.glob("*.yaml")}
+    made = {path.stem for path in folder.glob("*.yaml")}
+    assert named <= made and len(made) == 8
     assert all(f"（{n}" in text for n in examinable[1].values())
-    assert all(n in text for n in ("399", "96", "24.3%", "23.6%", "79.4%"))
+    assert all(n in text for n in ("399", "96", "23.7%", "23.2%", "79.9%"))
 
 
 # ---------- 考 ----------
@@ -186,6 +192,15 @@ def test_lm_eval_scores_exactly_the_intended_tokens(tokenizer, questions, scores
         before = prompt(tokenizer, form, q)
         ours = [log_likelihood(model, before, tokenizer.encode(c)) for c in q.choices]
         assert theirs == pytest.approx(ours, abs=1e-3)  # 和有两百上下，fp32：实差 3e-5
+
+
+def test_the_swapped_tasks_only_change_the_idiom(tmp_path):
+    made = {task["task"]: task for task in make_task.tasks(tmp_path)}
+    for name, task in made.items():
+        if name.endswith("_swapped"):
+            plain = made[name.removesuffix("_swapped")]
+            assert task["doc_to_text"] == plain["doc_to_text"].replace("{{word}}", "{{other}}")
+            assert {k for k in task if task[k] != plain[k]} == {"task", "doc_to_text"}
 
 
 @pytest.mark.parametrize("form", make_task.FORMS)

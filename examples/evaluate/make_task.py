@@ -6,7 +6,7 @@
 
     questions.jsonl        全部的题
     unshared.jsonl         其中释义与成语没有共同的字的：照抄题目里的字，答不对
-    idiom_*.yaml           四份 lm-eval 的任务：两种问法 × 两份题
+    idiom_*.yaml           lm-eval 的任务：两种问法 × 两份题 × 题目对不对得上（对不上的作对照）
 """
 
 import json
@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import yaml
@@ -45,11 +46,12 @@ class Options:
 
 @dataclass
 class Question:
-    """一道题：choices[answer] 是 word 的释义，其余是别的留出成语的。"""
+    """一道题：choices[answer] 是 word 的释义，其余是别的留出成语的；other 与哪一句都对不上。"""
 
     word: str
     choices: list[str]
     answer: int
+    other: str
 
     @property
     def right(self) -> str:
@@ -145,7 +147,8 @@ def shared(word: str, meaning: str) -> int:
 def ask(word: str, entries: dict[str, str], seed: int) -> Question:
     """给一个成语配上三个干扰项：别的成语的释义，长短与对的最接近。
 
-    与对的有相同用词的不用，它也许同样说得通；对的与成语没有共同的字，干扰项便也没有。
+    与对的有相同用词的不用，它也许同样说得通。对的若与成语没有共同的字，干扰项也没有，而且取自同样的
+    成语：这样的释义多是「比喻……」，混进别的样子的，不看题目也挑得出来。
 
     Args:
         word: 考的成语。
@@ -155,13 +158,15 @@ def ask(word: str, entries: dict[str, str], seed: int) -> Question:
         UserError: 找不到三个合适的干扰项。
     """
     rng, right = random.Random(f"{seed} {word}"), entries[word]
+    literal = bool(shared(word, right))
     words_used = pairs(re.sub(OPENINGS, "|", right)) | pairs(word)
     wrong = [
         meaning
         for other, meaning in entries.items()
         if other != word
+        and bool(shared(other, meaning)) == literal
+        and (literal or not shared(word, meaning))
         and not words_used & pairs(re.sub(OPENINGS, "|", meaning))
-        and (shared(word, right) or not shared(word, meaning))
     ]
     if len(wrong) < N_CHOICES - 1:
         raise UserError(f"{len(entries)} 个成语不够给「{word}」出题；请调大 --val_fraction")
@@ -169,7 +174,8 @@ def ask(word: str, entries: dict[str, str], seed: int) -> Question:
     wrong.sort(key=lambda meaning: abs(len(meaning) - len(right)))
     choices = [right, *wrong[: N_CHOICES - 1]]
     rng.shuffle(choices)
-    return Question(word, choices, choices.index(right))
+    other = rng.choice([w for w, meaning in entries.items() if meaning not in choices])
+    return Question(word, choices, choices.index(right), other)
 
 
 def controls(questions: list[Question]) -> dict[str, float]:
@@ -206,26 +212,27 @@ def write_questions(path: Path, questions: list[Question]) -> None:
 
 
 def tasks(folder: Path) -> Iterator[dict]:
-    """四份任务：两种问法，各考全部的题，与照抄答不对的题。"""
-    for form, prompt in FORMS.items():
-        for name, suffix in (("questions", ""), ("unshared", "_unshared")):
-            path = str((folder / f"{name}.jsonl").resolve())
-            yield {
-                "task": f"idiom_{form}{suffix}",
-                "dataset_path": "json",
-                "dataset_kwargs": {"data_files": {"test": path}},
-                "test_split": "test",
-                "output_type": "multiple_choice",
-                "doc_to_text": prompt.format("{{word}}"),
-                "doc_to_choice": "choices",
-                "doc_to_target": "answer",
-                "target_delimiter": "",  # 默认的空格，训练的文字里没有
-                "metric_list": [
-                    {"metric": name, "aggregation": "mean", "higher_is_better": True}
-                    for name in ("acc", "acc_norm")  # 后者先除以字数，再比
-                ],
-                "metadata": {"version": 1},
-            }
+    """八份任务。对照的那几份（_swapped）把题目换成别的成语，应当与乱猜一样。"""
+    files = {"": "questions", "_unshared": "unshared"}
+    fields = {"": "word", "_swapped": "other"}
+    for (form, prompt), kind, swap in product(FORMS.items(), files, fields):
+        path = (folder / f"{files[kind]}.jsonl").resolve()
+        yield {
+            "task": f"idiom_{form}{kind}{swap}",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(path)}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": prompt.format("{{" + fields[swap] + "}}"),
+            "doc_to_choice": "choices",
+            "doc_to_target": "answer",
+            "target_delimiter": "",  # 默认的空格，训练的文字里没有
+            "metric_list": [
+                {"metric": name, "aggregation": "mean", "higher_is_better": True}
+                for name in ("acc", "acc_norm")  # 后者先除以字数，再比
+            ],
+            "metadata": {"version": 1},
+        }
 
 
 if __name__ == "__main__":
