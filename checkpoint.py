@@ -252,7 +252,8 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[st
 
 
 # 早先的检查点没有记下这几项，那时用的是这些值。
-NOT_RECORDED = {"muon_momentum": 0.95, "adam_beta1": 0.9, "adam_beta2": 0.95}
+NOT_RECORDED = {"muon_momentum": 0.95, "adam_beta1": 0.9, "adam_beta2": 0.95,
+                "n_experts": 0, "n_active": 0}  # fmt: skip
 
 
 def config_of(checkpoint: dict, path: Path, tokenizer: Tokenizer) -> Config:
@@ -260,7 +261,7 @@ def config_of(checkpoint: dict, path: Path, tokenizer: Tokenizer) -> Config:
     if checkpoint["tokenizer"] != tokenizer.fingerprint():
         raise UserError(f"{path} 是用另一个分词器训练的；请换回当时的 tokenizer.py，或重新训练")
     names = {f.name for f in fields(Config)}
-    saved = NOT_RECORDED | checkpoint["config"]
+    saved = NOT_RECORDED | {k: v for k, v in checkpoint["config"].items() if v is not None}
     config = Config(**{k: v for k, v in saved.items() if k in names})
     problems: list[str] = []
     wrong = check_types(config, problems)
@@ -282,6 +283,9 @@ def build_model(config: Config, checkpoint: dict, path: Path) -> Transformer:
             raise ValueError(f"参数有 {n_layers} 层，配置是 {config.n_layers} 层")
         if tuple(state["embedding.weight"].shape) != (config.vocab_size, config.dim):
             raise ValueError("词嵌入的形状不同")
+        routers = [name for name in state if name.endswith(".router.weight")]
+        if config.n_experts != (len(state[routers[0]]) if routers else 0):  # 专家的数目也是
+            raise ValueError(f"专家不是 {config.n_experts} 位")
         model = Transformer(config)
         model.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:

@@ -38,7 +38,7 @@ class Config:
     preset: str = option(
         "auto",
         "预设；auto：有 NVIDIA 显卡用 wide，否则用 tiny",
-        choices=("auto", "tiny", "wide", "deep"),
+        choices=("auto", "tiny", "wide", "deep", "tiny-moe", "moe"),
     )
     data: str = option(
         "auto",
@@ -58,7 +58,9 @@ class Config:
     n_layers: int | None = option(None, "层数", "层")
     n_heads: int | None = option(None, "查询头数，须整除 dim", "头")
     n_kv_heads: int | None = option(None, "键值头数，须整除 n_heads", "头")
-    hidden_dim: int | None = option(None, "前馈层的中间宽度", "维")
+    hidden_dim: int | None = option(None, "前馈层的中间宽度；有专家时，是每位专家的", "维")
+    n_experts: int | None = option(None, "每层有几位专家；0：不分专家", "位")
+    n_active: int | None = option(None, "每个词元交给其中几位", "位")
     max_len: int | None = option(None, "模型最多能看多长的上下文", "词元")
     vocab_size: int = option(21248, "词表大小，补到 128 的倍数，GPU 算得快", "个")
     rope_theta: float = option(10000.0, "旋转位置编码的底数")
@@ -84,6 +86,7 @@ class Config:
     warmup: float = option(0.03, "学习率从 0 升到最高，占全程的比例")
     decay: float = option(0.9, "学习率最后降到 0，占全程的比例")
     grad_clip: float = option(1.0, "梯度范数的上限")
+    balance_coef: float = option(0.01, "负载均衡损失的系数：越大，各位专家越忙得一样")
     seed: int = option(42, "随机种子：初始化、打乱与采样")
 
     # 设备
@@ -120,32 +123,42 @@ class Config:
     )
     overwrite: bool = option(False, "从头练，盖掉 out_dir 里已有的训练")
 
+    def active_width(self) -> int:
+        """每个词元经过的前馈宽度：有专家时，是挑中的几位合起来的。"""
+        return self.hidden_dim * (self.n_active or 1)
+
 
 BOTH_STAGES = ("data", "prompt", "lr", "max_steps", "epochs")  # 微调的那一份前面加 sft_
 STEPS_OR_EPOCHS = (("max_steps", "epochs"), ("sft_max_steps", "sft_epochs"))  # 各是二选一
 N_TOKENS = 21146  # 分词器的词元数：bert-base-chinese 的 21128 个，加上 tokenizer.py 补的
-SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "max_len",
-         "vocab_size", "rope_theta", "norm_eps")  # fmt: skip
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "n_experts", "n_active",
+         "max_len", "vocab_size", "rope_theta", "norm_eps")  # fmt: skip
 
 # 每套预设：形状，以及随形状而定的批次与学习率（扫描的记录见 docs/lab-notes.md）。
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        dim=192, n_layers=4, n_heads=3, n_kv_heads=1, hidden_dim=576, max_len=512,
+        dim=192, n_layers=4, n_heads=3, n_kv_heads=1, hidden_dim=576, n_experts=0, n_active=0,
+        max_len=512,
         batch_size=8, seq_len=256, grad_accum=1, lr=0.02, muon_momentum=0.9,
         isolate_documents=True,
         max_steps=1000, sft_max_steps=150,
     ),
     "wide": dict(  # 矮胖
-        dim=512, n_layers=8, n_heads=8, n_kv_heads=2, hidden_dim=1664, max_len=1024,
+        dim=512, n_layers=8, n_heads=8, n_kv_heads=2, hidden_dim=1664, n_experts=0, n_active=0,
+        max_len=1024,
         batch_size=32, seq_len=512, grad_accum=1, lr=0.01, muon_momentum=0.95,
         isolate_documents=False,
     ),
     "deep": dict(  # 瘦高
-        dim=512, n_layers=24, n_heads=8, n_kv_heads=2, hidden_dim=1664, max_len=1024,
+        dim=512, n_layers=24, n_heads=8, n_kv_heads=2, hidden_dim=1664, n_experts=0, n_active=0,
+        max_len=1024,
         batch_size=16, seq_len=512, grad_accum=2, lr=0.005, muon_momentum=0.95,
         isolate_documents=False,
     ),
 }  # fmt: skip
+# 专家混合：挑中的几位合起来，与不分专家的那一套一样宽，每个词元用到的参数也就一样多。
+PRESETS["tiny-moe"] = PRESETS["tiny"] | dict(hidden_dim=288, n_experts=8, n_active=2)
+PRESETS["moe"] = PRESETS["wide"] | dict(hidden_dim=416, n_experts=16, n_active=4)
 
 PER_PRESET = {name for preset in PRESETS.values() for name in preset}
 
@@ -360,8 +373,10 @@ def check_types(config: Config, problems: list[str]) -> set[str]:
 
 PLACES = ("data", "sft_data", "data_dir", "out_dir", "init_from")  # 文件与目录
 LARGEST = 10**9  # 再大的数，乘起来连 64 位整数也装不下
-POSITIVE = (*SHAPE, "batch_size", "seq_len", "grad_accum", "lr", "sft_lr", "embed_lr_scale",
-            "grad_clip", "max_steps", "epochs", "sft_max_steps", "sft_epochs", "eval_every",
+NOT_NEGATIVE = ("n_experts", "n_active", "balance_coef")
+POSITIVE = (*(name for name in SHAPE if name not in NOT_NEGATIVE),
+            "batch_size", "seq_len", "grad_accum", "lr", "sft_lr", "embed_lr_scale", "grad_clip",
+            "max_steps", "epochs", "sft_max_steps", "sft_epochs", "eval_every",
             "eval_tokens")  # fmt: skip
 FRACTIONS = ("warmup", "decay", "weight_decay")
 BELOW_ONE = ("muon_momentum", "adam_beta1", "adam_beta2")
@@ -373,6 +388,12 @@ def check_values(c: Config, problems: list[str], wrong: set[str]) -> None:
         value = getattr(c, name)
         if name not in wrong and value is not None and not 0 < value <= LARGEST:
             rule = "不能超过 10^9" if value > 0 else "必须是正数"
+            problems.append(f"{name} {rule}，得到的是 {value}")
+            wrong.add(name)
+    for name in NOT_NEGATIVE:
+        value = getattr(c, name)
+        if name not in wrong and value is not None and not 0 <= value <= LARGEST:
+            rule = "不能超过 10^9" if value > 0 else "不能是负数"
             problems.append(f"{name} {rule}，得到的是 {value}")
             wrong.add(name)
     for name in FRACTIONS:
@@ -418,6 +439,11 @@ def check_values(c: Config, problems: list[str], wrong: set[str]) -> None:
         "n_heads n_kv_heads",
         lambda: c.n_heads % c.n_kv_heads == 0,
         f"n_kv_heads（{c.n_kv_heads}）必须整除 n_heads（{c.n_heads}）",
+    )
+    require(
+        "n_experts n_active",
+        lambda: min(c.n_experts, 1) <= c.n_active <= c.n_experts,
+        f"n_active（{c.n_active}）须在 1 与 n_experts（{c.n_experts}）之间；不分专家就都是 0",
     )
     require(
         "seq_len max_len",

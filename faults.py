@@ -222,9 +222,9 @@ def memory_needed(config: Config, model: Transformer) -> tuple[int, int]:
     （fp32，不编译，与实际相差两三成，见 docs/lab-notes.md）；半精度与编译过的用得少些。
     """
     n_parameters = sum(p.numel() for p in model.parameters())
-    n_matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    n_matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim >= 2)
     fixed = 4 * (2 * n_parameters + n_matrices + 2 * (n_parameters - n_matrices))
-    per_layer = 4 * (16 * config.dim + 6 * config.hidden_dim)
+    per_layer = 4 * (16 * config.dim + 6 * config.active_width())
     per_token = config.n_layers * per_layer + 16 * config.vocab_size
     return fixed, config.seq_len * per_token
 

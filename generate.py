@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from checkpoint import load
 from config import Config, UserError, option
+from experts import MixtureOfExperts
 from model import Transformer
-from quantize import STORED, compact
+from quantize import STORED, compact, compact_experts
 from tokenizer import Tokenizer
 from training import Device, compile_if_possible
 
@@ -266,9 +267,14 @@ def prepare(speaker: Speaker, device: Device, quantize: str = "none") -> Speaker
     """让模型说得快：矩阵换成半精度或 int8，必要时编译逐个生成的那一步。"""
     model = speaker.model
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding | MixtureOfExperts):
             module.to(device.dtype)
     speaker.cache = KVCache(speaker.config, device.torch, device.dtype)
+    if device.compile and speaker.config.n_experts:
+        device.compile = False  # 挑中哪几位要看了才知道，编译的代码却要事先定好
+        device.notes.append("专家混合逐个生成时不编译")
+    if quantize != "none":
+        compact_experts(model, STORED[quantize])
     if quantize != "none" or (device.compile and device.torch.type == "cpu"):
         speaker.head = compact(model, STORED.get(quantize, device.dtype))
     if device.compile:

@@ -2,12 +2,12 @@
 
 `model.py` 里没有一行为此而写：PyTorch 的钩子（hook）能在每个零件算完时把输入和输出抄一份下来。
 
-    look            走一遍前向，记下每层的残差流与注意力
+    look            走一遍前向，记下每层的残差流、注意力与挑中的专家
     logit_lens      假如读到某一层就停，它会猜什么
     leave_one_out   去掉前文里的一个词元，后面的猜测变了多少
     anatomy         从编号到打分的每一步：形状、参数、运算量
 
-图例：L 层数，T 词元数，C 宽度，H 头数，V 词表大小。
+图例：L 层数，T 词元数，C 宽度，H 头数，E 专家数，V 词表大小。
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config
+from experts import MixtureOfExperts, route
 from model import RotaryEmbedding, Transformer, attend_by_hand
 
 
@@ -31,6 +32,7 @@ class View:
     attention: Tensor  # (L, H, T, T)，每行之和为 1
     residual: Tensor  # (L + 1, T, C)，第 0 行是词嵌入，其后是每层之后的残差流
     writes: Tensor  # (L, 2, T)，每层的注意力与前馈各往残差流里加了多长的向量
+    experts: Tensor | None  # (L, T, E)，各位专家占多少，没挑中的是 0，和为 1；稠密模型没有
 
 
 # ---------- 1. 走一遍，记下来 ----------
@@ -54,7 +56,7 @@ def hooks(model: Transformer) -> Iterator[dict[nn.Module, tuple]]:
 
 @torch.inference_mode()
 def look(model: Transformer, ids: list[int]) -> View:
-    """走一遍前向，记下每层的残差流与注意力。
+    """走一遍前向，记下每层的残差流、注意力与挑中的专家。
 
     Args:
         model: 没有压缩过的模型（压缩过的权重只是近似）。
@@ -72,7 +74,17 @@ def look(model: Transformer, ids: list[int]) -> View:
         attention=torch.stack([attention_weights(b.attention, seen) for b in model.blocks]),
         residual=torch.stack([output[0].float() for _, output in blocks]),
         writes=torch.stack(writes),
+        experts=torch.stack([mixture(b.feed_forward, seen) for b in model.blocks])
+        if isinstance(model.blocks[0].feed_forward, MixtureOfExperts)
+        else None,
     )
+
+
+def mixture(layer: MixtureOfExperts, seen: dict[nn.Module, tuple]) -> Tensor:
+    """一层里每位专家占多少 (T, E)：由路由器的打分照样挑一遍。"""
+    scores = seen[layer.router][1][0]  # (1, T, E) -> (T, E)
+    _, weights, chosen = route(scores, layer.n_active)
+    return torch.zeros_like(scores, dtype=torch.float32).scatter(1, chosen, weights)
 
 
 def attention_weights(attention: nn.Module, seen: dict[nn.Module, tuple]) -> Tensor:
@@ -153,6 +165,8 @@ STEPS = {  # 零件的名字: 做什么；块里的前面加 blocks.0.
     "attention": "查询与键的内积取 softmax：每行的权重，再按它把值加起来",
     "attention.out": "投影回来，加进残差流",
     "feed_forward_norm": "归一化",
+    "feed_forward.router": "路由器：给各位专家打分，挑最高的几位",
+    "feed_forward": "挑中的几位专家各算各的，按权重相加，加进残差流",
     "feed_forward.gate": "前馈的门",
     "feed_forward.up": "前馈的另一路，与门相乘",
     "feed_forward.down": "投影回来，加进残差流",
@@ -172,6 +186,11 @@ class Part:
     flops: int
 
 
+def grouped(rows: tuple, matrices: tuple, *_, **__) -> int:
+    """PyTorch 不会数 `F.grouped_mm` 的运算：(N, 入) 的每一行只乘 (E, 入, 出) 里的一个矩阵。"""
+    return 2 * rows[0] * rows[1] * matrices[-1]
+
+
 def anatomy(config: Config, n_tokens: int) -> list[Part]:
     """从编号到打分的每一步，一个块只列一次（各块相同）。
 
@@ -182,15 +201,17 @@ def anatomy(config: Config, n_tokens: int) -> list[Part]:
         n_tokens: 输入几个词元。
     """
     with torch.device("meta"):
-        model = Transformer(replace(config, n_layers=1))
+        model = Transformer(replace(config, n_layers=1)).bfloat16()  # grouped_mm 在这里只认 bf16
         ids = torch.zeros(1, n_tokens, dtype=torch.long)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped})
     with torch.inference_mode(), hooks(model) as seen, counter:
         model(ids)
     counted = {n: sum(ops.values()) for n, ops in counter.get_flop_counts().items()}
     modules, parts = dict(model.named_modules()), []
     for step, does in STEPS.items():
         name = f"blocks.0.{step}" if f"blocks.0.{step}" in modules and step else step
+        if name not in modules or (step == "feed_forward" and not config.n_experts):
+            continue  # 稠密模型没有路由器；专家混合的三个矩阵叠在一起，不是单独的零件
         module = modules[name]
         full = f"Transformer.{name}" if name else "Transformer"
         inside = [f"{full}.{child}" for child, _ in module.named_children()]

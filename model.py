@@ -7,10 +7,10 @@
     attend             注意力：按相关程度，从前文取信息（快的一份；attend_by_hand 是看得懂的一份）
     Attention          产生查询、键、值的一层注意力
     FeedForward        逐个位置做的非线性变换（SwiGLU）
-    Block              注意力 + 前馈，各自加在残差流上
+    Block              注意力 + 前馈（或者 experts.py 的专家混合），各自加在残差流上
     Transformer        词嵌入 -> 若干个 Block -> 每个词元的打分
 
-结构与 Qwen3（arXiv 2505.09388）的稠密模型相同。本文件不认识分词器、文件、设备和采样。
+结构与 Qwen3（arXiv 2505.09388）相同，包括它的专家混合。本文件不认识分词器、文件、设备和采样。
 
 图例：B 批次，T 词元数，S 可见的键的个数，C 宽度，H 头数，K 键值头数，D 头宽，V 词表大小。
 """
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from experts import MixtureOfExperts, Routing
 
 
 class RMSNorm(nn.Module):
@@ -133,8 +134,8 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.down = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)"""
+    def forward(self, x: Tensor, routing=None) -> Tensor:
+        """(B, T, C) -> (B, T, C)；routing 只有专家混合才用。"""
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
@@ -146,20 +147,20 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = (MixtureOfExperts if config.n_experts else FeedForward)(config)
 
-    def forward(self, x: Tensor, *attention_inputs) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing | None, *attention_inputs) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         x = x + self.attention(self.attention_norm(x), *attention_inputs)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return x + self.feed_forward(self.feed_forward_norm(x), routing)
 
 
 class Transformer(nn.Module):
     """整个模型：编号进，打分出。
 
     Args:
-        config: 用到 vocab_size、dim、n_layers、n_heads、n_kv_heads、hidden_dim、max_len、
-            rope_theta、norm_eps。
+        config: 用到 vocab_size、dim、n_layers、n_heads、n_kv_heads、hidden_dim、n_experts、
+            n_active、balance_coef、max_len、rope_theta、norm_eps。
     """
 
     def __init__(self, config: Config):
@@ -182,13 +183,19 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if isinstance(module, MixtureOfExperts):
+                nn.init.normal_(module.gate, std=module.gate.size(-1) ** -0.5)
+                nn.init.normal_(module.up, std=module.up.size(-1) ** -0.5)
         for block in self.blocks:
+            down = block.feed_forward.down
             nn.init.zeros_(block.attention.out.weight)
-            nn.init.zeros_(block.feed_forward.down.weight)
+            nn.init.zeros_(down if isinstance(down, nn.Parameter) else down.weight)
 
-    def forward(self, ids: Tensor, positions=None, segments=None, cache=None) -> Tensor:
+    def forward(
+        self, ids: Tensor, positions=None, segments=None, cache=None, routing=None
+    ) -> Tensor:
         """下一个词元的打分（未归一的对数概率）：(B, T) -> (B, T, V)，参数同 `hidden`。"""
-        return self.score(self.hidden(ids, positions, segments, cache))
+        return self.score(self.hidden(ids, positions, segments, cache, routing))
 
     def score(self, x: Tensor) -> Tensor:
         """向量 -> 打分：(..., C) -> (..., V)，就是与每个词元的嵌入作内积（arXiv 1608.05859）。"""
@@ -200,6 +207,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         cache=None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """读完所有层之后，每个位置上的向量：模型对「下一个词元」的全部想法，还没有翻译成打分。
 
@@ -208,6 +216,7 @@ class Transformer(nn.Module):
             positions: 每个词元的位置 (B, T) 或 (T,)；默认从 0 起依次递增。
             segments: 每个词元属于第几段 (B, T)；同段才能互相看见。默认整行是一段。
             cache: `generate.KVCache`；给了就只送新词元，并且要给 positions (T,)：写进缓存的第几格。
+            routing: 训练专家混合时给，收集负载均衡损失。
         Returns:
             (B, T, C)
         Raises:
@@ -230,5 +239,5 @@ class Transformer(nn.Module):
         x = self.embedding(ids)  # (B, T, C)
         cos, sin = self.rotary(positions)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, causal, cache, layer, positions)
+            x = block(x, routing, cos, sin, mask, causal, cache, layer, positions)
         return self.norm(x)

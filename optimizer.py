@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
     少发几十次小的矩阵乘法；精度可选，因为没有 bf16 指令的 CPU 上，bf16 会慢上百倍。
 
     Args:
-        matrices: 二维参数。
+        matrices: 二维参数；三维的是叠在一起的许多个（各位专家的），各算各的。
         lr: 学习率，已换算成与 AdamW 相当的大小（每个元素的更新约为 0.2 lr）。
         momentum: 更新是最近约 1 / (1 - momentum) 步梯度的平均。
         weight_decay: 解耦的权重衰减。
@@ -75,10 +75,10 @@ class Muon(torch.optim.Optimizer):
                     updates.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov
                 # 模型分开放时（FSDP），正交化要先把矩阵凑齐；结果各取各的。
                 updates = [u.full_tensor() if is_sharded(u) else u for u in updates]
-                size = 0.2 * max(shape) ** 0.5  # 使更新的均方根与 AdamW 的相当
-                for p, update in zip(
-                    params, orthogonalize(torch.stack(updates), self.dtype), strict=True
-                ):
+                size = 0.2 * max(shape[-2:]) ** 0.5  # 使更新的均方根与 AdamW 的相当
+                matrices = torch.stack(updates).view(-1, *shape[-2:])
+                updates = orthogonalize(matrices, self.dtype).view(-1, *shape)
+                for p, update in zip(params, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(shard_like(update, p), alpha=-group["lr"] * size)
 
@@ -108,7 +108,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tenso
 
 def build_optimizers(model: Transformer, config: Config, device: Device, lr: float):
     """各层的矩阵归 Muon；词嵌入与归一化的增益归 AdamW，它们没有「方向」可以正交化。"""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    matrices = [p for p in model.blocks.parameters() if p.ndim >= 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     dtype = torch.bfloat16 if device.dtype == torch.bfloat16 else torch.float32

@@ -21,6 +21,7 @@ from checkpoint import Folder, Progress, Saver, build_model, capture, restore
 from config import describe, load_config, run_script, save_config
 from dataset import IGNORE, PretrainBatches, prepare, rows_of_step
 from distributed import Parallel, World, whole
+from experts import share_load, take_load
 from faults import Stop, auto_batch, diverged, memory_advice, skip_step, too_many_skipped
 from generate import Sampling, make_speaker
 from model import Transformer
@@ -102,6 +103,7 @@ def main() -> None:
         with memory_advice(config, model, config.batch_size):
             loss = evaluate(loss_fn, model, val, config.batch_size, limit, device)
         bpc = bits_per_character(loss, data.card)
+        busy = take_load(model, world)  # 专家混合：留出的文档上，各位专家的负载
         progress.checked(loss, bpc, everything)
         prompt = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
         written = []
@@ -111,10 +113,12 @@ def main() -> None:
         sample = tokenizer.decode(written)
         shown = sample.replace("\n", "\n    ")
         tqdm.write(
-            f"第 {progress.step} 步 · 检验损失 {loss:.3f} · 每字 {bpc:.3f} 比特\n"
+            f"第 {progress.step} 步 · 检验损失 {loss:.3f} · 每字 {bpc:.3f} 比特"
+            f"{f' · {busy}' if busy else ''}\n"
             f"    {config.prompt}{shown}"
         )
-        return {"val_loss": loss, "val_bpc": bpc, "sample": sample}
+        experts = {"val_load": busy.rounded()} if busy else {}
+        return {"val_loss": loss, "val_bpc": bpc, "sample": sample, **experts}
 
     def state() -> dict:
         """此刻的全部状态：存进检查点，接着练的结果便与不中断的逐位相同。"""
@@ -189,6 +193,9 @@ def main() -> None:
             epoch = step * rows_per_step // train.n_rows
             notes = skip_step(progress, loss, micro_rows, losses, epoch, device)
         device.scaler.update()
+        if busy := take_load(model, world):  # 专家混合：下一步按它求均衡
+            share_load(model, busy)
+            notes |= busy.row()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
 

@@ -5,12 +5,14 @@ int8 每行记一个倍数，每个元素的误差约为该行最大值的 1/254
 
     CompactLinear    存得小的矩阵
     compact          把模型里的矩阵都换成它
+    CompactExperts   专家混合，各位专家的矩阵都换成它
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experts import MixtureOfExperts, mix_by_hand, route
 from model import Transformer
 
 STORED = {"bf16": torch.bfloat16, "int8": torch.int8}
@@ -65,6 +67,35 @@ def compact(model: Transformer, dtype: torch.dtype) -> CompactLinear:
     """
     for parent in list(model.modules()):
         for name, module in parent.named_children():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and name != "router":  # 它很小，差一点就挑错人
                 setattr(parent, name, CompactLinear(module.weight, dtype))
     return CompactLinear(model.embedding.weight, dtype)
+
+
+class CompactExperts(nn.Module):
+    """专家混合，各位专家的矩阵存得小；逐位算，只有挑中的几位要还原。"""
+
+    def __init__(self, layer: MixtureOfExperts, dtype: torch.dtype):
+        super().__init__()
+        self.router, self.n_active = layer.router, layer.n_active
+        self.gate, self.up, self.down = (
+            nn.ModuleList(CompactLinear(matrix, dtype) for matrix in stack)
+            for stack in (layer.gate, layer.up, layer.down)
+        )
+
+    def forward(self, x: Tensor, routing=None) -> Tensor:
+        """(B, T, C) -> (B, T, C)，类型不变。"""
+        rows = x.view(-1, x.size(-1))
+        _, weights, chosen = route(self.router(rows), self.n_active)
+        return mix_by_hand(rows, weights, chosen, self.expert).view(x.shape).type_as(x)
+
+    def expert(self, e: int, rows: Tensor) -> Tensor:
+        """第 e 位专家：(n, C) -> (n, C)。"""
+        return self.down[e](F.silu(self.gate[e](rows)) * self.up[e](rows))
+
+
+def compact_experts(model: Transformer, dtype: torch.dtype) -> None:
+    """把各层的专家混合换成 `CompactExperts`；稠密模型没有，什么也不做。"""
+    for block in model.blocks:
+        if isinstance(block.feed_forward, MixtureOfExperts):
+            block.feed_forward = CompactExperts(block.feed_forward, dtype)

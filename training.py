@@ -33,6 +33,7 @@ from checkpoint import Progress
 from config import Config, UserError
 from dataset import IGNORE, Batch, row_order, used_ids
 from distributed import World
+from experts import Routing
 from model import Transformer
 
 # ---------- 1. 设备与精度 ----------
@@ -63,6 +64,9 @@ class Device:
             add_in_fixed_order()
         self.dtype = self._choose_dtype(config.dtype)
         self.compile = config.compile and self._can_compile()
+        if self.compile and config.n_experts and self.dtype != torch.bfloat16:
+            self.compile = False  # F.grouped_mm 编译时只认 bf16
+            self.notes.append("专家混合只在 bfloat16 时编译，这里不编译")
         if self.compile and self.world.size > 1 and config.parallel == "fsdp":
             self.compile = False
             self.notes.append("--parallel fsdp 时不编译")
@@ -224,14 +228,17 @@ def shared_before(checkpoint: dict, device: Device) -> SharedRow | None:
 def loss_sum(model: Transformer, batch: Batch, shared: SharedRow | None = None) -> Tensor:
     """这一批所有目标的负对数概率之和，单位奈特；平均由调用者除以目标的总数得到。
 
+    专家混合的负载均衡损失不在这个数里，只在它的梯度里：这样，记下来的总是语言的损失。
+
     Args:
         shared: 给了就用它省去重复的打分，结果相同；目标须是训练语料里出现过的词元。
     """
     targets = batch.targets
+    routing = Routing(targets != IGNORE)
+    x = model.hidden(batch.ids, batch.positions, batch.segments, routing=routing)  # (B, T, C)
     if shared is None:
-        logits = model(batch.ids, batch.positions, batch.segments)  # (B, T, V)
+        logits = model.score(x)  # (B, T, V)
     else:
-        x = model.hidden(batch.ids, batch.positions, batch.segments)  # (B, T, C)
         table = model.embedding.weight[shared.rows]  # (R, C)
         # 代表的那一行收到 n 份推力之和，只留它自己的一份（exp(-ln n) = 1/n），与逐个训练时一样。
         own = torch.exp(-shared.bias)[:, None]
@@ -239,12 +246,15 @@ def loss_sum(model: Transformer, batch: Batch, shared: SharedRow | None = None) 
         # 偏置加在 fp32 上：bf16 在 10 附近一格是 0.06，装不下 ln n。
         logits = F.linear(x, table).float() + shared.bias  # (B, T, R)
         targets = torch.where(targets == IGNORE, IGNORE, shared.column[targets.clamp(min=0)])
-    return F.cross_entropy(
+    loss = F.cross_entropy(
         logits.view(-1, logits.size(-1)).float(),  # (B·T, V)
         targets.reshape(-1),
         ignore_index=IGNORE,
         reduction="sum",
     )
+    if routing.penalty is None:
+        return loss
+    return loss + (routing.penalty - routing.penalty.detach())
 
 
 def compile_if_possible(fn, device: Device, **options):

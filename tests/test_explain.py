@@ -1,12 +1,15 @@
 """tools.explain：网页自成一体，里面的数就是模型的数，什么文字都看得了。"""
 
+import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from scripts import run
 
 from config import Config, UserError
@@ -17,16 +20,22 @@ from tools import explain
 
 TOKENIZER = Tokenizer()
 SHAPE = Config(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=32, max_len=80)
+EXPERTS = replace(SHAPE, n_experts=5, n_active=2)
+
+
+def speaker_of(shape):
+    """没训练过、但每层都真的做事的小模型。"""
+    torch.manual_seed(0)
+    model = Transformer(shape).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return make_speaker(model, shape, TOKENIZER, "pretrain")
 
 
 @pytest.fixture(scope="module")
 def speaker():
-    """没训练过、但每层都真的做事的小模型。"""
-    torch.manual_seed(0)
-    model = Transformer(SHAPE).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return make_speaker(model, SHAPE, TOKENIZER, "pretrain")
+    """稠密的。"""
+    return speaker_of(SHAPE)
 
 
 def data_of(html: str) -> dict:
@@ -89,6 +98,31 @@ def test_the_words_in_the_terminal(speaker):
     parts = {p["name"]: p["flops"] for p in facts["parts"]}
     blocks = sum(flops for name, flops in parts.items() if name.startswith("blocks."))
     assert explain.total_flops(facts) == 2 * blocks + parts["score"]
+
+
+def test_which_expert_took_which_token():
+    """网页与终端里的专家，就是那一层真的挑中的，从 1 数起，占得多的在前。"""
+    speaker = speaker_of(EXPERTS)
+    ids = speaker.prompt("守株待兔守株待兔")
+    facts = data_of(explain.page(explain.examine(speaker, ids), 2))
+    exact = explain.look(speaker.model, ids).experts
+    for layer, row in enumerate(facts["experts"]):
+        for t, pairs in enumerate(row):
+            assert [w for _, w in pairs] == sorted((w for _, w in pairs), reverse=True)
+            assert len(pairs) == 2 and sum(w for _, w in pairs) == pytest.approx(1, abs=1e-4)
+            for e, w in pairs:
+                assert w == pytest.approx(exact[layer, t, e - 1].item(), rel=1e-4)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(explain.experts_table(facts, 3))
+    first = facts["experts"][1][3][0][0]
+    others = [facts["tokens"][t] for t, pairs in enumerate(facts["experts"][1])
+              if t != 3 and first in [e for e, _ in pairs]]  # fmt: skip
+    line = console.file.getvalue().splitlines()[2]
+    assert f"{first} 号" in line and line.rstrip().endswith(" ".join(others) or "—")
+
+
+def test_a_dense_model_has_no_experts_to_show(speaker):
+    assert explain.examine(speaker, speaker.prompt("守"))["experts"] is None
 
 
 def test_a_broken_model_is_one_sentence(speaker, monkeypatch):

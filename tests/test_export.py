@@ -14,18 +14,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scripts import run
 from test_checkpoint import CARD
 from test_tokenizer import any_text, mixed_text
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint import Folder, Progress, capture, load, read, write
-from config import N_TOKENS, PRESETS, Config, UserError, load_config
+from config import N_TOKENS, Config, UserError, load_config
 from dataset import SFTBatches, encode_conversations
 from distributed import World
 from generate import Sampling, make_speaker
@@ -35,18 +33,20 @@ from readers import Record
 from tokenizer import CONTROL_TOKENS, Tokenizer
 from tools import export as export_module
 from tools import import_hf as import_module
-from tools.export import KEY, export
-from tools.huggingface import our_shape, qwen3, to_ours, to_theirs
+from tools.export import export
+from tools.huggingface import to_theirs
 from tools.import_hf import Options, import_folder
 from training import Device, share_row
 
 SMALL = Config(
-    preset="tiny", dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_len=128,
-    seq_len=64, batch_size=2, grad_accum=1, device="cpu", dtype="float32", compile=False, lr=0.01,
-    sft_lr=0.002, max_steps=10, sft_max_steps=5, muon_momentum=0.9, isolate_documents=True,
+    preset="tiny", dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, n_experts=0,
+    n_active=0, max_len=128, seq_len=64, batch_size=2, grad_accum=1, device="cpu",
+    dtype="float32", compile=False, lr=0.01, sft_lr=0.002, max_steps=10, sft_max_steps=5,
+    muon_momentum=0.9, isolate_documents=True,
     data="/home/me/秘密/wiki.jsonl", sft_data="builtin", data_dir="/home/me/data",
     out_dir="/home/me/out", init_from="/home/me/out/pretrain.pt",
 )  # fmt: skip
+EXPERTS = replace(SMALL, preset="tiny-moe", hidden_dim=24, n_experts=4, n_active=2)
 SFT = Options(stage="sft", preset="tiny")
 TOKENIZER = Tokenizer()  # hypothesis 的测试用它
 
@@ -77,16 +77,28 @@ def load_theirs(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def exported(root: Path, config: Config) -> SimpleNamespace:
     """一个小模型，词表里有一大半合用一行；它的检查点，以及导出的文件夹。"""
-    root = tmp_path_factory.mktemp("export")
-    model = random_model()
+    model = random_model(config)
     used = np.arange(200, 5000, dtype=np.uint16)
     assert share_row(model, used, newborn=True) is not None
-    path = save(root / "sft.pt", model)
+    path = save(root / "sft.pt", model, config=config)
     export(path, root / "hf")
-    return SimpleNamespace(root=root, model=model, path=path, folder=root / "hf", used=used)
+    return SimpleNamespace(model=model, path=path, folder=root / "hf", used=used)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """稠密的。"""
+    return exported(tmp_path_factory.mktemp("dense"), SMALL)
+
+
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def either(request, made, tmp_path_factory):
+    """稠密的与专家混合的，同样的要求。"""
+    if request.param == "dense":
+        return made
+    return exported(tmp_path_factory.mktemp("experts"), EXPERTS)
 
 
 @pytest.fixture
@@ -98,13 +110,13 @@ def folder(made, tmp_path) -> Path:
 # ---------- 1. 带出去的是同一个模型 ----------
 
 
-def test_logits_are_equal(made):
+def test_logits_are_equal(either):
     """名字对错一个，或者旋转、归一的算法差一点，打分就不同。"""
     ids = torch.randint(N_TOKENS, (2, 100), generator=torch.Generator().manual_seed(1))
-    theirs = load_theirs(made.folder)
+    theirs = load_theirs(either.folder)
     assert theirs.dtype == torch.float32
     with torch.no_grad():
-        ours, found = made.model(ids)[..., :N_TOKENS], theirs(ids).logits
+        ours, found = either.model(ids)[..., :N_TOKENS], theirs(ids).logits
     assert found.shape == (2, 100, N_TOKENS)  # 补齐词表用的没有带走
     difference = (ours - found).abs().max().item()
     print(f"打分最多差 {difference:.1e}（打分的标准差是 {ours.std().item():.2f}）")
@@ -112,14 +124,15 @@ def test_logits_are_equal(made):
     assert ours.std() > 0.5  # 打分都挤在一起的话，上一行什么也没有说明
 
 
-def test_greedy_text_is_equal(tmp_path):
+@pytest.mark.parametrize("config", [SMALL, EXPERTS], ids=["dense", "experts"])
+def test_greedy_text_is_equal(tmp_path, config):
     """六十四个词元逐个相同；占位符与控制词元再可能也不选，两边一样。"""
-    model = random_model()
+    model = random_model(config)
     with torch.no_grad():
         model.embedding.weight[1:100] *= 5  # [unused] 的打分常常最高
-    export(save(tmp_path / "sft.pt", model), tmp_path / "hf")
+    export(save(tmp_path / "sft.pt", model, config=config), tmp_path / "hf")
     ids = TOKENIZER.question_ids("你好")
-    speaker = make_speaker(model, SMALL, TOKENIZER, "sft")
+    speaker = make_speaker(model, config, TOKENIZER, "sft")
     ours = list(speaker.generate(ids, Sampling(temp=0, penalty=1, max=64)))
     theirs = load_theirs(tmp_path / "hf")
     row = torch.tensor([ids])
@@ -276,30 +289,31 @@ def test_bare_text_has_no_such_protection():
 # ---------- 3. 带回来 ----------
 
 
-def test_round_trip_is_exact(made, tmp_path):
+def test_round_trip_is_exact(either, tmp_path):
     """导出、导入、再导出：除了模型卡，逐字节相同；检查点里的参数也逐位相同，含补齐的行。"""
     path = tmp_path / "a" / "sft.pt"
-    import_folder(made.folder, path, Options())
+    import_folder(either.folder, path, Options())
     model, config, checkpoint = load(path, TOKENIZER)
     assert checkpoint["stage"] == "sft"
-    assert (config.preset, config.val_fraction, config.data) == ("tiny", 0.03, "wiki.jsonl")
-    before = made.model.state_dict()
+    saved = (config.preset, config.val_fraction, config.data)
+    assert saved == (read(either.path)["config"]["preset"], 0.03, "wiki.jsonl")
+    before = either.model.state_dict()
     assert list(before) == list(model.state_dict())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     export(path, tmp_path / "hf")
-    for old in made.folder.iterdir():
+    for old in either.folder.iterdir():
         same = (tmp_path / "hf" / old.name).read_bytes() == old.read_bytes()
         assert same == (old.name != "README.md"), old.name
     assert "没有检验过" in (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
 
 
-def test_rows_shared_before_are_shared_again(made, tmp_path):
+def test_rows_shared_before_are_shared_again(either, tmp_path):
     """否则导入之后的微调要给整张词表算打分，慢几倍。"""
-    import_folder(made.folder, tmp_path / "sft.pt", Options())
+    import_folder(either.folder, tmp_path / "sft.pt", Options())
     model, _, _ = load(tmp_path / "sft.pt", TOKENIZER)
-    before = share_row(made.model, made.used, newborn=False)
-    after = share_row(model, made.used, newborn=False)
+    before = share_row(either.model, either.used, newborn=False)
+    after = share_row(model, either.used, newborn=False)
     assert torch.equal(after.members, before.members)
 
 
@@ -313,18 +327,20 @@ def test_without_equal_rows_the_padding_is_never_an_answer(tmp_path):
     assert TOKENIZER.label(1) == "[unused1]"
 
 
-def test_a_step_elsewhere_comes_home(made, tmp_path):
+def test_a_step_elsewhere_comes_home(either, tmp_path):
     """用 transformers 走一步 SGD 再带回来：参数正好是它更新之后的，打分仍与它的相同。"""
-    theirs = load_theirs(made.folder)
+    theirs = load_theirs(either.folder)
     ids = torch.tensor([TOKENIZER.question_ids("画蛇添足是什么意思？")])
     theirs(ids, labels=ids).loss.backward()
     torch.optim.SGD(theirs.parameters(), lr=0.1).step()
     theirs.save_pretrained(tmp_path / "hf")
-    AutoTokenizer.from_pretrained(made.folder).save_pretrained(tmp_path / "hf")
+    AutoTokenizer.from_pretrained(either.folder).save_pretrained(tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "sft.pt", Options())
     model, _, _ = load(tmp_path / "sft.pt", TOKENIZER)
-    before, after = made.model.state_dict(), model.state_dict()
-    assert all(not torch.equal(after[n], before[n]) for n in before)
+    before, after = either.model.state_dict(), model.state_dict()
+    assert {n for n in before if torch.equal(after[n], before[n])} <= {
+        n for n in before if n.endswith(".load")
+    }
     with torch.no_grad():
         difference = (model(ids)[..., :N_TOKENS] - theirs(ids).logits).abs().max().item()
     assert difference <= 1e-4
@@ -334,14 +350,15 @@ def test_a_step_elsewhere_comes_home(made, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_comes_back_as_fp32(made, tmp_path, folder, dtype):
-    theirs = load_theirs(made.folder).to(dtype)
-    theirs.save_pretrained(folder)
+def test_half_precision_comes_back_as_fp32(either, tmp_path, dtype):
+    folder = shutil.copytree(either.folder, tmp_path / "hf")
+    load_theirs(folder).to(dtype).save_pretrained(folder)
     import_folder(folder, tmp_path / "sft.pt", Options())
     state = read(tmp_path / "sft.pt")["model"]
     assert {value.dtype for value in state.values()} == {torch.float32}
-    expected = made.model.state_dict()["norm.weight"].to(dtype).float()
-    assert torch.equal(state["norm.weight"], expected)
+    for name, value in either.model.state_dict().items():
+        if not name.endswith(".load"):
+            assert torch.equal(state[name], value.to(dtype).float()), name
 
 
 def test_shards_are_read(made, tmp_path, folder):
@@ -356,7 +373,7 @@ def test_shards_are_read(made, tmp_path, folder):
 
 def test_a_folder_without_our_notes_needs_the_stage_and_a_preset(tmp_path, folder):
     """别处从头练的，没有我们记下的那一项：说清楚缺什么，给了就行。"""
-    edit(folder, **{KEY: None})
+    edit(folder, mini_llm=None)
     with pytest.raises(UserError, match=r"请加上 --stage"):
         import_folder(folder, tmp_path / "m.pt", Options())
     with pytest.raises(UserError, match=r"请用 --preset"):
@@ -388,69 +405,42 @@ def test_an_imported_model_is_not_an_empty_training(made, tmp_path, capsys):
 
 # ---------- 4. 专家 ----------
 
-MOE = SimpleNamespace(**vars(SMALL) | {"n_experts": 4, "n_active": 2, "vocab_size": N_TOKENS})
+
+def test_experts_are_saved_one_by_one(tmp_path):
+    """磁盘上是别的程序认得的名字，一位专家一个矩阵；模型卡说的是专家混合。"""
+    model = random_model(EXPERTS)
+    export(save(tmp_path / "sft.pt", model, config=EXPERTS), tmp_path / "hf")
+    found, layer = load_file(tmp_path / "hf" / "model.safetensors"), model.blocks[1].feed_forward
+    for name, stack in (("gate", layer.gate), ("up", layer.up), ("down", layer.down)):
+        for e, matrix in enumerate(stack):
+            assert torch.equal(found[f"model.layers.1.mlp.experts.{e}.{name}_proj.weight"], matrix)
+    assert not [name for name in found if "load" in name]
+    card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    assert "前馈 24 × 4 位专家，每个词元交给 2 位" in card
+    assert "`Qwen3MoeForCausalLM`" in card
 
 
-class ReferenceExperts(nn.Module):
-    """照定义写的专家层：每个词元交给打分最高的两个，按归一的概率相加。参数的名字与模型的相同。"""
-
-    def __init__(self, config):
-        super().__init__()
-        n, dim, hidden = config.n_experts, config.dim, config.hidden_dim
-        self.n_active = config.n_active
-        self.router = nn.Linear(dim, n, bias=False)
-        self.gate = nn.Parameter(torch.randn(n, hidden, dim) * 0.2)
-        self.up = nn.Parameter(torch.randn(n, hidden, dim) * 0.2)
-        self.down = nn.Parameter(torch.randn(n, dim, hidden) * 0.2)
-        self.register_buffer("load", torch.ones(n))
-
-    def forward(self, x):
-        """(B, T, C) -> (B, T, C)"""
-        chances, chosen = self.router(x).softmax(-1).topk(self.n_active)
-        chances = chances / chances.sum(-1, keepdim=True)
-        hidden = F.silu(torch.einsum("btc,efc->btef", x, self.gate))
-        hidden = hidden * torch.einsum("btc,efc->btef", x, self.up)
-        every = torch.einsum("btef,ecf->btec", hidden, self.down)  # 每个专家都算一遍
-        picked = every.gather(2, chosen[..., None].expand(-1, -1, -1, x.size(-1)))
-        return (picked * chances[..., None]).sum(2)
+def test_experts_saved_in_one_piece_are_read_too(tmp_path):
+    """也可以照内存里的样子存：门与升接在一起，几位专家叠成一个。"""
+    model = random_model(EXPERTS)
+    export(save(tmp_path / "sft.pt", model, config=EXPERTS), tmp_path / "hf")
+    load_theirs(tmp_path / "hf").save_pretrained(tmp_path / "hf", save_original_format=False)
+    assert any("gate_up_proj" in name for name in load_file(tmp_path / "hf/model.safetensors"))
+    import_folder(tmp_path / "hf", tmp_path / "back.pt", Options())
+    back = read(tmp_path / "back.pt")["model"]["blocks.0.feed_forward.up"]
+    assert torch.equal(back, model.blocks[0].feed_forward.up)
 
 
-@pytest.fixture(scope="module")
-def experts():
-    """一个小的专家模型。"""
-    model = random_model(replace(SMALL, vocab_size=N_TOKENS))
-    torch.manual_seed(0)
+def test_the_load_of_imported_experts_starts_even(tmp_path):
+    """上一步的份额没有带走：微调的第一步按均匀的算，与刚出生时相同。"""
+    model = random_model(EXPERTS)
     for block in model.blocks:
-        block.feed_forward = ReferenceExperts(MOE)
-    return model.eval()
-
-
-def test_experts_have_the_same_logits(experts):
-    theirs = qwen3(MOE, experts.state_dict()).eval()
-    assert type(theirs).__name__ == "Qwen3MoeForCausalLM"
-    ids = torch.randint(N_TOKENS, (2, 50), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        difference = (experts(ids) - theirs(ids).logits).abs().max().item()
-    print(f"打分最多差 {difference:.1e}")
-    assert difference <= 1e-4
-
-
-def test_experts_are_saved_one_by_one_and_come_back(experts, tmp_path):
-    """磁盘上是别的程序认得的、一个专家一个矩阵的名字；读回来逐位相同，统计量归零。"""
-    state = experts.state_dict()
-    qwen3(MOE, state).save_pretrained(tmp_path)
-    names = load_file(tmp_path / "model.safetensors")
-    assert torch.equal(
-        names["model.layers.1.mlp.experts.3.up_proj.weight"], state["blocks.1.feed_forward.up"][3]
-    )
-    theirs = load_theirs(tmp_path)
-    back = to_ours(theirs.state_dict(), state)
-    assert list(back) == list(state)
-    for name, value in state.items():
-        expected = torch.zeros(4) if name.endswith(".load") else value
-        assert torch.equal(back[name], expected), name
-    shape = our_shape(theirs.config)
-    assert (shape["n_experts"], shape["n_active"], shape["hidden_dim"]) == (4, 2, 48)
+        block.feed_forward.load.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    export(save(tmp_path / "sft.pt", model, config=EXPERTS), tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "back.pt", Options())
+    back, config, _ = load(tmp_path / "back.pt", TOKENIZER)
+    assert (config.n_experts, config.n_active, config.hidden_dim) == (4, 2, 24)
+    assert all((block.feed_forward.load == 0.25).all() for block in back.blocks)
 
 
 # ---------- 5. 收不下的，一句话说清 ----------
@@ -471,7 +461,7 @@ def config(**values):
 def experts_config(**values):
     """换成专家模型的配置，再改几项。"""
     moe = dict(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", num_experts=4,
-               num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True)  # fmt: skip
+               num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True)  # fmt: skip
     return config(**moe | values)
 
 
@@ -511,6 +501,7 @@ def removed(name: str):
 
 NORM, WEIGHTS = "model.norm.weight", "model.safetensors"
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+THETA = {"rope_type": "default", "rope_theta": "x"}
 WINDOW = dict(use_sliding_window=True, sliding_window=8, max_window_layers=0, layer_types=None)
 LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama")
 SHARED_EXPERT = dict(architectures=["Qwen2MoeForCausalLM"], model_type="qwen2_moe")
@@ -529,6 +520,7 @@ BROKEN = {
     "偏置": (config(attention_bias=True), "attention_bias 是 True，应为 False"),
     "滑动窗口": (config(**WINDOW), "sliding_window 是 8"),
     "拉长的旋转": (config(rope_parameters=YARN), "rope_parameters 是"),
+    "旋转的底数不是数": (config(rope_parameters=THETA), "rope_theta 要的是 float"),
     "激活函数": (config(hidden_act="gelu"), "hidden_act 是 gelu，应为 silu"),
     "头宽": (config(head_dim=16), "head_dim 是 16，应为 8"),
     "词表的大小": (config(vocab_size=21248), "vocab_size 是 21248，应为 21146"),
@@ -734,25 +726,3 @@ def test_help_names_every_flag(monkeypatch, capsys, tool, flags):
     said = capsys.readouterr().out
     assert said.startswith("用法：python -m tools.")
     assert all(f"--{flag}" in said for flag in flags)
-
-
-# ---------- 8. 真的专家模型 ----------
-
-
-@pytest.mark.skipif("tiny-moe" not in PRESETS, reason="这个版本还没有专家模型")
-def test_a_real_expert_model_goes_out_and_comes_back(tmp_path):
-    config = replace(SMALL, preset="tiny-moe", n_experts=4, n_active=2)
-    model = random_model(config)
-    path = save(tmp_path / "sft.pt", model, config=config)
-    export(path, tmp_path / "hf")
-    theirs = load_theirs(tmp_path / "hf")
-    ids = torch.randint(N_TOKENS, (2, 50), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert (model(ids)[..., :N_TOKENS] - theirs(ids).logits).abs().max() <= 1e-4
-    import_folder(tmp_path / "hf", tmp_path / "back.pt", Options())
-    for name, value in load(tmp_path / "back.pt", TOKENIZER)[0].state_dict().items():
-        if not name.endswith(".load") and name != "embedding.weight":
-            assert torch.equal(value, model.state_dict()[name]), name
-    export(tmp_path / "back.pt", tmp_path / "again")
-    files = [tmp_path / folder / "model.safetensors" for folder in ("hf", "again")]
-    assert files[0].read_bytes() == files[1].read_bytes()

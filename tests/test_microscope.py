@@ -1,5 +1,7 @@
 """显微镜里看到的，就是模型真的算出来的：逐项与直接计算比较。"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,14 +14,21 @@ from model import Transformer, attend_by_hand
 SHAPE = Config(
     dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=48, max_len=24, vocab_size=21248
 )
+EXPERTS = replace(SHAPE, hidden_dim=24, n_experts=5, n_active=2)
 IDS = [5, 9, 9, 300, 7, 2, 21000]
 
 
+@pytest.fixture(scope="module", params=[SHAPE, EXPERTS], ids=["dense", "experts"])
+def shape(request) -> Config:
+    """稠密的与专家混合的。"""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def model() -> Transformer:
+def model(shape) -> Transformer:
     """没训练过，但每层都真的做事的小模型（出厂时残差支路是零）。"""
     torch.manual_seed(0)
-    model = Transformer(SHAPE).eval()
+    model = Transformer(shape).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -86,9 +95,9 @@ def test_the_first_row_is_the_embedding_and_the_last_lens_row_is_the_output(mode
     assert not torch.allclose(lens[-2], view.logits, atol=1e-2)
 
 
-def test_the_lens_shows_a_model_that_really_stops_there(model, view):
+def test_the_lens_shows_a_model_that_really_stops_there(model, view, shape):
     """把后面的层拿掉，输出就是透镜里的那一行。"""
-    shorter = Transformer(Config(**{**vars(SHAPE), "n_layers": 2}))
+    shorter = Transformer(replace(shape, n_layers=2))
     kept = {k: v for k, v in model.state_dict().items() if not k.startswith("blocks.2.")}
     shorter.load_state_dict(kept)
     lens = logit_lens(model, view.residual)
@@ -158,12 +167,52 @@ def test_parameters_and_operations_add_up(preset):
     assert len(parts) == 15
 
 
-def test_every_part_of_the_model_is_in_the_table(model):
+def test_every_part_of_the_model_is_in_the_table(model, shape):
     """模型里添了新零件，表里也要有。"""
-    names = {part.name for part in anatomy(SHAPE, 3)}
+    names = {part.name for part in anatomy(shape, 3)}
     for name, module in model.named_modules():
         if any(True for _ in module.parameters(recurse=False)):
             assert name.replace("blocks.1.", "blocks.0.").replace("blocks.2.", "blocks.0.") in names
+
+
+def test_the_experts_shown_are_the_experts_used(model, view, shape):
+    """路由器的打分手算一遍：显示的几位就是概率最大的几位，用它们拼出的就是那一层的输出。"""
+    if not shape.n_experts:
+        assert view.experts is None
+        return
+    assert view.experts.shape == (3, len(IDS), 5)
+    assert ((view.experts > 0).sum(-1) == 2).all()
+    with torch.no_grad():
+        for n, block in enumerate(model.blocks):
+            layer = block.feed_forward
+            middle = view.residual[n][None] + block.attention(
+                block.attention_norm(view.residual[n][None]), *model.rotary(torch.arange(len(IDS))),
+                None, True, None, n, None,
+            )  # fmt: skip
+            x = block.feed_forward_norm(middle)[0]
+            best = (x @ layer.router.weight.T).topk(2).indices
+            assert (view.experts[n].gather(1, best) > 0).all()
+            every = torch.stack([layer.expert(e, x) for e in range(5)], dim=1)  # (T, E, C)
+            mixed = (every * view.experts[n][..., None]).sum(1)
+            assert torch.allclose(mixed.norm(dim=-1), view.writes[n, 1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["tiny-moe", "moe"])
+def test_the_operations_of_experts_are_those_of_the_chosen_few(preset):
+    """参数是全体的，运算只有挑中的几位的。"""
+    config, T = Config(**PRESETS[preset]), 10
+    for n in (1, T):
+        parts = {part.name: part for part in anatomy(config, n)}
+        layer, router = (parts[f"blocks.0.feed_forward{x}"] for x in ("", ".router"))
+        one = 3 * config.dim * config.hidden_dim
+        assert layer.params == config.n_experts * one
+        assert layer.flops == 2 * n * config.n_active * one
+        assert router.flops == 2 * n * router.params == 2 * n * config.dim * config.n_experts
+    assert layer.shape == (T, config.dim) and router.shape == (T, config.n_experts)
+    with torch.device("meta"):
+        whole = sum(p.numel() for p in Transformer(config).parameters())
+    times = {name: config.n_layers if name.startswith("blocks") else 1 for name in parts}
+    assert sum(times[n] * part.params for n, part in parts.items()) == whole
 
 
 def test_padding_the_attention_values_with_zeros_does_not_matter(model, view):

@@ -1,6 +1,7 @@
 """参数的更新：学习率的曲线，Muon 与官方的一致，每个参数恰好归一个优化器。"""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,24 @@ def test_muon_equals_the_one_of_torch_step_by_step(momentum):
             torch.testing.assert_close(p, q, atol=2e-3, rtol=0)  # bf16 的舍入次序不同
 
 
+def test_each_expert_is_a_matrix_of_its_own():
+    """叠在一起的三维参数，与把各位专家的矩阵拆开、各走各的，逐步相同。"""
+    torch.manual_seed(0)
+    stack = torch.nn.Parameter(torch.randn(3, 6, 10))
+    apart = [torch.nn.Parameter(m.clone()) for m in stack.detach()]
+    a, b = (
+        Muon(some, lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32)
+        for some in ([stack], apart)
+    )
+    for _ in range(3):
+        stack.grad = torch.randn_like(stack) * torch.tensor([1.0, 100, 0.01])[:, None, None]
+        for p, g in zip(apart, stack.grad, strict=True):
+            p.grad = g.clone()
+        a.step()
+        b.step()
+        torch.testing.assert_close(stack.detach(), torch.stack([*apart]).detach())
+
+
 def test_orthogonalized_singular_values_are_near_one():
     torch.manual_seed(0)
     for shape in ((3, 16, 40), (2, 40, 16), (1, 16, 16)):
@@ -68,3 +87,14 @@ def test_every_parameter_has_exactly_one_optimizer():
     assert all(p.ndim == 2 for p in matrices)
     assert len(matrices) == 7 * SMALL.n_layers
     assert all(p is not model.embedding.weight for p in matrices)
+
+
+def test_experts_are_matrices_too():
+    """各位专家的矩阵与路由器都归 Muon。"""
+    config = replace(SMALL, n_experts=4, n_active=2)
+    muon, _ = build_optimizers(model := Transformer(config), config, Device(config), 0.01)
+    shapes = [tuple(p.shape) for p in muon.param_groups[0]["params"]]
+    assert shapes.count((4, 24, 16)) == 2 * 2 and shapes.count((4, 16, 24)) == 2
+    assert sum(p.numel() for p in muon.param_groups[0]["params"]) == sum(
+        p.numel() for p in model.blocks.parameters() if p.ndim > 1
+    )

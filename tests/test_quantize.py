@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import Config
-from generate import Sampling, make_speaker, prepare
+from experts import MixtureOfExperts
+from generate import Sampling, make_speaker, next_logits, prepare
 from model import Transformer
 from quantize import CompactLinear, compact
 from tokenizer import Tokenizer
@@ -19,14 +20,15 @@ SMALL = Config(
 )  # fmt: skip
 
 
-def speaker_of(quantize: str, compile: bool = False, seed: int = 0):
+def speaker_of(quantize: str, compile: bool = False, seed: int = 0, experts: int = 0):
     """种子相同，随机的权重就相同，按 quantize 存。"""
     torch.manual_seed(seed)
-    config = Config(**{**vars(SMALL), "compile": compile})
+    shape = {"n_experts": experts, "n_active": experts // 2}
+    config = Config(**{**vars(SMALL), "compile": compile, **shape})
     model = Transformer(config).eval()
     for p in model.parameters():
-        if p.ndim == 2:
-            torch.nn.init.normal_(p, std=p.size(1) ** -0.5)
+        if p.ndim >= 2:
+            torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
     return prepare(make_speaker(model, config, Tokenizer(), "sft"), Device(config), quantize)
 
 
@@ -88,11 +90,27 @@ def test_every_matrix_is_stored_small_and_the_embedding_stays():
     assert torch.equal(model.embedding.weight, embedding)
 
 
+def test_the_matrices_of_experts_are_stored_small_and_the_router_is_not():
+    small = speaker_of("int8", experts=4).model
+    stored = [m for m in small.modules() if isinstance(m, CompactLinear)]
+    assert len(stored) == (4 + 3 * 4) * SMALL.n_layers
+    assert all(type(b.feed_forward.router) is torch.nn.Linear for b in small.blocks)
+    assert not [m for m in small.modules() if isinstance(m, MixtureOfExperts)]
+
+
+def test_experts_do_not_compile_one_token_at_a_time(capfd):
+    """挑中哪几位要看了才知道：说一声，照不编译的来。"""
+    speaker = speaker_of("none", compile=True, experts=4)
+    assert speaker.step is next_logits
+    assert len(list(speaker.generate([5, 6], Sampling(temp=0, max=3)))) == 3
+
+
+@pytest.mark.parametrize("experts", [0, 4])
 @pytest.mark.parametrize("quantize", ["bf16", "int8"])
-def test_a_small_model_says_nearly_the_same(quantize):
+def test_a_small_model_says_nearly_the_same(quantize, experts):
     """打分的相关系数极高，最可能的词元相同；写得满要求的长度。"""
     ids = list(range(1000, 1020))
-    plain, small = speaker_of("none"), speaker_of(quantize)
+    plain, small = speaker_of("none", experts=experts), speaker_of(quantize, experts=experts)
     with torch.inference_mode():
         a, b = (s._next(torch.tensor(ids), 0) for s in (plain, small))
     assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.999

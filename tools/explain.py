@@ -171,9 +171,19 @@ def examine(speaker: Speaker, ids: list[int], dropped: int = 0) -> dict:
         "without": [[None if p != p else rounded(p) for p in row] for row in without.tolist()],
         "norms": [[rounded(x) for x in row] for row in view.residual.norm(dim=-1).tolist()],
         "writes": [[[rounded(x) for x in y] for y in pair] for pair in view.writes.tolist()],
+        "experts": taken(view.experts, speaker.config.n_active),
         "parts": parts,
         "total_params": sum(p.numel() for p in model.parameters()),
     }
+
+
+def taken(experts: torch.Tensor | None, n_active: int) -> list | None:
+    """各位专家占多少 (L, T, E) -> 每层每个词元挑中的几位 [第几位（从 1 数起）, 占多少]。"""
+    if experts is None:
+        return None
+    weights, chosen = experts.topk(n_active, dim=-1)  # 各 (L, T, A)
+    pairs = torch.stack([chosen + 1, weights], dim=-1).tolist()
+    return [[[[int(e), rounded(w)] for e, w in token] for token in layer] for layer in pairs]
 
 
 def rounded(x: float) -> float:
@@ -258,6 +268,8 @@ def report(facts: dict, at: int, console: Console) -> None:
     ]
     show("六、残差流里的向量有多长", bars(rows))
     show("七、每一步的形状、参数、运算量", anatomy_table(facts))
+    if facts["experts"]:
+        show("八、每层把这个词元交给了哪几位专家，各占多少", experts_table(facts, at))
 
 
 def layer_name(layer: int) -> str:
@@ -304,6 +316,26 @@ def most_attended(facts: dict, at: int) -> Table:
         table.add_row(
             f"第 {layer + 1} 层",
             *(Text(f"{facts['tokens'][j]} {display.percent(float(p))}") for j, p in cells),
+        )
+    return table
+
+
+def experts_table(facts: dict, at: int) -> Table:
+    """每层一行：接下位置 at 的几位专家，以及其中第一位还接了哪些词元。"""
+    table = Table(box=None, padding=(0, 1))
+    for name in ("", "交给", "其中第一位还接了"):
+        table.add_column(name, overflow="fold")
+    for number, layer in enumerate(facts["experts"], start=1):
+        first = layer[at][0][0]
+        others = [
+            facts["tokens"][i]
+            for i, pairs in enumerate(layer)
+            if i != at and first in (e for e, _ in pairs)
+        ]
+        table.add_row(
+            f"第 {number} 层",
+            Text("  ".join(f"{e} 号 {display.percent(w)}" for e, w in layer[at])),
+            Text(" ".join(others) or "—"),
         )
     return table
 

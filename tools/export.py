@@ -215,11 +215,11 @@ def model_card(checkpoint: dict[str, Any], config: Config, n_params: int) -> str
     validation = f"{held_out}，每个词元 {loss:.3f} 奈特，每个字 {bpc:.3f} 比特"
     if imported(checkpoint):
         training, validation = "在别处练过，经 tools.import_hf 带回来，步数没有记下", "没有检验过"
-    n_experts = getattr(config, "n_experts", 0)
+    experts = f" × {config.n_experts} 位专家，每个词元交给 {config.n_active} 位"
     return CARD.format(
         preset=config.preset, stage=NAMES[stage], millions=n_params / 1e6, config=config,
-        architecture="Qwen3MoeForCausalLM" if n_experts else "Qwen3ForCausalLM",
-        experts=f" × {n_experts} 个专家，每个词元用 {config.n_active} 个" if n_experts else "",
+        architecture="Qwen3MoeForCausalLM" if config.n_experts else "Qwen3ForCausalLM",
+        experts=experts if config.n_experts else "",
         ability=ABILITY[stage], n_tokens=N_TOKENS, data=data, training=training,
         validation=validation, usage=USAGE_IN_PYTHON[stage], marks=MARKS[stage],
     )  # fmt: skip

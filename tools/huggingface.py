@@ -5,12 +5,13 @@
     to_theirs         我们的参数 -> 它的参数；to_ours 反过来
     arguments         导出与导入共用的命令行：两个路径，后面是各项参数
 
-图例：E 专家数，C 宽度，F 前馈的中间宽度。
+图例：E 专家数，C 宽度，I 前馈的中间宽度。
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ NAMES = {
 # 专家的门、升、降三叠矩阵；它在内存里把门与升首尾相接，存盘时又一个专家一个专家地分开。
 OUR_STACKS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-STATISTIC = ".load"  # 训练时数每个专家用了多少次，不是参数
+STATISTIC = ".load"  # 上一步各位专家的份额，不是参数
 
 
 # ---------- 1. 形状 ----------
@@ -63,17 +64,18 @@ def qwen3_config(config: Config, **more):
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    if not getattr(config, "n_experts", 0):
+    if not config.n_experts:
         return Qwen3Config(**shape | more)
     experts = {theirs: getattr(config, ours) for ours, theirs in EXPERTS.items()}
     return Qwen3MoeConfig(**shape | experts | {"norm_topk_prob": True} | more)
 
 
-def our_shape(theirs) -> dict[str, int | float]:
-    """反过来：它的配置 -> 我们的 {字段名: 值}，不含 vocab_size。"""
+def our_shape(theirs) -> dict[str, Any]:
+    """反过来：它的配置 -> 我们的 {字段名: 值}，不含 vocab_size；值对不对，由调用者检查。"""
     names = SHAPE | (EXPERTS if theirs.model_type == "qwen3_moe" else {})
     shape = {ours: getattr(theirs, name) for ours, name in names.items() if ours != "vocab_size"}
-    return shape | {"rope_theta": float(theirs.rope_parameters["rope_theta"])}
+    dense = {"n_experts": 0, "n_active": 0}
+    return dense | shape | {"rope_theta": theirs.rope_parameters.get("rope_theta")}
 
 
 def qwen3(config: Config, state: dict[str, Tensor] | None = None, **more) -> nn.Module:
@@ -107,17 +109,17 @@ def to_theirs(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in [n for n in weights if n.endswith(OUR_STACKS[0])]:
         layer = name.removesuffix(OUR_STACKS[0])
         gate, up, down = (weights.pop(layer + stack) for stack in OUR_STACKS)
-        weights[layer + GATE_UP] = torch.cat([gate, up], dim=1)  # 两个 (E, F, C) -> (E, 2F, C)
-        weights[layer + DOWN] = down  # (E, C, F)
+        weights[layer + GATE_UP] = torch.cat([gate, up], dim=1)  # 两个 (E, I, C) -> (E, 2I, C)
+        weights[layer + DOWN] = down  # (E, C, I)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     return weights
 
 
-def to_ours(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_ours(weights: dict[str, Tensor], newborn: dict[str, Tensor]) -> dict[str, Tensor]:
     """反过来：它的 state_dict -> 我们的。
 
     Args:
-        like: 我们的 state_dict，只用到名字与统计量的形状。
+        newborn: 我们刚出生的模型的 state_dict：该有哪些名字；训练的统计量它没有，从头数起。
     """
     weights = dict(weights)
     for name in [n for n in weights if n.endswith(GATE_UP)]:
@@ -125,10 +127,9 @@ def to_ours(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Te
         parts = (*weights.pop(name).chunk(2, dim=1), weights.pop(layer + DOWN))
         weights |= {layer + stack: part for stack, part in zip(OUR_STACKS, parts, strict=True)}
     return {
-        name: torch.zeros(old.shape) if name.endswith(STATISTIC)
-        else weights[their_name(name)].contiguous()
-        for name, old in like.items()
-    }  # fmt: skip
+        name: fresh if name.endswith(STATISTIC) else weights[their_name(name)].contiguous()
+        for name, fresh in newborn.items()
+    }
 
 
 def check_finite(state: dict[str, Tensor], path: Path) -> None:

@@ -22,7 +22,17 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from checkpoint import FORMAT, SCRIPTS, Progress, build_model, config_of, versions, write
-from config import N_TOKENS, PRESETS, Config, UserError, check_types, fill_in, option, run_script
+from config import (
+    N_TOKENS,
+    PRESETS,
+    SHAPE,
+    Config,
+    UserError,
+    check_types,
+    fill_in,
+    option,
+    run_script,
+)
 from model import Transformer
 from tokenizer import Tokenizer
 from tools.export import KEY
@@ -43,7 +53,9 @@ class Options:
     """命令行参数。"""
 
     stage: str = option(
-        "auto", "练到了哪个阶段；auto：导出时记下的", choices=("auto", "pretrain", "sft")
+        "auto",
+        "练到了哪个阶段；auto：导出时记下的（带出去之后才学会回答的，写 sft）",
+        choices=("auto", "pretrain", "sft"),
     )
     preset: str = option(
         "auto",
@@ -123,7 +135,8 @@ def read_config(folder: Path) -> tuple[Any, dict]:
     from transformers import AutoConfig  # 导入要几秒，路径不对的不必等
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True), raw.get(KEY) or {}
+        with quiet():
+            return AutoConfig.from_pretrained(folder, local_files_only=True), raw.get(KEY) or {}
     except Exception as error:  # 值不对时，transformers 抛出的异常种类繁多
         raise UserError(f"{path} 里有不对的值（{last_line(error)}）；请重新导出") from error
 
@@ -220,12 +233,12 @@ def check_same(path: Path, theirs, config: Config) -> None:
 
 def preset_like(config: Config) -> str:
     """形状相同的预设。"""
-    shape = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "max_len")
     for name, preset in PRESETS.items():
-        if all(preset[field] == getattr(config, field) for field in shape):
+        if all(preset[field] == getattr(config, field) for field in SHAPE if field in preset):
             return name
+    experts = f"，{config.n_experts} 位专家" if config.n_experts else ""
     raise UserError(
-        f"形状（宽 {config.dim}，{config.n_layers} 层）与哪套预设都不同；"
+        f"形状（宽 {config.dim}，{config.n_layers} 层{experts}）与哪套预设都不同；"
         f"请用 --preset 指定接着微调时照哪一套（{'、'.join(PRESETS)}）"
     )
 
@@ -257,9 +270,7 @@ def read_weights(folder: Path, config: Config, theirs) -> dict[str, Tensor]:
     if not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
         raise UserError(f"{folder} 的输出层与词嵌入不是同一个矩阵，我们的模型装不下；请换一个模型")
     check_finite(weights, folder)
-    with torch.device("meta"):
-        like = Transformer(config).state_dict()
-    state = to_ours(weights, like)
+    state = to_ours(weights, Transformer(config).state_dict())
     return state | {"embedding.weight": pad(state["embedding.weight"], config.vocab_size)}
 
 
