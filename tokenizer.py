@@ -56,6 +56,15 @@ CHAT_TEMPLATE = r"""
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|><|assistant|>' }}{% endif %}
 """.strip()
+# 反过来，写出的词元里哪些是回答。没有它，transformers serve 就用 Qwen3 的那一份，开头对不上，
+# 连提问也算进回答。
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|><|assistant|>",
+    "fields": {
+        "content": {"close": "<|im_end|>", "content": "text", "content_args": {"strip": False}},
+    },
+}
 
 
 def _build_backend(vocab_file: Path) -> Backend:
@@ -205,6 +214,7 @@ class Tokenizer:
             unk_token="[UNK]",
             pad_token="[PAD]",
             chat_template=CHAT_TEMPLATE if stage == "sft" else None,
+            response_template=RESPONSE_TEMPLATE if stage == "sft" else None,
             model_max_length=max_len,
             clean_up_tokenization_spaces=False,
         )
