@@ -1,0 +1,172 @@
+"""LoRA 与对齐两个例子共用的：命令行，模型目录，损失，成批的回答。
+
+    read_options               命令行 -> 一个 dataclass
+    load_folder / save_folder  tools.export 写的那种目录 <-> transformers 的模型与分词器
+    sft_batches                sft_train.py 用的那种批
+    answer_loss                与 sft_train.py 同样的编号、同样的目标，只是换成 transformers 的模型
+    write_answers              一批提问 -> 一批回答
+
+图例：B 批次，T 词元数，V 词表大小。
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from config import Config, UserError, help_text, parse_flags
+from dataset import IGNORE, SIDES, Batch, SFTBatches, prepare
+from tokenizer import Tokenizer
+from training import Device, evaluate
+
+Messages = list[dict[str, str]]  # [{"role": …, "content": …}, …]，transformers 的写法
+ROWS = 8  # 检验与回答时，一次算几行
+
+logging.disable_progress_bar()  # 几百万参数的模型，读写都是一瞬间的事
+
+
+# ---------- 1. 命令行与模型目录 ----------
+
+
+def read_options(cls: type, program: str):
+    """解析命令行；--help 时打印说明并结束。
+
+    Args:
+        cls: 用 `option` 写成的 dataclass；其中的数都须是正数。
+        program: 程序名，例如 "examples.lora.train"。
+    Raises:
+        UserError: 有看不懂的参数或不能用的值，一次列出。
+    """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(cls, f"用法：python -m {program} [--参数 值 …]"))
+        raise SystemExit(0)
+    problems: list[str] = []
+    options = cls(**parse_flags(cls, sys.argv[1:], problems))
+    for f in fields(cls):
+        value = getattr(options, f.name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not 0 < value < 10**9:
+            problems.append(f"--{f.name} 要在 0 与 10^9 之间，得到的是 {value}")
+    if problems:
+        raise UserError("；".join(problems))
+    return options
+
+
+def load_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """读 tools.export 写的目录：模型（fp32）与分词器。
+
+    Raises:
+        UserError: 不是这样的目录，或者分词器不是我们的。
+    """
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} 不是导出的模型；请先运行 python -m tools.export out/tiny/sft.pt {path}"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    except Exception as error:  # 坏目录引起的异常种类繁多，没有共同的基类
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(f"读不了 {path} 里的模型（{reason}）；请重新导出") from error
+    ours = Tokenizer()
+    if model.config.vocab_size < len(tokenizer) or tokenizer.get_vocab() != (
+        ours.backend.get_vocab()
+    ):
+        raise UserError(f"{path} 的分词器不是 mini-llm 的；要的是 tools.export 写的目录")
+    return model, tokenizer
+
+
+def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """写成 tools.import_hf 读得回来的目录。"""
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    print(
+        f"写好 {path}；带回来：python -m tools.import_hf {path} {path}.pt，"
+        f"再聊：python sft_chat.py --checkpoint {path}.pt"
+    )
+
+
+# ---------- 2. 与 sft_train.py 同样的数据，同样的损失 ----------
+
+
+def sft_batches(source: str, config: Config, seed: int) -> dict[str, SFTBatches]:
+    """sft_train.py 用的那种批，训练与留出各一：几段问答拼成一行，只学助手的话。
+
+    Args:
+        source: "builtin" 或文件路径。
+        config: 用到 data_dir、val_fraction、seq_len。
+        seed: 决定哪几段拼在一起。
+    """
+    tokenizer = Tokenizer()
+    data = prepare(source, "sft", tokenizer, config)
+    return {
+        side: SFTBatches(data.tokens[side], data.starts[side], config.seq_len, tokenizer, seed)
+        for side in SIDES
+    }
+
+
+def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """这一批里助手的话的负对数概率之和，单位奈特；同 `training.loss_sum`。
+
+    不给 attention_mask，transformers 就从 positions 认出一行里拼着几段（位置又从 0 数起的地方），
+    使它们互相看不见。
+    """
+    logits = model(input_ids=batch.ids, position_ids=batch.positions).logits  # (B, T, V)
+    return F.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+def held_out_loss(model: PreTrainedModel, held_out: SFTBatches, max_tokens: int = 16384) -> float:
+    """留出的问答上每个目标的平均损失，奈特；最多用 max_tokens 个词元。"""
+    device = Device(Config(device="cpu", dtype="float32", compile=False))
+    return evaluate(answer_loss, model.eval(), held_out, ROWS, max_tokens, device)
+
+
+# ---------- 3. 成批地回答 ----------
+
+
+def write_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Messages],
+    temperature: float = 0.0,
+    max_tokens: int = 96,
+) -> Iterator[str]:
+    """逐个给出回答。
+
+    Args:
+        prompts: 几段对话，最后一轮是提问。
+        temperature: 0 总选最可能的；1 照模型自己的概率抽签。
+        max_tokens: 一个回答最多写多少词元。
+    """
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    settings = GenerationConfig(
+        max_new_tokens=max_tokens, suppress_tokens=Tokenizer().never_sampled(), do_sample=False,
+        top_k=0, top_p=1.0, repetition_penalty=1.0, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    settings.update(**sampling)
+    model.eval()
+    for first in range(0, len(prompts), 64):
+        asked = tokenizer.apply_chat_template(
+            prompts[first : first + 64], add_generation_prompt=True, padding=True,
+            return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        with torch.inference_mode():
+            ids = model.generate(**asked, generation_config=settings)
+        yield from tokenizer.batch_decode(
+            ids[:, asked["input_ids"].size(1) :], skip_special_tokens=True
+        )
