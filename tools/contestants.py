@@ -26,7 +26,8 @@ from generate import prepare as prepare_speaker
 from model import Transformer
 from optimizer import build_optimizers, learning_rate, set_learning_rate
 from tokenizer import Tokenizer
-from tools.yardsticks import OriginalManner, padded_rows, qwen3
+from tools.huggingface import qwen3
+from tools.yardsticks import OriginalManner, padded_rows
 from training import Device, compile_if_possible, evaluate, loss_sum, share_row
 
 MICRO_ROWS = 8  # CPU 上一次前向的行数：再多，打分就放不进缓存，也费内存；每步的行数不变
@@ -309,7 +310,7 @@ def decode_qwen3(preset: str, n: int, dtype: str) -> Callable[[], list]:
     """transformers 的 generate，同样的权重。"""
     config = settings(preset)
     place = plain_device(config).torch
-    model = qwen3(config, random_model(config)).eval().to(place, getattr(torch, dtype))
+    model = qwen3(config, random_model(config).state_dict()).eval().to(place, getattr(torch, dtype))
     ids = torch.tensor([PROMPT], device=place)
 
     def work(length: int = n) -> list:
