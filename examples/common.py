@@ -1,6 +1,7 @@
 """LoRA 与对齐两个例子共用的：命令行，模型目录，损失，成批的回答。
 
     read_options               命令行 -> 一个 dataclass
+    installed_with             导入另外要装的包
     load_folder / save_folder  tools.export 写的那种目录 <-> transformers 的模型与分词器
     sft_batches                sft_train.py 用的那种批
     answer_loss                与 sft_train.py 同样的编号、同样的目标，只是换成 transformers 的模型
@@ -10,7 +11,9 @@
 """
 
 import sys
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,42 +29,46 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from config import Config, UserError, help_text, parse_flags
+from config import LARGEST, Config, UserError
 from dataset import IGNORE, SIDES, Batch, SFTBatches, prepare
 from tokenizer import Tokenizer
+from tools.export import check_target
+from tools.huggingface import paths_and_options
 from training import Device, evaluate
 
 Messages = list[dict[str, str]]  # [{"role": …, "content": …}, …]，transformers 的写法
 ROWS = 8  # 检验与回答时，一次算几行
 
 logging.disable_progress_bar()  # 几百万参数的模型，读写都是一瞬间的事
+# peft 与 trl 里的旧写法，用户改不了。
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 
 # ---------- 1. 命令行与模型目录 ----------
 
 
-def read_options(cls: type, program: str):
-    """解析命令行；--help 时打印说明并结束。
+def read_options(cls: type, program: str) -> tuple[Path, Path, object]:
+    """命令行 -> (导出的模型, 结果写在哪里, 各项参数)；--help 时打印说明并结束。
 
     Args:
         cls: 用 `option` 写成的 dataclass；其中的数都须是正数。
         program: 程序名，例如 "examples.lora.train"。
     Raises:
-        UserError: 有看不懂的参数或不能用的值，一次列出。
+        UserError: 有看不懂的参数或不能用的值，或者结果会盖掉别的东西。
     """
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(cls, f"用法：python -m {program} [--参数 值 …]"))
-        raise SystemExit(0)
-    problems: list[str] = []
-    options = cls(**parse_flags(cls, sys.argv[1:], problems))
-    for f in fields(cls):
-        value = getattr(options, f.name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not 0 < value < 10**9:
-            problems.append(f"--{f.name} 要在 0 与 10^9 之间，得到的是 {value}")
+    usage = f"python -m {program} 导出的文件夹 结果的文件夹 [--参数 值 …]"
+    source, target, options = paths_and_options(cls, sys.argv[1:], usage)
+    problems = [
+        f"--{f.name} 必须是正数，不超过 10^9，得到的是 {value}"
+        for f in fields(cls)
+        if isinstance(value := getattr(options, f.name), int | float)
+        and not isinstance(value, bool)
+        and not 0 < value <= LARGEST
+    ]
     if problems:
         raise UserError("；".join(problems))
-    return options
+    check_target(target, overwrite=options.overwrite)
+    return source, target, options
 
 
 def load_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -89,13 +96,25 @@ def load_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """写成 tools.import_hf 读得回来的目录。"""
+    """写成 tools.import_hf 读得回来的目录，并说怎样带回来。"""
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    checkpoint = path.parent / "sft.pt"
     print(
-        f"写好 {path}；带回来：python -m tools.import_hf {path} {path}.pt，"
-        f"再聊：python sft_chat.py --checkpoint {path}.pt"
+        f"写好 {path}；带回来接着聊：python -m tools.import_hf {path} {checkpoint} && "
+        f"python sft_chat.py --checkpoint {checkpoint}"
     )
+
+
+@contextmanager
+def installed_with(example: str) -> Iterator[None]:
+    """在其中导入这个例子另外要装的包；没有装的，说怎样装。"""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"还没有安装 {error.name}；请先运行 pip install -r examples/{example}/requirements.txt"
+        ) from None
 
 
 # ---------- 2. 与 sft_train.py 同样的数据，同样的损失 ----------
@@ -152,13 +171,12 @@ def write_answers(
         temperature: 0 总选最可能的；1 照模型自己的概率抽签。
         max_tokens: 一个回答最多写多少词元。
     """
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     settings = GenerationConfig(
-        max_new_tokens=max_tokens, suppress_tokens=Tokenizer().never_sampled(), do_sample=False,
-        top_k=0, top_p=1.0, repetition_penalty=1.0, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True, temperature=temperature or 1.0, top_k=0 if temperature else 1, top_p=1.0,
+        repetition_penalty=1.0, max_new_tokens=max_tokens,
+        suppress_tokens=Tokenizer().never_sampled(),
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    settings.update(**sampling)
     model.eval()
     for first in range(0, len(prompts), 64):
         asked = tokenizer.apply_chat_template(

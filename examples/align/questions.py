@@ -3,8 +3,8 @@
     Question       一个问题：问法、种类、成语、词典的回答
     ask            一批词条 -> 一批问题
     training_entries / tools.check_answers.unseen_entries   练的与没见过的成语
-    faults         一个回答违反了哪几条规矩
-    score          一条也没违反是 1，否则是 0
+    rules          一个回答守了哪几条规矩
+    score          守了几成
 
 问法与「样子对」的规矩取自 tools.check_answers；那里用最稳的写法，几乎总是对，已经没有可练的，
 所以这里另加几条，而且按模型自己的概率抽签（温度 1）。词典自己的回答，每一类都有 97% 以上合格。
@@ -77,36 +77,39 @@ def ask(entries: list[dict[str, str]]) -> list[Question]:
 # ---------- 2. 怎样打分 ----------
 
 
-def faults(kind: str, word: str, answer: str) -> list[str]:
-    """一个回答违反了哪几条规矩；都守了是空列表。
+def rules(kind: str, word: str, answer: str) -> dict[str, bool]:
+    """一个回答守了哪几条规矩；没有写完的，末尾缺句号，自然不守。
 
     Args:
         kind: 问题的种类。
         word: 问的是哪个成语。
-        answer: 模型的回答；没有写完的，末尾缺句号，自然不合格。
+        answer: 模型的回答。
     """
-    holds = {"样子对": re.fullmatch(QUESTIONS[kind][1], answer, re.S) is not None}
+    kept = {"样子对": re.fullmatch(QUESTIONS[kind][1], answer, re.S) is not None}
     if kind == "意思":
-        holds["六到六十个字"] = 6 <= len(answer) <= 60
-        holds["不用成语解释它自己"] = word not in answer
+        kept["六到六十个字"] = 6 <= len(answer) <= 60
+        kept["不用成语解释它自己"] = word not in answer
     if kind == "出处":
         quoted = "".join(re.findall(r"“([^“”]+)”", answer))
-        holds["引文里有成语的两个字"] = sum(c in quoted for c in set(word)) >= 2
-        holds["有始有终"] = answer.endswith(("。", "”"))
-    if kind == "找成语":
-        holds["词典里真有"] = answer.removesuffix("。") in words()
-    else:
-        holds["括号引号成对"] = all(answer.count(a) == answer.count(b) for a, b in PAIRS)
-        holds["不反复"] = LOOP.search(answer) is None
-    return [rule for rule, held in holds.items() if not held]
+        kept["引文里有成语的两个字"] = sum(c in quoted for c in set(word)) >= 2
+        kept["有始有终"] = answer.endswith(("。", "”"))
+    kept["括号引号成对"] = all(answer.count(a) == answer.count(b) for a, b in PAIRS)
+    kept["不反复"] = LOOP.search(answer) is None
+    return kept
+
+
+def score(kind: str, word: str, answer: str) -> float:
+    """守了几成规矩，0 到 1；全守了才算合格。"""
+    kept = rules(kind, word, answer).values()
+    return sum(kept) / len(kept)
+
+
+def is_real(question: Question, answer: str) -> bool:
+    """问的是找成语，答的是词典里真有的。不计分：看看没有奖励的事，练了以后变好还是变坏。"""
+    return question.kind == "找成语" and answer.removesuffix("。") in words()
 
 
 @cache
 def words() -> set[str]:
     """词典里的全部成语。"""
     return {entry["word"] for entry in dictionary()}
-
-
-def score(kind: str, word: str, answer: str) -> float:
-    """一条规矩也没违反是 1，否则是 0。"""
-    return float(not faults(kind, word, answer))

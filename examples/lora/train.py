@@ -1,10 +1,10 @@
 """LoRA：只练百分之几的参数，教会一个练好的模型自己的问答（arXiv 2106.09685）。
 
-    python -m tools.export out/tiny/sft.pt out/hf                 变成 transformers 的目录
-    python -m examples.lora.train --model out/hf                  教它当茶馆的伙计
-    python -m examples.lora.train --model out/hf --data my.jsonl  或者教它自己的问答
-    python -m tools.import_hf out/lora out/lora.pt                带回来
-    python sft_chat.py --checkpoint out/lora.pt
+    python -m tools.export out/tiny/sft.pt out/tiny/hf                       带出去
+    python -m examples.lora.train out/tiny/hf out/lora/hf                    教它当茶馆的伙计
+    python -m examples.lora.train out/tiny/hf out/lora/hf --data my.jsonl    或者教它自己的问答
+    python -m tools.import_hf out/lora/hf out/lora/sft.pt                    带回来
+    python sft_chat.py --checkpoint out/lora/sft.pt
 
 原来的矩阵 W 不动，旁边加一条窄路：W 变成 W + B·A，A 是 (r, 输入)，B 是 (输出, r)，只练 A 与 B；
 B 从零开始，所以一开始什么也没有变。练完把 B·A 加进 W，模型又是原来的样子，不多一个参数。
@@ -21,12 +21,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import readers
-from config import Config, UserError, option, run_script
+from config import Config, option, run_script
 from dataset import IGNORE, SFTBatches, is_held_out, rows_of_step
 from examples.common import (
     Messages,
     answer_loss,
     held_out_loss,
+    installed_with,
     load_folder,
     read_options,
     save_folder,
@@ -42,11 +43,9 @@ SHOWN = ["你是谁？", "画蛇添足是什么意思？"]  # 一句自己的，
 class Options:
     """命令行参数。"""
 
-    model: str = option("out/hf", "tools.export 写的目录")
     data: str = option(
         str(Path(__file__).with_name("teahouse.jsonl")), "自己的问答，sft_train.py 认得的文件"
     )
-    out_dir: str = option("out/lora", "合并之后的模型写在哪里；窄路另外写在其中的 adapter/")
     rank: int = option(8, "窄路有多窄：A 的行数 r")
     lr: float = option(5e-3, "AdamW 的最高学习率")
     epochs: int = option(20, "把自己的问答读几遍", "遍")
@@ -55,13 +54,14 @@ class Options:
     val_fraction: float = option(0.2, "自己的问答里，留出多少不练，只用来检验")
     data_dir: str = option("data", "词元文件放在哪里")
     seed: int = option(42, "随机种子")
+    overwrite: bool = option(False, "结果的文件夹里已有一个模型时，换掉它")
 
 
 def main() -> None:
     """读模型与问答，加上窄路，训练，合并；之前与之后各检验一遍。"""
     # ---------- 1. 模型，自己的问答，还有不该忘掉的词典 ----------
-    options = read_options(Options, "examples.lora.train")
-    model, tokenizer = load_folder(Path(options.model))
+    source, target, options = read_options(Options, "examples.lora.train")
+    model, tokenizer = load_folder(source)
     seq_len = min(256, model.config.max_position_embeddings)
     mine = Config(val_fraction=options.val_fraction, seq_len=seq_len, data_dir=options.data_dir)
     dictionary = Config(seq_len=seq_len, data_dir=options.data_dir)  # 与训练时留出同样的成语
@@ -94,11 +94,11 @@ def main() -> None:
     train(adapted, own["train"], old["train"] if options.replay else None, options)
 
     # ---------- 3. 合并，再看一遍，保存 ----------
-    adapted.save_pretrained(Path(options.out_dir) / "adapter")
+    adapted.save_pretrained(target / "adapter")
     model = adapted.merge_and_unload()
     print("练之后：")
     check()
-    save_folder(model, tokenizer, Path(options.out_dir))
+    save_folder(model, tokenizer, target)
 
 
 def add_lora(model: PreTrainedModel, rank: int):
@@ -106,12 +106,8 @@ def add_lora(model: PreTrainedModel, rank: int):
 
     alpha = 2r：窄路的输出再乘 alpha / r = 2，换一个 r 不必另找学习率。
     """
-    try:
+    with installed_with("lora"):
         from peft import LoraConfig, get_peft_model
-    except ModuleNotFoundError:
-        raise UserError(
-            "还没有安装 peft；请先运行 pip install -r examples/lora/requirements.txt"
-        ) from None
     return get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     )
