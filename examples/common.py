@@ -27,19 +27,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from config import LARGEST, Config, UserError
 from dataset import IGNORE, SIDES, Batch, SFTBatches, prepare
 from tokenizer import Tokenizer
 from tools.export import check_target
-from tools.huggingface import paths_and_options
+from tools.huggingface import arguments, quiet
+from tools.import_hf import check_tokenizer, last_line, read_config
 from training import Device, evaluate
 
 Messages = list[dict[str, str]]  # [{"role": …, "content": …}, …]，transformers 的写法
 ROWS = 8  # 检验与回答时，一次算几行
 
-logging.disable_progress_bar()  # 几百万参数的模型，读写都是一瞬间的事
 # peft 与 trl 里的旧写法，用户改不了。
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
@@ -57,7 +56,7 @@ def read_options(cls: type, program: str) -> tuple[Path, Path, object]:
         UserError: 有看不懂的参数或不能用的值，或者结果会盖掉别的东西。
     """
     usage = f"python -m {program} 导出的文件夹 结果的文件夹 [--参数 值 …]"
-    source, target, options = paths_and_options(cls, sys.argv[1:], usage)
+    source, target, options = arguments(cls, sys.argv[1:], usage)
     problems = [
         f"--{f.name} 必须是正数，不超过 10^9，得到的是 {value}"
         for f in fields(cls)
@@ -75,34 +74,32 @@ def load_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """读 tools.export 写的目录：模型（fp32）与分词器。
 
     Raises:
-        UserError: 不是这样的目录，或者分词器不是我们的。
+        UserError: 不是我们认得的模型，或者还没有微调过。
     """
-    if not (path / "config.json").is_file():
+    theirs, _ = read_config(path)
+    check_tokenizer(path, Tokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    if tokenizer.chat_template is None:
         raise UserError(
-            f"{path} 不是导出的模型；请先运行 python -m tools.export out/tiny/sft.pt {path}"
+            f"{path} 还没有微调过，不会回答；请先运行 python sft_train.py，再导出 sft.pt"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    except Exception as error:  # 坏目录引起的异常种类繁多，没有共同的基类
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise UserError(f"读不了 {path} 里的模型（{reason}）；请重新导出") from error
-    ours = Tokenizer()
-    if model.config.vocab_size < len(tokenizer) or tokenizer.get_vocab() != (
-        ours.backend.get_vocab()
-    ):
-        raise UserError(f"{path} 的分词器不是 mini-llm 的；要的是 tools.export 写的目录")
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(path, config=theirs, dtype=torch.float32)
+    except Exception as error:  # 坏文件引起的异常种类繁多，没有共同的基类
+        raise UserError(f"{path} 的权重读不出来（{last_line(error)}）；请重新导出") from error
     return model, tokenizer
 
 
 def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """写成 tools.import_hf 读得回来的目录，并说怎样带回来。"""
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    with quiet():
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
     checkpoint = path.parent / "sft.pt"
     print(
-        f"写好 {path}；带回来接着聊：python -m tools.import_hf {path} {checkpoint} && "
-        f"python sft_chat.py --checkpoint {checkpoint}"
+        f"写好 {path}；带回来接着聊：\n  python -m tools.import_hf {path} {checkpoint}\n"
+        f"  python sft_chat.py --checkpoint {checkpoint}"
     )
 
 
@@ -148,7 +145,7 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     )
 
 
-def held_out_loss(model: PreTrainedModel, held_out: SFTBatches, max_tokens: int = 16384) -> float:
+def held_out_loss(model: PreTrainedModel, held_out: SFTBatches, max_tokens: int) -> float:
     """留出的问答上每个目标的平均损失，奈特；最多用 max_tokens 个词元。"""
     device = Device(Config(device="cpu", dtype="float32", compile=False))
     return evaluate(answer_loss, model.eval(), held_out, ROWS, max_tokens, device)

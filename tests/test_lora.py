@@ -29,7 +29,8 @@ def made(tmp_path_factory, builtin_config, builtin_sft):
     """一个小模型，导出、加上窄路练几步、带回来，全走命令行。"""
     root = tmp_path_factory.mktemp("lora")
     export(save(root / "sft.pt", random_model()), root / "hf")
-    options = ["--epochs", "2", "--lr", "0.02", "--data_dir", builtin_config.data_dir]
+    options = ["--epochs", "2", "--lr", "0.02", "--eval_tokens", "512",
+               "--data_dir", builtin_config.data_dir]  # fmt: skip
     said, _ = run(root, PROGRAM, "hf", "lora/hf", *options)
     run(root, "tools.import_hf", "lora/hf", "lora/sft.pt")
     return SimpleNamespace(root=root, said=said, base=root / "hf", merged=root / "lora" / "hf")
@@ -37,7 +38,8 @@ def made(tmp_path_factory, builtin_config, builtin_sft):
 
 def own(tmp_path, seq_len=128) -> dict:
     """例子自带的问答，像例子那样读。"""
-    return sft_batches(str(SAMPLE), Config(val_fraction=0.2, seq_len=seq_len, data_dir=str(tmp_path)), 0)
+    config = Config(val_fraction=0.2, seq_len=seq_len, data_dir=str(tmp_path))
+    return sft_batches(str(SAMPLE), config, 0)
 
 
 # ---------- 1. 数据：与 sft_train.py 同样的编号，同样的目标 ----------
@@ -90,7 +92,13 @@ def test_held_out_questions_are_not_trained_on(tmp_path):
 
 def test_the_last_answer_of_a_long_conversation_is_asked(tmp_path):
     """多轮的：前面各轮原样给它，问的是最后一答；末尾没人答的提问不算。"""
-    turns = [("user", "一"), ("assistant", "甲"), ("user", "二"), ("assistant", "乙"), ("user", "三")]
+    turns = [
+        ("user", "一"),
+        ("assistant", "甲"),
+        ("user", "二"),
+        ("assistant", "乙"),
+        ("user", "三"),
+    ]
     row = {"conversations": [{"role": role, "content": text} for role, text in turns]}
     path = tmp_path / "my.jsonl"
     path.write_text(json.dumps(row), encoding="utf-8")
@@ -189,8 +197,8 @@ def test_answers_do_not_depend_on_the_company(made):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["nowhere", "x/hf"], "nowhere 不是导出的模型"),
-        (["hf"], "请先写两个路径"),
+        (["nowhere", "x/hf"], "nowhere 不存在"),
+        (["hf"], "要先写两个路径"),
         (["hf", "lora/hf"], "已经有一个模型"),
         (["hf", "x/hf", "--rank", "0"], "--rank 必须是正数"),
         (["hf", "x/hf", "--data", "none.jsonl"], "找不到数据文件 none.jsonl"),

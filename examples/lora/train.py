@@ -52,6 +52,7 @@ class Options:
     rows: int = option(4, "每步读几行自己的问答", "行")
     replay: bool = option(True, "每步陪着读同样多的词典问答，免得忘掉")
     val_fraction: float = option(0.2, "自己的问答里，留出多少不练，只用来检验")
+    eval_tokens: int = option(16384, "每次检验最多用多少词元", "词元")
     data_dir: str = option("data", "词元文件放在哪里")
     seed: int = option(42, "随机种子")
     overwrite: bool = option(False, "结果的文件夹里已有一个模型时，换掉它")
@@ -75,8 +76,8 @@ def main() -> None:
         exact = sum(r == answer for r, (_, answer) in zip(replies, questions, strict=True))
         print(
             f"  自己的问答，留出的 {len(questions)} 个问法：损失 "
-            f"{held_out_loss(model, own['val']):.3f}，一字不差 {exact} 个\n"
-            f"  词典，留出的成语：损失 {held_out_loss(model, old['val']):.3f}"
+            f"{held_out_loss(model, own['val'], options.eval_tokens):.3f}，一字不差 {exact} 个\n"
+            f"  词典，留出的成语：损失 {held_out_loss(model, old['val'], options.eval_tokens):.3f}"
         )
         shown = [[{"role": "user", "content": text}] for text in SHOWN]
         shown += [prompt for prompt, _ in questions[:4]]
