@@ -34,7 +34,7 @@ from tokenizer import Tokenizer
 from tools.export import check_target
 from tools.huggingface import arguments, quiet
 from tools.import_hf import check_tokenizer, last_line, read_config
-from training import Device, evaluate
+from training import Device, add_in_fixed_order, evaluate, keep_freed_memory
 
 Messages = list[dict[str, str]]  # [{"role": …, "content": …}, …]，transformers 的写法
 ROWS = 8  # 检验与回答时，一次算几行
@@ -76,6 +76,8 @@ def load_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         UserError: 不是我们认得的模型，或者还没有微调过。
     """
+    keep_freed_memory()  # 大块的内存留着用：还了又要，占去一半的时间
+    add_in_fixed_order()  # 同样的种子，同样的结果
     theirs, _ = read_config(path)
     check_tokenizer(path, Tokenizer())
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")

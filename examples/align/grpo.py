@@ -26,11 +26,11 @@ class Options:
 
     steps: int = option(40, "练几步", "步")
     n_test: int = option(120, "用多少个没见过的成语来考", "个")
-    prompts: int = option(6, "每步几个问题", "个")
+    prompts: int = option(4, "每步几个问题", "个")
     tries: int = option(8, "一个问题答几次", "次")
-    lr: float = option(3e-4, "AdamW 的最高学习率")
+    lr: float = option(5e-4, "AdamW 的最高学习率")
     beta: float = option(0.02, "离原来的模型远了要扣多少分（KL 的系数）")
-    max_tokens: int = option(80, "一个回答最多写多少", "词元")
+    max_tokens: int = option(64, "一个回答最多写多少", "词元")
     seed: int = option(42, "随机种子")
     overwrite: bool = option(False, "结果的文件夹里已有一个模型时，换掉它")
 
