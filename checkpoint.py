@@ -45,6 +45,7 @@ from tokenizer import Tokenizer
 FORMAT = 2
 SCRIPTS = {"pretrain": "pre_train.py", "sft": "sft_train.py"}
 NAMES = {"pretrain": "预训练", "sft": "微调"}
+IMPORTED = "是导入的"
 
 
 class Damaged(UserError):
@@ -204,6 +205,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": str(torch.__version__),
             "numpy": np.__version__, "线程": str(torch.get_num_threads()),
             "指令集": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
+
+
+def imported(checkpoint: dict[str, Any]) -> bool:
+    """是 tools.import_hf 写的：只有参数，没有优化器、随机数等训练的状态。"""
+    return not checkpoint["optimizers"]
+
+
+def summary(checkpoint: dict[str, Any]) -> str:
+    """一句话说明来历，例如「微调 150 步，检验 5.245 比特每字」。"""
+    stage, progress = NAMES[checkpoint["stage"]], checkpoint["progress"]
+    if imported(checkpoint):
+        return f"{stage}过，导入的"
+    return f"{stage} {progress['step']} 步，检验 {progress['val_bpc']:.3f} 比特每字"
 
 
 def data_identity(card: dict) -> dict[str, Any]:
@@ -400,8 +414,9 @@ class Folder:
         if not config.resume and not (restarted and existing):
             done = self._done(existing)
             if done != "0 步" and not config.overwrite:
+                again = "" if done == IMPORTED else f"接着练：{self.how_to_resume}；"
                 raise UserError(
-                    f"{self.path} 已经有了（练了 {done}）；接着练：{self.how_to_resume}；"
+                    f"{self.path} 已经有了（{done}）；{again}"
                     f"不要它了：加上 --overwrite；两个都要：用 --out_dir 换一个目录"
                     if done
                     else f"{'、'.join(map(str, existing))} 已经有了，但读不出来；"
@@ -418,6 +433,12 @@ class Folder:
                 + f"去掉 --resume，从头{NAMES[self.stage]}"
             )
         path, checkpoint = self._newest_good(existing)
+        if imported(checkpoint):
+            raise UserError(
+                f"{path} 是导入的，只有参数，没有训练的状态，接不上；"
+                f"以它为起点微调：python sft_train.py --init_from {shlex.quote(str(path))}，"
+                f"并用 --out_dir 换一个目录"
+            )
         adopt(config, origins, config_of(checkpoint, path, tokenizer), path)
         return checkpoint
 
@@ -469,8 +490,9 @@ class Folder:
                 checkpoint = read(path, mmap=True)
                 step, total = checkpoint["progress"]["step"], checkpoint["max_steps"]
                 # 最新的坏了，它也许走了很远：前一个哪怕一步没走，也不能悄悄盖掉。
-                nothing = step == 0 and path == existing[0]
-                return "0 步" if nothing else f"{step} 步，共 {total} 步"
+                if step == 0 and path == existing[0]:
+                    return IMPORTED if imported(checkpoint) else "0 步"
+                return f"练了 {step} 步，共 {total} 步"
         return ""
 
 

@@ -112,9 +112,10 @@ class MixtureOfExperts(nn.Module):
         E, C, I = config.n_experts, config.dim, config.hidden_dim  # noqa: E741
         self.n_active, self.balance_coef = config.n_active, config.balance_coef
         self.router = nn.Linear(C, E, bias=False)
-        self.gate = nn.Parameter(torch.empty(E, I, C))
-        self.up = nn.Parameter(torch.empty(E, I, C))
-        self.down = nn.Parameter(torch.empty(E, C, I))
+        # 起点与稠密的前馈一样：按输入宽度缩放，最后一个投影是零，什么也不往残差流里加。
+        self.gate = nn.Parameter(torch.randn(E, I, C) * C**-0.5)
+        self.up = nn.Parameter(torch.randn(E, I, C) * C**-0.5)
+        self.down = nn.Parameter(torch.zeros(E, C, I))
         self.register_buffer("load", torch.full((E,), 1 / E))  # 上一步的 f
         self.register_buffer("tally", torch.zeros(2, E), persistent=False)  # 这一步的 f 与 P 之和
 

@@ -53,6 +53,9 @@ class Sampling:
         ]
 
 
+CALM = {"sft": {"temp": 0.3}}  # 接龙要活，回答要稳
+
+
 class KVCache:
     """每层的键与值，一次分配好，写在各自位置的那一格里。
 

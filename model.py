@@ -183,19 +183,14 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if isinstance(module, MixtureOfExperts):
-                nn.init.normal_(module.gate, std=module.gate.size(-1) ** -0.5)
-                nn.init.normal_(module.up, std=module.up.size(-1) ** -0.5)
         for block in self.blocks:
-            down = block.feed_forward.down
             nn.init.zeros_(block.attention.out.weight)
-            nn.init.zeros_(down if isinstance(down, nn.Parameter) else down.weight)
+            if isinstance(block.feed_forward, FeedForward):  # 专家混合的，生来就是零
+                nn.init.zeros_(block.feed_forward.down.weight)
 
-    def forward(
-        self, ids: Tensor, positions=None, segments=None, cache=None, routing=None
-    ) -> Tensor:
+    def forward(self, ids: Tensor, positions=None, segments=None, cache=None) -> Tensor:
         """下一个词元的打分（未归一的对数概率）：(B, T) -> (B, T, V)，参数同 `hidden`。"""
-        return self.score(self.hidden(ids, positions, segments, cache, routing))
+        return self.score(self.hidden(ids, positions, segments, cache))
 
     def score(self, x: Tensor) -> Tensor:
         """向量 -> 打分：(..., C) -> (..., V)，就是与每个词元的嵌入作内积（arXiv 1608.05859）。"""

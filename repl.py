@@ -22,7 +22,7 @@ from config import (
     option,
     parse_flags,
 )
-from generate import Choice, Sampling, Speaker, is_looping, load_for_chat, probabilities
+from generate import CALM, Choice, Sampling, Speaker, is_looping, load_for_chat, probabilities
 from training import Device
 
 HELP = """\
@@ -71,8 +71,7 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
         print(help_text(ChatOptions, f"用法：python {script} [--参数 值 …]"))
         raise SystemExit(0)
     problems: list[str] = []
-    calm = {"temp": 0.3} if stage == "sft" else {}  # 接龙要活，回答要稳
-    options = ChatOptions(**calm | parse_flags(ChatOptions, argv, problems))
+    options = ChatOptions(**CALM.get(stage, {}) | parse_flags(ChatOptions, argv, problems))
     problems = problems or options.problems()
     check_choices(options, problems)
     if problems:

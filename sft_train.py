@@ -17,7 +17,17 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from checkpoint import Folder, Progress, Saver, build_model, capture, inherit, load, restore
+from checkpoint import (
+    Folder,
+    Progress,
+    Saver,
+    build_model,
+    capture,
+    inherit,
+    load,
+    restore,
+    summary,
+)
 from config import describe, load_config, run_script, save_config
 from dataset import IGNORE, SFTBatches, prepare, rows_of_step
 from distributed import Parallel, World, whole
@@ -54,11 +64,7 @@ def main() -> None:
         inherit(config, origins, source, config.init_from)
     print(f"微调 · {device.describe()}\n{describe(config, origins)}")
     if not checkpoint:
-        done = pretrained["progress"]
-        print(
-            f"起点：{config.init_from}（{pretrained['stage']} 阶段，第 {done['step']} 步，"
-            f"检验 {done['val_bpc']:.3f} 比特每字）"
-        )
+        print(f"起点：{config.init_from}（{summary(pretrained)}）")
     for note in device.notes:
         print(f"（{note}）")
 

@@ -35,10 +35,36 @@ VISIBLE = {"\n": "⏎", " ": "␣", "\u3000": "□", "\t": "⇥"}  # 看不见�
 TEXT_TOKENS = ["“", "”", "‘", "’", "—", "–", "…", "`", "\n", " ", "\u3000", "\t"]
 
 # 每一篇文档、每一轮发言都写成同一种样子：<|im_start|> [角色] 正文 <|im_end|>。
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|><|{{ message['role'] }}|>{{ message['content'] }}"
-    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|><|assistant|>{% endif %}"
-)
+# 这是给 transformers 用的：它先拼成一段文字再分词，正文里写着的控制词元字样会被当真；
+# 所以在其中夹一个 U+200B，字样不再完整，规范化时它又被去掉，编号与 `Tokenizer.encode` 的相同。
+# generation 标出助手要学的那一段，与 SFT 算损失的相同。
+CHAT_TEMPLATE = r"""
+{%- for message in messages %}
+{%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}
+{{- raise_exception('role 只能是 system、user、assistant 或 tool') }}
+{%- elif message['content'] is not string %}
+{{- raise_exception('content 只能是一段文字') }}
+{%- endif %}
+{%- set text = message['content'] | replace('<|', '<\u200b|') %}
+{%- set text = text | replace('[PAD]', '[\u200bPAD]') | replace('[UNK]', '[\u200bUNK]') %}
+{{- '<|im_start|><|' ~ message['role'] ~ '|>' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{ text ~ '<|im_end|>' }}{% endgeneration %}
+{%- else %}
+{{- text ~ '<|im_end|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|><|assistant|>' }}{% endif %}
+""".strip()
+# 反过来，写出的词元里哪些是回答。没有它，transformers serve 就用 Qwen3 的那一份，开头对不上，
+# 连提问也算进回答。
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|><|assistant|>",
+    "fields": {
+        "content": {"close": "<|im_end|>", "content": "text", "content_args": {"strip": False}},
+    },
+}
 
 
 def _build_backend(vocab_file: Path) -> Backend:
@@ -172,8 +198,13 @@ class Tokenizer:
         added = "\x00".join(CONTROL_TOKENS + TEXT_TOKENS)
         return hashlib.sha256((VOCAB_SHA256 + added).encode()).hexdigest()[:16]
 
-    def to_transformers(self):
-        """包装成 `transformers` 的分词器，可以 `save_pretrained` 后由 `AutoTokenizer` 读回。"""
+    def to_transformers(self, stage: str = "sft", max_len: int | None = None):
+        """包装成 `transformers` 的分词器，可以 `save_pretrained` 后由 `AutoTokenizer` 读回。
+
+        Args:
+            stage: 微调过的才带对话模板；只会接着写的套上它，答的也不是回答。
+            max_len: 模型最多看多长；更长的，它会提醒。
+        """
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast(
@@ -182,6 +213,8 @@ class Tokenizer:
             eos_token="<|im_end|>",
             unk_token="[UNK]",
             pad_token="[PAD]",
-            chat_template=CHAT_TEMPLATE,
+            chat_template=CHAT_TEMPLATE if stage == "sft" else None,
+            response_template=RESPONSE_TEMPLATE if stage == "sft" else None,
+            model_max_length=max_len,
             clean_up_tokenization_spaces=False,
         )

@@ -266,7 +266,7 @@ def loss_sum(
     loss = criterion(logits, targets)
     if routing.penalty is None:
         return loss
-    return loss + (routing.penalty - routing.penalty.detach())
+    return loss + (routing.penalty - routing.penalty.detach())  # 加的是 0，梯度却在
 
 
 def compile_if_possible(fn, device: Device, **options):

@@ -366,9 +366,9 @@ def test_the_whole_way(moe):
     plain, _ = run(folder, "pre_chat.py", "--prompt", "守株待兔：", *best)
     packed, _ = run(folder, "pre_chat.py", "--prompt", "守株待兔：", *best, "--quantize", "int8")
     assert plain.startswith("守株待兔：") and packed.startswith("守株待兔：")
-    out, _ = run(folder, "sft_chat.py", "--checkpoint", "out/tiny-moe/sft.pt", "--max", "5",
-                 stdin="你好\n/why\n")  # fmt: skip
-    assert "平均每个词元意外" in out
+    _, said = run(folder, "sft_chat.py", "--checkpoint", "out/tiny-moe/sft.pt", "--max", "5",
+                  stdin="你好\n/why\n")  # fmt: skip
+    assert "平均每个词元意外" in said
     out, _ = run(folder, "tools.explain", "守株待兔", "--checkpoint", "out/tiny-moe/sft.pt")
     assert "交给了哪几位专家" in out
 

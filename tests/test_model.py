@@ -11,7 +11,7 @@ import model as model_module
 from config import PRESETS, Config
 from generate import KVCache
 from model import RotaryEmbedding, Transformer, attend, attend_by_hand
-from tools.yardsticks import qwen3
+from tools.huggingface import qwen3
 
 # 小到一眨眼就算完；四个查询头共用两个键值头，才考得到分组。
 SMALL = Config(
@@ -66,7 +66,7 @@ def test_untrained_loss_is_ln_vocabulary():
 
 def test_same_logits_as_qwen3_of_transformers(small, shape):
     """外面的标准答案：同样的权重装进 transformers 的 Qwen3，打分相同。"""
-    theirs = qwen3(shape, small).eval()
+    theirs = qwen3(shape, small.state_dict()).eval()
     ids = ids_like(2, 20)
     torch.testing.assert_close(small(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 

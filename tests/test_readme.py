@@ -10,7 +10,7 @@ import pytest
 import download
 from config import Config, load_config, parse_flags
 from repl import ChatOptions
-from tools import explain, web
+from tools import explain, import_hf, web
 
 REPO = Path(__file__).resolve().parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -22,7 +22,8 @@ COMMANDS = [
     if part.strip().startswith(("python ", "torchrun "))
 ]
 
-SUBJECTS = ["画蛇添足是什么意思？", "train"]  # tools.explain 要看的文字，tools.bench 要测的一节
+# tools.explain 要看的文字，tools.bench 要测的一节，tools.export 与 tools.import_hf 的两个路径
+SUBJECTS = ["画蛇添足是什么意思？", "train", "out/tiny/sft.pt", "out/tiny/hf", "out/mine/sft.pt"]
 
 
 def test_there_are_commands_to_check():
@@ -87,6 +88,7 @@ def test_every_flag_it_names_exists():
         "file",
         *parse_names(explain.Options),
         *parse_names(web.Options),
+        *parse_names(import_hf.Options),
     } | torchrun
     for flag in re.findall(r"--([a-z][\w-]*)", README):
         assert flag.replace("-", "_") in known, flag

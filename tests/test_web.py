@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from generate import Sampling, make_speaker
 from microscope import leave_one_out, look
 from model import Transformer
 from tokenizer import Tokenizer
+from tools import explain
 from tools import web_actions as actions
 
 TOKENIZER = Tokenizer()
@@ -491,3 +493,38 @@ def test_a_phone_and_a_screen_reader(visit):
                     .map(e => e.outerHTML)"""
     )
     assert unnamed == []
+
+
+def test_the_page_of_a_mixture_of_experts(browser, tmp_path):
+    """每格是占得最多的那位专家；只用键盘也能换一层，看那一层的每位专家接了哪些词元。"""
+    torch.manual_seed(0)
+    shape = replace(SHAPE, n_experts=5, n_active=2)
+    model = Transformer(shape).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    speaker = make_speaker(model, shape, TOKENIZER, "pretrain")
+    ids = speaker.prompt("守株待兔")
+    experts = look(model, ids).experts
+    path = tmp_path / "experts.html"
+    path.write_text(explain.page(explain.examine(speaker, ids), 2), encoding="utf-8")
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    cells = page.locator("#experts td").all_inner_texts()
+    assert cells == [str(row.argmax().item() + 1) for row in experts.flatten(0, 1)]
+    for layer in (0, 1):
+        button = page.get_by_role("button", name=f"第 {layer + 1} 层", exact=True)
+        button.press("Enter")
+        assert button.get_attribute("aria-pressed") == "true"
+        taken = page.locator("#taken tr").all_inner_texts()
+        expected = [
+            f"{e + 1} 号\t"
+            + "　".join(
+                f"{TOKENIZER.label(token)} {percent(w.item())}"
+                for token, w in zip(ids, experts[layer, :, e], strict=True)
+                if w > 0
+            )
+            for e in range(5)
+            if (experts[layer, :, e] > 0).any()
+        ]
+        assert taken == expected
+    page.close()

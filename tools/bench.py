@@ -48,7 +48,7 @@ class Options:
 
     preset: str = option(
         "auto", "哪种大小；auto：CPU 上 tiny 与 wide，显卡上 wide 与 deep",
-        choices=("auto", "tiny", "wide", "deep"),
+        choices=("auto", *PRESETS),
     )  # fmt: skip
     json: str = option("out/bench.json", "结果写在哪里")
     repeats: int = option(5, "每一方上场几次", "次")
@@ -58,6 +58,7 @@ class Options:
 
 # ---------- 1. 训练 ----------
 
+TWINS = {"tiny-moe": "tiny", "moe": "wide"}  # 每个词元用到的参数一样多的稠密模型
 TRAINERS = ["ours", "ours, whole vocabulary", "qwen3 compiled", "qwen3 eager", "original"]
 TUNED = ["qwen3 compiled, tuned", "qwen3 eager, tuned"]  # 借给它我们在 CPU 上的内存设置
 
@@ -88,7 +89,11 @@ def bench_train(options: Options, preset: str) -> list[Row]:
     config = contestants.settings(preset)
     device = Device(config)
     names = trainers(device)
+    if config.n_experts:
+        names.remove("original")  # 最初那个项目没有专家混合
     players = {n: Contestant(contestants.train, n, preset, options.seconds) for n in names}
+    if twin := TWINS.get(preset):
+        players["twin"] = Contestant(contestants.train, "ours", twin, options.seconds)
     dtype = str(device.dtype)[6:]
     players["peak"] = Contestant(matmul_peak, dtype)
     found = take_turns(players, options.repeats)
@@ -96,12 +101,13 @@ def bench_train(options: Options, preset: str) -> list[Row]:
         player.leave()
     speed = {n: rates(found[n]) for n in names}
     ours = speed["ours"]
+    theirs = "Qwen3MoeForCausalLM" if twin else "Qwen3ForCausalLM"
     rows = [Row(f"{preset}，{dtype}：我们", ours, "词元/秒")]
     against = [
-        ("qwen3 compiled", "编译过的 Qwen3ForCausalLM", 1.2),
-        ("qwen3 eager", "不编译的 Qwen3ForCausalLM", 1.8),
-        ("qwen3 compiled, tuned", "编译过的、借给它我们的内存设置的 Qwen3ForCausalLM", ""),
-        ("qwen3 eager, tuned", "不编译的、借给它我们的内存设置的 Qwen3ForCausalLM", ""),
+        ("qwen3 compiled", f"编译过的 {theirs}", "" if twin else 1.2),
+        ("qwen3 eager", f"不编译的 {theirs}", "" if twin else 1.8),
+        ("qwen3 compiled, tuned", f"编译过的、借给它我们的内存设置的 {theirs}", ""),
+        ("qwen3 eager, tuned", f"不编译的、借给它我们的内存设置的 {theirs}", ""),
         ("original", f"最初的做法：fp32、补齐到 {config.max_len}、不编译", 10),
     ]
     for name, what, goal in against:
@@ -116,8 +122,13 @@ def bench_train(options: Options, preset: str) -> list[Row]:
     whole = speed["ours, whole vocabulary"]
     rows.append(Row(f"{preset}：我们，整张词表逐个打分", whole, "词元/秒"))
     if "qwen3 compiled" in speed:
-        what = f"{preset}：我们，整张词表，比编译过的 Qwen3ForCausalLM"
+        what = f"{preset}：我们，整张词表，比编译过的 {theirs}"
         rows.append(Row(what, ratios(whole, speed["qwen3 compiled"]), "倍"))
+    if twin:
+        dense = rates(found["twin"])
+        rows.append(Row(f"{twin}（不分专家，每个词元用到的参数一样多）：我们", dense, "词元/秒"))
+        rows.append(Row(f"{preset}：我们比不分专家的 {twin}", ratios(ours, dense), "倍"))
+        return rows + utilisation(config, preset, speed, [r for r, _ in found["peak"]])
     lengths = np.minimum(np.diff(contestants.corpus(config).starts["train"]) - 1, config.max_len)
     filled = lengths.mean() / config.max_len * 100
     rows.append(Row(f"{preset}：最初的做法里，真有词元的格子（其余是补齐的）", [filled], "%"))
@@ -204,7 +215,7 @@ def run_once(kind: str, preset: str, seconds: float, lr: float) -> dict:
 def bench_decode(options: Options, preset: str) -> list[Row]:
     """一次一个词元，贪心写 256 个。"""
     n = 256
-    compiled = Device(Config()).compile
+    compiled = Device(Config()).compile and preset not in TWINS  # 专家混合逐个生成时不编译
     half = "float32" if Device(Config()).dtype == torch.float32 else "bfloat16"
     ours = {
         "fp32，不编译": ("float32", False, "none"),

@@ -21,12 +21,14 @@ import training
 from checkpoint import load
 from config import Config, UserError, load_config
 from dataset import IGNORE, PretrainBatches, TokenFile, prepare, rows_of_step
+from experts import share_load, take_load
 from generate import Sampling, Speaker, make_speaker
 from generate import prepare as prepare_speaker
 from model import Transformer
 from optimizer import build_optimizers, learning_rate, set_learning_rate
 from tokenizer import Tokenizer
-from tools.yardsticks import OriginalManner, padded_rows, qwen3
+from tools.huggingface import qwen3
+from tools.yardsticks import OriginalManner, padded_rows
 from training import Device, compile_if_possible, evaluate, loss_sum, share_row
 
 MICRO_ROWS = 8  # CPU 上一次前向的行数：再多，打分就放不进缓存，也费内存；每步的行数不变
@@ -140,6 +142,8 @@ class Ours(Trainer):
             optimizer.step()
         if self.shared:
             self.shared.spread(self.model.embedding.weight)
+        if busy := take_load(self.model, self.device.world):
+            share_load(self.model, busy)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.n += 1
@@ -309,7 +313,7 @@ def decode_qwen3(preset: str, n: int, dtype: str) -> Callable[[], list]:
     """transformers 的 generate，同样的权重。"""
     config = settings(preset)
     place = plain_device(config).torch
-    model = qwen3(config, random_model(config)).eval().to(place, getattr(torch, dtype))
+    model = qwen3(config, random_model(config).state_dict()).eval().to(place, getattr(torch, dtype))
     ids = torch.tensor([PROMPT], device=place)
 
     def work(length: int = n) -> list:

@@ -1,6 +1,5 @@
 """对照：别人是怎样做的。tools.bench 拿我们的与它们比，谁都可以装来核对。
 
-qwen3            transformers 的 Qwen3ForCausalLM：同样的形状，可以装进同样的权重
 OriginalManner   最初那个项目的做法：fp32、学出来的位置、每行补齐到 max_len、没有缓存
 padded_rows      同上：一行放一篇文档，不足的补齐
 """
@@ -14,44 +13,6 @@ from torch import Tensor, nn
 
 from config import Config
 from dataset import IGNORE, TokenFile
-from model import Transformer
-
-# 我们的名字 -> transformers 的名字
-NAMES = {
-    "embedding.": "model.embed_tokens.", "blocks.": "model.layers.",
-    "attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm",
-    "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj", "attention.out": "self_attn.o_proj",
-    "attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.gate": "mlp.gate_proj", "feed_forward.up": "mlp.up_proj",
-    "feed_forward.down": "mlp.down_proj",
-}  # fmt: skip
-
-
-def qwen3(config: Config, model: Transformer | None = None) -> nn.Module:
-    """同样形状的 `Qwen3ForCausalLM`；给了 model，就装进它的权重，否则随机。"""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    theirs = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=config.vocab_size, hidden_size=config.dim,
-            num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads, head_dim=config.dim // config.n_heads,
-            intermediate_size=config.hidden_dim, max_position_embeddings=config.max_len,
-            rms_norm_eps=config.norm_eps, tie_word_embeddings=True, attention_bias=False,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            bos_token_id=None, eos_token_id=None, pad_token_id=0,
-        )
-    )  # fmt: skip
-    if model is not None:
-        weights = {}
-        for name, value in model.state_dict().items():
-            for ours, hf in NAMES.items():
-                name = name.replace(ours, hf)
-            weights["model.norm.weight" if name == "norm.weight" else name] = value
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        theirs.load_state_dict(weights)
-    return theirs
 
 
 class OriginalManner(nn.Module):

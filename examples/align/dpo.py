@@ -1,0 +1,131 @@
+"""DPO：给它看成对的回答，一个好、一个差，让它更愿意写好的那个（arXiv 2305.18290）。
+
+    python -m tools.export out/tiny/sft.pt out/tiny/hf            带出去
+    python -m examples.align.dpo out/tiny/hf out/dpo/hf           几分钟
+    python -m tools.import_hf out/dpo/hf out/dpo/sft.pt           带回来
+    python sft_chat.py --checkpoint out/dpo/sft.pt
+
+好的是词典的回答，差的是模型自己抽签写的：问的都是训练过的成语。损失是
+-ln σ(β·(好的涨了多少 - 差的涨了多少))，「涨」是比练之前的模型，对数概率多了多少。
+成绩在没见过的成语上量：有多少对更偏向好的，抽签的回答有多少合格。
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from config import option, run_script
+from examples.align.measure import Exam, frozen_copy, log_probabilities, tell_progress, trl_settings
+from examples.align.questions import VAL_FRACTION, Question, ask, training_entries
+from examples.common import installed_with, load_folder, read_options, save_folder, write_answers
+from tools.check_answers import unseen_entries
+
+
+@dataclass
+class Options:
+    """命令行参数。"""
+
+    n_train: int = option(250, "用多少个训练过的成语", "个")
+    n_test: int = option(120, "用多少个没见过的成语来考", "个")
+    lr: float = option(2e-4, "AdamW 的最高学习率")
+    beta: float = option(0.1, "离原来的模型多远算远：越大越不敢动")
+    batch_size: int = option(16, "每步几对", "对")
+    epochs: int = option(1, "把这些对读几遍", "遍")
+    seed: int = option(42, "随机种子")
+    overwrite: bool = option(False, "结果的文件夹里已有一个模型时，换掉它")
+
+
+@dataclass
+class Pair:
+    """一个问题，好的与差的回答。"""
+
+    question: Question
+    chosen: str
+    rejected: str
+
+
+def main() -> None:
+    """造出一对对回答，考一次，练，再考一次。"""
+    # ---------- 1. 模型与一对对回答 ----------
+    source, target, options = read_options(Options, "examples.align.dpo")
+    model, tokenizer = load_folder(source)
+    reference = frozen_copy(model)
+    torch.manual_seed(options.seed)
+    known = make_pairs(model, tokenizer, ask(training_entries(options.n_train, options.seed)))
+    unseen = make_pairs(model, tokenizer, ask(unseen_entries(options.n_test, VAL_FRACTION)))
+    print(f"{len(known)} 对用来练，{len(unseen)} 对没见过的成语用来考，例如：")
+    for pair in known[:3]:
+        print(f"  问：{pair.question.text}\n    好：{pair.chosen}\n    差：{pair.rejected}")
+    exam = Exam([pair.question for pair in unseen], reference, options.seed)
+
+    def check() -> None:
+        """没见过的成语：更偏向哪一个，抽签写得怎样。"""
+        tell_preference(model, reference, unseen)
+        exam.take(model, tokenizer)
+
+    print("练之前：")
+    check()
+
+    # ---------- 2. 训练 ----------
+    make_trainer(model, reference, tokenizer, known, options, target).train()
+
+    # ---------- 3. 再考一次，保存 ----------
+    print("练之后：")
+    check()
+    save_folder(model, tokenizer, target)
+
+
+def make_pairs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[Question]
+) -> list[Pair]:
+    """好的是词典的回答，差的是模型自己抽签写的；碰巧一样的不要。"""
+    written = write_answers(model, tokenizer, [q.messages for q in questions], temperature=1.0)
+    pairs = [Pair(q, q.answer, w) for q, w in zip(questions, written, strict=True)]
+    return [pair for pair in pairs if pair.chosen != pair.rejected]
+
+
+def tell_preference(model: PreTrainedModel, reference: PreTrainedModel, pairs: list[Pair]) -> None:
+    """有多少对更偏向好的那个：照模型自己的对数概率，以及与练之前相比谁涨得多。"""
+    questions = [pair.question for pair in pairs]
+    gaps = []
+    for judge in (model, reference):
+        good, _ = log_probabilities(judge, questions, [pair.chosen for pair in pairs])
+        bad, _ = log_probabilities(judge, questions, [pair.rejected for pair in pairs])
+        gaps.append(good - bad)
+    now, before = gaps
+    print(
+        f"  好的概率更大的占 {(now > 0).float().mean():.1%}；"
+        f"与练之前相比，好的涨得更多的占 {(now - before > 0).float().mean():.1%}，"
+        f"平均多涨 {(now - before).mean():.2f} 奈特"
+    )
+
+
+def make_trainer(model, reference, tokenizer, pairs: list[Pair], options: Options, target):
+    """交给 trl 的 DPOTrainer；它就地改动 model。"""
+    with installed_with("align"):
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+    rows = [
+        {
+            "prompt": pair.question.messages,
+            "chosen": [{"role": "assistant", "content": pair.chosen}],
+            "rejected": [{"role": "assistant", "content": pair.rejected}],
+        }
+        for pair in pairs
+    ]
+    trainer = DPOTrainer(
+        model,
+        ref_model=reference,
+        args=DPOConfig(
+            **trl_settings(target, options.lr, options.seed), beta=options.beta,
+            num_train_epochs=options.epochs, per_device_train_batch_size=options.batch_size,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    return tell_progress(trainer, {"loss": "损失", "rewards/accuracies": "偏向好的"})
+
+
+if __name__ == "__main__":
+    run_script(main)

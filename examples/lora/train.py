@@ -1,0 +1,155 @@
+"""LoRA：只练百分之几的参数，教会一个练好的模型自己的问答（arXiv 2106.09685）。
+
+    python -m tools.export out/tiny/sft.pt out/tiny/hf                       带出去
+    python -m examples.lora.train out/tiny/hf out/lora/hf                    教它当茶馆的伙计
+    python -m examples.lora.train out/tiny/hf out/lora/hf --data my.jsonl    或者教它自己的问答
+    python -m tools.import_hf out/lora/hf out/lora/sft.pt                    带回来
+    python sft_chat.py --checkpoint out/lora/sft.pt
+
+原来的矩阵 W 不动，旁边加一条窄路：W 变成 W + B·A，A 是 (r, 输入)，B 是 (输出, r)，只练 A 与 B；
+B 从零开始，所以一开始什么也没有变。练完把 B·A 加进 W，模型又是原来的样子，不多一个参数。
+数据、编号、要猜的目标都与 sft_train.py 相同；窄路由 peft 来加。
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import readers
+from config import Config, option, run_script
+from dataset import IGNORE, SFTBatches, is_held_out, rows_of_step
+from examples.common import (
+    Messages,
+    answer_loss,
+    held_out_loss,
+    installed_with,
+    load_folder,
+    read_options,
+    save_folder,
+    sft_batches,
+    write_answers,
+)
+from optimizer import learning_rate
+
+SHOWN = ["你是谁？", "画蛇添足是什么意思？"]  # 一句自己的，一句词典的，练之前与之后各问一遍
+
+
+@dataclass
+class Options:
+    """命令行参数。"""
+
+    data: str = option(
+        str(Path(__file__).with_name("teahouse.jsonl")), "自己的问答，sft_train.py 认得的文件"
+    )
+    rank: int = option(8, "窄路有多窄：A 的行数 r")
+    lr: float = option(5e-3, "AdamW 的最高学习率")
+    epochs: int = option(20, "把自己的问答读几遍", "遍")
+    rows: int = option(4, "每步读几行自己的问答", "行")
+    replay: bool = option(True, "每步陪着读同样多的词典问答，免得忘掉")
+    val_fraction: float = option(0.2, "自己的问答里，留出多少不练，只用来检验")
+    eval_tokens: int = option(16384, "每次检验最多用多少词元", "词元")
+    data_dir: str = option("data", "词元文件放在哪里")
+    seed: int = option(42, "随机种子")
+    overwrite: bool = option(False, "结果的文件夹里已有一个模型时，换掉它")
+
+
+def main() -> None:
+    """读模型与问答，加上窄路，训练，合并；之前与之后各检验一遍。"""
+    # ---------- 1. 模型，自己的问答，还有不该忘掉的词典 ----------
+    source, target, options = read_options(Options, "examples.lora.train")
+    model, tokenizer = load_folder(source)
+    seq_len = min(256, model.config.max_position_embeddings)
+    mine = Config(val_fraction=options.val_fraction, seq_len=seq_len, data_dir=options.data_dir)
+    dictionary = Config(seq_len=seq_len, data_dir=options.data_dir)  # 与训练时留出同样的成语
+    own = sft_batches(options.data, mine, options.seed)
+    old = sft_batches("builtin", dictionary, options.seed)
+    questions = held_out_questions(options.data, options.val_fraction)
+
+    def check() -> None:
+        """自己的问答学到了多少，词典忘掉了多少。"""
+        replies = list(write_answers(model, tokenizer, [prompt for prompt, _ in questions]))
+        exact = sum(r == answer for r, (_, answer) in zip(replies, questions, strict=True))
+        print(
+            f"  自己的问答，留出的 {len(questions)} 个问法：损失 "
+            f"{held_out_loss(model, own['val'], options.eval_tokens):.3f}，一字不差 {exact} 个\n"
+            f"  词典，留出的成语：损失 {held_out_loss(model, old['val'], options.eval_tokens):.3f}"
+        )
+        shown = [[{"role": "user", "content": text}] for text in SHOWN]
+        shown += [prompt for prompt, _ in questions[:4]]
+        for prompt, reply in zip(shown, write_answers(model, tokenizer, shown), strict=True):
+            print(f"    问：{prompt[-1]['content']}  答：{reply}")
+
+    print("练之前：")
+    check()
+
+    # ---------- 2. 加上窄路，只练它 ----------
+    torch.manual_seed(options.seed)
+    adapted = add_lora(model, options.rank)
+    trained, total = adapted.get_nb_trainable_parameters()
+    print(f"加上 r = {options.rank} 的窄路：练 {trained:,} 个参数，占全部的 {trained / total:.1%}")
+    train(adapted, own["train"], old["train"] if options.replay else None, options)
+
+    # ---------- 3. 合并，再看一遍，保存 ----------
+    adapted.save_pretrained(target / "adapter")
+    model = adapted.merge_and_unload()
+    print("练之后：")
+    check()
+    save_folder(model, tokenizer, target)
+
+
+def add_lora(model: PreTrainedModel, rank: int):
+    """在每个线性层旁边加一条窄路；返回 peft 的模型，只有窄路会收到梯度。
+
+    alpha = 2r：窄路的输出再乘 alpha / r = 2，换一个 r 不必另找学习率。
+    """
+    with installed_with("lora"):
+        from peft import LoraConfig, get_peft_model
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    )
+
+
+def train(model, own: SFTBatches, old: SFTBatches | None, options: Options) -> None:
+    """一步一步地练；每步几行自己的问答，再加同样多行词典的（old 为 None 就不加）。"""
+    n_steps = math.ceil(options.epochs * own.n_rows / options.rows)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=options.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate(step, n_steps, warmup=0.1, decay=0.9)
+    )
+    model.train()
+    bar = tqdm(range(n_steps), unit="步")
+    for step in bar:
+        parts = [
+            part.get(rows_of_step(step, options.rows, part.n_rows, options.seed))
+            for part in (own, old)
+            if part is not None
+        ]
+        n_targets = sum(int((batch.targets != IGNORE).sum()) for batch in parts)
+        loss = sum(answer_loss(model, batch) for batch in parts) / n_targets
+        loss.backward()
+        clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix_str(f"损失 {loss.item():.3f}")
+
+
+def held_out_questions(source: str, fraction: float) -> list[tuple[Messages, str]]:
+    """留出的每段对话：最后一答之前的各轮，与那一答。"""
+    found = []
+    for key, turns in readers.read_conversations(Path(source), readers.ReadLog(source)):
+        if is_held_out(key, fraction):
+            last = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
+            messages = [{"role": role, "content": text} for role, text in turns[:last]]
+            found.append((messages, turns[last][1]))
+    return found
+
+
+if __name__ == "__main__":
+    run_script(main)

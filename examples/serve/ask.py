@@ -1,0 +1,109 @@
+"""向服务提问：用 openai 的客户端，边写边印，记得前几轮。
+
+    python -m examples.serve.ask                                       一行一句，Ctrl-D 离开
+    python -m examples.serve.ask "画蛇添足是什么意思？" "它出自哪里？"   问完就走
+
+这里没有模型：模型在 `transformers serve` 的进程里，怎样启动它，见 examples/serve/README.md。
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import openai
+
+from config import UserError, help_text, is_text, option, parse_flags, run_script
+
+Turn = dict[str, str]  # {"role": "user" 或 "assistant", "content": 说的话}
+
+
+@dataclass
+class Options:
+    """命令行参数。"""
+
+    url: str = option("http://127.0.0.1:8000/v1", "服务的地址")
+    temp: float | None = option(None, "温度，0 表示总选最可能的；默认由导出的文件夹决定")
+    max: int = option(200, "一次最多写多少", "词元")
+    rounds: int = option(4, "最多带上前几轮问答；太多，就超过模型能看的上下文", "轮")
+
+
+def main() -> None:
+    """逐句提问，边收边印；每一句都带上前几轮。"""
+    questions, options = read_arguments(sys.argv[1:])
+    turns: list[Turn] = []
+    try:
+        client = openai.OpenAI(base_url=options.url, api_key="none", max_retries=0)
+        model = client.models.list().data[0].id
+        for text in questions or typed():
+            if not text.strip():
+                continue
+            remembered = turns[-2 * options.rounds :] if options.rounds else []
+            question = {"role": "user", "content": text}
+            pieces = []
+            for piece in answer(client, model, [*remembered, question], options):
+                print(piece, end="", flush=True)
+                pieces.append(piece)
+            print()
+            if pieces:  # 一个字也没答的提问不留着，免得它接着答上一句
+                turns += [question, {"role": "assistant", "content": "".join(pieces)}]
+    except openai.APIConnectionError as error:
+        raise UserError(
+            f"连不上 {options.url}；请先启动服务（见 examples/serve/README.md），"
+            f"或用 --url 写对它的地址"
+        ) from error
+    except (openai.OpenAIError, IndexError) as error:
+        raise UserError(f"{options.url} 的服务答不了（{error}）；请看服务那边的输出") from error
+
+
+def read_arguments(argv: list[str]) -> tuple[list[str], Options]:
+    """命令行 -> 写在前面的问题（可以没有），与各项参数。"""
+    if "--help" in argv or "-h" in argv:
+        print(help_text(Options, "用法：python -m examples.serve.ask [问题 …] [--参数 值 …]"))
+        raise SystemExit(0)
+    n = next((i for i, text in enumerate(argv) if text.startswith("--")), len(argv))
+    problems = [f"问题不是 UTF-8：{text!r}" for text in argv[:n] if not is_text(text)]
+    options = Options(**parse_flags(Options, argv[n:], problems))
+    if not options.url.startswith(("http://", "https://")):
+        problems.append(f"--url 要以 http:// 或 https:// 开头，得到的是 {options.url!r}")
+    if options.temp is not None and not 0 <= options.temp <= 10:
+        problems.append(f"--temp 要在 0 与 10 之间，得到的是 {options.temp}")
+    if options.max < 1:
+        problems.append(f"--max 至少是 1，得到的是 {options.max}")
+    if options.rounds < 0:
+        problems.append(f"--rounds 不能是负数，得到的是 {options.rounds}")
+    if problems:
+        raise UserError("；".join(problems))
+    return argv[:n], options
+
+
+def typed() -> Iterator[str]:
+    """一行一句，直到输入结束。"""
+    with suppress(EOFError):
+        while True:
+            yield input("\n问：" if sys.stdin.isatty() else "")
+
+
+def answer(
+    client: openai.OpenAI, model: str, turns: Iterable[Turn], options: Options
+) -> Iterator[str]:
+    """提问，一小段一小段地给出回答。
+
+    Args:
+        model: 服务报出的名字。
+        turns: 前几轮，最后是这一问。
+    Raises:
+        openai.OpenAIError: 连不上，或服务答不了。
+    """
+    temperature = openai.omit if options.temp is None else options.temp
+    with client.chat.completions.create(
+        model=model, messages=turns, stream=True, max_tokens=options.max, temperature=temperature
+    ) as stream:
+        for chunk in stream:
+            for choice in chunk.choices:
+                if choice.delta.content:
+                    yield choice.delta.content
+
+
+if __name__ == "__main__":
+    run_script(main)

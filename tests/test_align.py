@@ -1,0 +1,264 @@
+"""DPO 与 GRPO：考卷与练习不重叠，打分打得对，trl 学的正是我们的编号，练了真的会变好。"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scripts import run
+from test_export import random_model, save
+
+import idioms
+from checkpoint import load
+from dataset import is_held_out
+from examples.align import dpo, grpo
+from examples.align.measure import Exam, frozen_copy, log_probabilities
+from examples.align.questions import (
+    VAL_FRACTION,
+    Question,
+    ask,
+    dictionary,
+    is_real,
+    rules,
+    score,
+    training_entries,
+)
+from examples.common import load_folder
+from tools.check_answers import unseen_entries
+from tools.export import export
+
+pytest.importorskip("trl", reason="没有安装 examples/align/requirements.txt")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """一个小模型导出的目录。"""
+    root = tmp_path_factory.mktemp("align")
+    export(save(root / "sft.pt", random_model()), root / "hf")
+    return root / "hf"
+
+
+@pytest.fixture
+def models(base):
+    """刚读进来的模型与分词器，以及一份不动的。"""
+    model, tokenizer = load_folder(base)
+    return SimpleNamespace(model=model, tokenizer=tokenizer, reference=frozen_copy(model))
+
+
+PAIRS = [
+    dpo.Pair(Question("你好", "意思", "你好", "好"), "好", "坏"),
+    dpo.Pair(Question("一心一意是什么意思？", "意思", "一心一意", "专心"), "专心。", "出自《书》"),
+]
+
+
+# ---------- 1. 问什么 ----------
+
+
+def test_practice_and_exam_share_no_idiom():
+    """练的成语，考卷里没有，连释义相同的也没有；考卷的都是训练时留出的。"""
+    practice, exam = training_entries(3000, seed=0), unseen_entries(300, VAL_FRACTION)
+    assert len(practice) == 3000
+    assert {e["word"] for e in practice}.isdisjoint(e["word"] for e in exam)
+    assert not any(is_held_out(e["explanation"], VAL_FRACTION) for e in practice)
+    assert all(is_held_out(e["explanation"], VAL_FRACTION) for e in exam)
+    assert training_entries(5, seed=0) == training_entries(5, seed=0) != training_entries(5, seed=1)
+
+
+def test_questions_are_worded_as_in_sft():
+    """问法是微调时见过的；没有书名的不问出处；回答就是词典的。"""
+    with_book = next(e for e in dictionary() if "》" in e["derivation"])
+    without = next(e for e in dictionary() if "》" not in e["derivation"])
+    meaning, origin, which = ask([with_book])
+    word = with_book["word"]
+    assert meaning.text in [t.format(word) for t in idioms.MEANING]
+    assert origin.text in [t.format(word) for t in idioms.ORIGIN]
+    assert which.text in [t.format(with_book["explanation"]) for t in idioms.WHICH]
+    assert meaning.answer == with_book["explanation"]
+    assert origin.answer == "出自" + with_book["derivation"]
+    assert which.answer == word + "。"
+    assert [q.kind for q in ask([without])] == ["意思", "找成语"]
+
+
+# ---------- 2. 怎样打分 ----------
+
+
+@pytest.mark.parametrize(
+    "kind, answer, broken",
+    [
+        ("意思", "比喻做事十分专心。", []),
+        ("意思", "比喻做事十分专心", ["样子对"]),
+        ("意思", "出自《书》。", ["样子对"]),
+        ("意思", "很专心。", ["六到六十个字"]),
+        ("意思", "形容一心一意地做事。", ["不用成语解释它自己"]),
+        ("意思", "同“专心致志。", ["括号引号成对"]),
+        ("意思", "指专心专心专心地做事。", ["不反复"]),
+        ("意思", "指专心做啊啊啊的事。", ["不反复"]),
+        ("出处", "出自《书》：“其心一也，其意亦一。”", []),
+        ("出处", "出自《书》：“其心一也。”唐·某《文》：“意在此。”", []),
+        ("出处", "出自《书》：“学而时习之。”", ["引文里有成语的两个字"]),
+        ("出处", "出自《书》：“一也，一一。”", ["引文里有成语的两个字"]),
+        ("出处", "出自《书》：“其心一也，其意亦一。", ["引文里有成语的两个字", "括号引号成对"]),
+        ("出处", "出自《书》：“其心一也”，其意", ["有始有终"]),
+        ("出处", "《书》：“其心一也。”", ["样子对"]),
+        ("找成语", "一心一意。", []),
+        ("找成语", "一心一意", ["样子对"]),
+        ("找成语", "出自《一心一意》。", ["样子对"]),
+    ],
+)
+def test_rules(kind, answer, broken):
+    """每条规矩都有一个回答，只违反它。"""
+    kept = rules(kind, "一心一意", answer)
+    assert [rule for rule, held in kept.items() if not held] == broken
+    assert score(kind, "一心一意", answer) == pytest.approx(1 - len(broken) / len(kept))
+
+
+def test_the_dictionary_itself_passes():
+    """规矩不苛刻：词典自己的回答，每一类都有 97% 以上一条也没违反。"""
+    for kind in ("意思", "出处", "找成语"):
+        questions = [q for q in ask(dictionary()[::10]) if q.kind == kind]
+        passed = [score(q.kind, q.word, q.answer) == 1 for q in questions]
+        assert sum(passed) / len(passed) > 0.97, kind
+
+
+def test_reward_is_called_as_trl_calls_it():
+    """trl 给的是几轮发言与同名的列，要的是一串数，次序相同。"""
+    written = ["比喻做事十分专心。", "很专心。"]
+    found = grpo.reward(
+        prompts=None, completions=[[{"role": "assistant", "content": text}] for text in written],
+        completion_ids=None, kind=["意思"] * 2, word=["一心一意"] * 2, trainer_state=None,
+    )  # fmt: skip
+    assert found == [score("意思", "一心一意", text) for text in written]
+    assert found[0] == 1 > found[1] > 0
+
+
+def test_a_real_idiom_is_recognised():
+    """「真有」只看找成语那一类，而且要是词典里的。"""
+    question = Question("？", "找成语", "一心一意", "一心一意。")
+    assert is_real(question, "画蛇添足。")
+    assert not is_real(question, "画龙添足。")
+    assert not is_real(Question("？", "意思", "一心一意", ""), "画蛇添足。")
+
+
+# ---------- 3. 测量 ----------
+
+
+def test_log_probabilities_are_those_of_our_model(models, tokenizer):
+    """成批补齐了算的，与我们的模型一段一段算的相同；只算回答与它的 <|im_end|>。"""
+    ours = random_model()
+    questions, answers = [p.question for p in PAIRS], ["专心。", "形容“好”得不得了，好到了头。"]
+    sums, counts = log_probabilities(models.model, questions, answers)
+    for question, answer, found, n in zip(questions, answers, sums, counts, strict=True):
+        prompt = tokenizer.question_ids(question.text)
+        reply = [*tokenizer.encode(answer), tokenizer.eos_id]
+        assert n == len(reply)
+        with torch.no_grad():
+            logits = ours(torch.tensor([prompt + reply]))[0, len(prompt) - 1 : -1, :21146]
+        expected = logits.log_softmax(-1)[torch.arange(len(reply)), torch.tensor(reply)].sum()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_an_exam_is_the_same_twice_and_unchanged_models_are_at_distance_zero(models, capsys):
+    """同一份考卷考两遍，回答相同；没练过的，与原来相差 0。"""
+    exam = Exam(ask(unseen_entries(2, VAL_FRACTION)), models.reference, seed=1)
+    first = exam.take(models.model, models.tokenizer)
+    assert exam.take(models.model, models.tokenizer) == first
+    assert "（KL）每个回答 0.00 奈特" in capsys.readouterr().out
+
+
+# ---------- 4. DPO ----------
+
+
+def test_trl_learns_our_ids(models, tokenizer, tmp_path):
+    """trl 拼出的提问与两个回答，编号与 SFT 的相同，回答以 <|im_end|> 结束。"""
+    trainer = dpo.make_trainer(
+        models.model, models.reference, models.tokenizer, PAIRS, dpo.Options(), tmp_path
+    )
+    for row, pair in zip(trainer.train_dataset, PAIRS, strict=True):
+        assert row["prompt_ids"] == tokenizer.question_ids(pair.question.text)
+        assert row["chosen_ids"] == [*tokenizer.encode(pair.chosen), tokenizer.eos_id]
+        assert row["rejected_ids"] == [*tokenizer.encode(pair.rejected), tokenizer.eos_id]
+
+
+def test_dpo_moves_towards_the_chosen(models, tmp_path, capsys):
+    """在几对上多练几步：每一对都是好的涨得更多；当裁判的那份一点没变。"""
+    before = [p.clone() for p in models.reference.parameters()]
+    options = dpo.Options(lr=1e-2, epochs=10, batch_size=2)
+    trainer = dpo.make_trainer(
+        models.model, models.reference, models.tokenizer, PAIRS, options, tmp_path
+    )
+    trainer.train()
+    assert all(map(torch.equal, before, models.reference.parameters()))
+    capsys.readouterr()
+    dpo.tell_preference(models.model, models.reference, PAIRS)
+    assert "好的涨得更多的占 100.0%" in capsys.readouterr().out
+
+
+def test_pairs_hold_the_dictionarys_answer_and_its_own(models):
+    """好的是词典的，差的是它自己写的；两个一样的不算一对。"""
+    questions = ask(unseen_entries(2, VAL_FRACTION))
+    torch.manual_seed(0)
+    pairs = dpo.make_pairs(models.model, models.tokenizer, questions)
+    assert [p.chosen for p in pairs] == [q.answer for q in questions]
+    assert all(p.rejected != p.chosen for p in pairs)
+    same = [Question("你好", "意思", "你好", pairs[0].rejected)]
+    torch.manual_seed(0)
+    written = dpo.make_pairs(models.model, models.tokenizer, same)
+    assert all(p.rejected != p.chosen for p in written)
+
+
+# ---------- 5. 从头到尾 ----------
+
+
+@pytest.mark.parametrize(
+    "program, options",
+    [
+        ("examples.align.dpo", ["--n_train", "2", "--n_test", "2", "--batch_size", "4"]),
+        ("examples.align.grpo", ["--steps", "2", "--n_test", "2", "--prompts", "1", "--tries", "2",
+                                 "--beta", "0.1", "--max_tokens", "12"]),
+    ],
+)  # fmt: skip
+def test_from_export_to_chat(base, tokenizer, program, options, tmp_path):
+    """导出的练两步，写下，带回来，聊天认得；我们的打分与 transformers 的相同，与练之前的不同。"""
+    said, _ = run(tmp_path, program, str(base), "new/hf", "--lr", "0.01", *options)
+    assert said.count("合格") == 2
+    assert said.index("练之前：") < said.index("步 · ") < said.index("练之后：")
+    run(tmp_path, "tools.import_hf", "new/hf", "new/sft.pt")
+    ours, _, _ = load(tmp_path / "new" / "sft.pt", tokenizer)
+    ids = torch.tensor([tokenizer.question_ids("你好")])
+    with torch.no_grad():
+        old, new = (load_folder(f)[0].eval()(ids).logits for f in (base, tmp_path / "new" / "hf"))
+        torch.testing.assert_close(ours.eval()(ids)[..., :21146], new, rtol=1e-4, atol=1e-4)
+    assert (old - new).abs().max() > 1e-3
+    run(tmp_path, "sft_chat.py", "--checkpoint", "new/sft.pt", "--prompt", "你好", "--max", "3")
+
+
+@pytest.mark.parametrize("program", ["examples.align.dpo", "examples.align.grpo"])
+def test_mistakes_are_told_in_one_line(base, program, tmp_path):
+    """一句话，退出码 2，什么也没有写下。"""
+    mistakes = {
+        ("nowhere", "new"): "nowhere 不存在",
+        (str(base), "new", "--lr", "0"): "--lr 必须是正数",
+        (str(base), str(base)): "已经有一个模型",
+    }
+    for arguments, says in mistakes.items():
+        _, error = run(tmp_path, program, *arguments, code=2)
+        (line,) = [line for line in error.splitlines() if line.startswith("错误：")]
+        assert says in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_pretrained_model_is_refused(tmp_path):
+    """只会接着写的，还不会回答：说先微调。"""
+    export(save(tmp_path / "pretrain.pt", random_model(), stage="pretrain"), tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"还没有微调过.*sft_train\.py"):
+        load_folder(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("module", [dpo, grpo])
+def test_a_missing_package_is_named(models, module, monkeypatch, tmp_path):
+    """没有装 trl：说装哪一份。"""
+    monkeypatch.setitem(sys.modules, "trl", None)
+    given = {dpo: (models.reference, models.tokenizer, PAIRS), grpo: (models.tokenizer, [])}[module]
+    with pytest.raises(ValueError, match=r"trl.*examples/align/requirements\.txt"):
+        module.make_trainer(models.model, *given, module.Options(), tmp_path)

@@ -1,0 +1,220 @@
+"""LoRA：学的正是 sft_train.py 会学的，只有窄路变了，合并、带回来之后还是同一个模型。"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scripts import run
+from test_export import SMALL, random_model, save
+
+from checkpoint import load
+from config import Config
+from dataset import IGNORE
+from examples.common import answer_loss, load_folder, sft_batches, write_answers
+from examples.lora import train as lora
+from readers import ReadLog, read_conversations
+from tools.export import export
+from training import loss_sum
+
+peft = pytest.importorskip("peft", reason="没有安装 examples/lora/requirements.txt")
+
+SAMPLE = Path(lora.__file__).with_name("teahouse.jsonl")
+PROGRAM = "examples.lora.train"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, builtin_config, builtin_sft):
+    """一个小模型，导出、加上窄路练几步、带回来，全走命令行。"""
+    root = tmp_path_factory.mktemp("lora")
+    export(save(root / "sft.pt", random_model()), root / "hf")
+    options = ["--epochs", "2", "--lr", "0.02", "--eval_tokens", "512",
+               "--data_dir", builtin_config.data_dir]  # fmt: skip
+    said, _ = run(root, PROGRAM, "hf", "lora/hf", *options)
+    run(root, "tools.import_hf", "lora/hf", "lora/sft.pt")
+    return SimpleNamespace(root=root, said=said, base=root / "hf", merged=root / "lora" / "hf")
+
+
+def own(tmp_path, seq_len=128) -> dict:
+    """例子自带的问答，像例子那样读。"""
+    config = Config(val_fraction=0.2, seq_len=seq_len, data_dir=str(tmp_path))
+    return sft_batches(str(SAMPLE), config, 0)
+
+
+# ---------- 1. 数据：与 sft_train.py 同样的编号，同样的目标 ----------
+
+
+def test_ids_and_labels_are_those_of_sft(made, tmp_path):
+    """transformers 照对话模板拼出的编号与「助手的话」，与 SFT 的一批里逐段相同。"""
+    _, tokenizer = load_folder(made.base)
+    expected = []
+    for _, turns in read_conversations(SAMPLE, ReadLog(str(SAMPLE))):
+        found = tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in turns],
+            return_dict=True, return_assistant_tokens_mask=True,
+        )  # fmt: skip
+        ids, mask = found["input_ids"], found["assistant_masks"]
+        targets = [i if m else IGNORE for i, m in zip(ids, mask, strict=True)]
+        expected.append((ids[:-1], targets[1:]))
+    found = []
+    for batches in own(tmp_path).values():
+        batch = batches.get(range(batches.n_rows))
+        for ids, targets, segments in zip(batch.ids, batch.targets, batch.segments, strict=True):
+            for segment in range(int(segments.max()) + 1):
+                here = segments == segment
+                found.append((ids[here].tolist(), targets[here].tolist()))
+    assert len(found) == 140
+    assert sorted(found) == sorted(expected)
+
+
+def test_packed_rows_cost_the_same_as_in_our_model(made, tmp_path):
+    """几段拼成一行，transformers 认得出界线：损失与我们的模型相同；看得见别段就不会相同。"""
+    theirs, _ = load_folder(made.base)
+    batch = own(tmp_path)["train"].get([0, 1])
+    assert int(batch.segments.max()) >= 3
+    ours = loss_sum(random_model(), batch)
+    torch.testing.assert_close(answer_loss(theirs, batch), ours, rtol=1e-5, atol=1e-3)
+    no_borders = batch._replace(positions=torch.arange(128).expand(2, -1))
+    assert (answer_loss(theirs, no_borders) - ours).abs() > 0.1
+
+
+def test_held_out_questions_are_not_trained_on(tmp_path):
+    """留出的问法，一个也不在训练的那一边。"""
+    questions = lora.held_out_questions(str(SAMPLE), 0.2)
+    batches = own(tmp_path)
+    assert len(questions) == len(batches["val"].lengths) == 27
+    everything = {turns[0][1] for _, turns in read_conversations(SAMPLE, ReadLog(""))}
+    held_out = {messages[0]["content"] for messages, _ in questions}
+    assert held_out < everything
+    assert len(everything - held_out) == len(batches["train"].lengths)
+
+
+def test_the_last_answer_of_a_long_conversation_is_asked(tmp_path):
+    """多轮的：前面各轮原样给它，问的是最后一答；末尾没人答的提问不算。"""
+    turns = [
+        ("user", "一"),
+        ("assistant", "甲"),
+        ("user", "二"),
+        ("assistant", "乙"),
+        ("user", "三"),
+    ]
+    row = {"conversations": [{"role": role, "content": text} for role, text in turns]}
+    path = tmp_path / "my.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    ((messages, answer),) = lora.held_out_questions(str(path), 1.0)
+    assert [m["content"] for m in messages] == ["一", "甲", "二"]
+    assert answer == "乙"
+
+
+# ---------- 2. 窄路 ----------
+
+
+def test_only_the_narrow_paths_learn(made):
+    """窄路的参数个数是各矩阵 r·(输入 + 输出) 之和；此外什么也不收梯度。"""
+    model, _ = load_folder(made.base)
+    shapes = [m.weight.shape for n, m in model.named_modules()
+              if isinstance(m, torch.nn.Linear) and n != "lm_head"]  # fmt: skip
+    assert len(shapes) == 7 * SMALL.n_layers
+    adapted = lora.add_lora(model, rank=3)
+    trained, _ = adapted.get_nb_trainable_parameters()
+    assert trained == sum(3 * (rows + columns) for rows, columns in shapes)
+    learns = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert all("lora_" in n for n in learns)
+
+
+def test_a_new_path_changes_nothing_yet(made, tmp_path):
+    """B 从零开始：刚加上时，打分一个比特也没变。"""
+    model, _ = load_folder(made.base)
+    ids = own(tmp_path)["train"].get([0]).ids
+    before = model(ids).logits
+    assert torch.equal(lora.add_lora(model, rank=4)(ids).logits, before)
+
+
+def test_training_lowers_the_loss_and_replay_is_used(made, tmp_path):
+    """练了损失就降；陪读的那一份也真的在学：换成别的，结果就不同。"""
+    batches = own(tmp_path)
+    options = lora.Options(epochs=3, lr=0.02)
+    losses = []
+    for old in (None, batches["val"]):
+        model, _ = load_folder(made.base)
+        torch.manual_seed(0)
+        adapted = lora.add_lora(model, rank=4)
+        before = answer_loss(adapted, batches["train"].get([0])).item()
+        lora.train(adapted, batches["train"], old, options)
+        losses.append(answer_loss(adapted, batches["train"].get([0])).item())
+        assert losses[-1] < before
+    assert losses[0] != losses[1]
+
+
+# ---------- 3. 合并，带回来 ----------
+
+
+def test_merged_equals_base_plus_adapter(made, tmp_path):
+    """合并之后的打分，与「原来的 + 窄路」只差舍入；与原来的确实不同。"""
+    ids = own(tmp_path)["train"].get([0]).ids
+    base, merged = load_folder(made.base)[0].eval(), load_folder(made.merged)[0].eval()
+    with torch.no_grad():
+        before, after = base(ids).logits, merged(ids).logits
+        adapted = peft.PeftModel.from_pretrained(base, made.merged / "adapter")
+        torch.testing.assert_close(adapted(ids).logits, after, rtol=1e-4, atol=1e-4)
+    assert (after - before).abs().max() > 1e-2
+    torch.testing.assert_close(merged.model.embed_tokens.weight, base.get_input_embeddings().weight,
+                               rtol=0, atol=0)  # fmt: skip
+
+
+def test_back_home_it_is_the_same_model(made, tokenizer, tmp_path):
+    """带回来的检查点，我们的模型打分与 transformers 的相同，聊天程序认得。"""
+    ids = own(tmp_path)["train"].get([0]).ids
+    ours, _, checkpoint = load(made.root / "lora" / "sft.pt", tokenizer)
+    assert checkpoint["stage"] == "sft"
+    with torch.no_grad():
+        theirs = load_folder(made.merged)[0].eval()(ids).logits
+        found = ours.eval()(ids)[..., : theirs.size(-1)]
+    torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-4)
+    run(made.root, "sft_chat.py", "--checkpoint", "lora/sft.pt", "--prompt", "你好", "--max", "5")
+
+
+def test_it_tells_what_it_did(made):
+    """练之前与之后都量；参数个数、留出的问法、词典的损失都写着。"""
+    assert made.said.count("自己的问答，留出的 27 个问法") == 2
+    assert made.said.count("词典，留出的成语") == 2
+    assert "python -m tools.import_hf lora/hf lora/sft.pt" in made.said
+
+
+def test_answers_do_not_depend_on_the_company(made):
+    """成批地问与单独问，最可能的回答一样：补在左边的空格子看不见。"""
+    model, tokenizer = load_folder(made.base)
+    prompts = [[{"role": "user", "content": text}] for text in ("你好", "画蛇添足是什么意思？")]
+    together = list(write_answers(model, tokenizer, prompts, max_tokens=12))
+    alone = [next(write_answers(model, tokenizer, [p], max_tokens=12)) for p in prompts]
+    assert together == alone
+
+
+# ---------- 4. 用错了 ----------
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["nowhere", "x/hf"], "nowhere 不存在"),
+        (["hf"], "要先写两个路径"),
+        (["hf", "lora/hf"], "已经有一个模型"),
+        (["hf", "x/hf", "--rank", "0"], "--rank 必须是正数"),
+        (["hf", "x/hf", "--data", "none.jsonl"], "找不到数据文件 none.jsonl"),
+        (["hf", "x/hf", "--lerning_rate", "1"], "没有参数 --lerning_rate"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(made, arguments, says):
+    """一句话，退出码 2，什么也没有写下。"""
+    _, error = run(made.root, PROGRAM, *arguments, code=2)
+    (line,) = [line for line in error.splitlines() if line.startswith("错误：")]
+    assert says in line
+    assert not (made.root / "x").exists()
+
+
+def test_a_missing_package_is_named(made, monkeypatch):
+    """没有装 peft：说装哪一份。"""
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(ValueError, match=r"peft.*examples/lora/requirements\.txt"):
+        lora.add_lora(load_folder(made.base)[0], 2)
