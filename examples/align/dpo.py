@@ -28,7 +28,7 @@ class Options:
 
     n_train: int = option(250, "用多少个训练过的成语", "个")
     n_test: int = option(120, "用多少个没见过的成语来考", "个")
-    lr: float = option(2e-4, "AdamW 的最高学习率")
+    lr: float = option(1e-3, "AdamW 的最高学习率")
     beta: float = option(0.1, "离原来的模型多远算远：越大越不敢动")
     batch_size: int = option(16, "每步几对", "对")
     epochs: int = option(1, "把这些对读几遍", "遍")
