@@ -442,8 +442,9 @@ def check_values(c: Config, problems: list[str], wrong: set[str]) -> None:
     )
     require(
         "n_experts n_active",
-        lambda: min(c.n_experts, 1) <= c.n_active <= c.n_experts,
-        f"n_active（{c.n_active}）须在 1 与 n_experts（{c.n_experts}）之间；不分专家就都是 0",
+        lambda: c.n_experts == c.n_active == 0 or 1 <= c.n_active <= c.n_experts > 1,
+        f"n_experts（{c.n_experts}）至少是 2，n_active（{c.n_active}）在 1 与它之间；"
+        f"不分专家就都是 0",
     )
     require(
         "seq_len max_len",

@@ -122,9 +122,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         rows = x.view(-1, x.size(-1))  # (N, C)
-        scores = self.router(x).flatten(
-            0, -2
-        )  # (N, E)；autocast 之下是半精度的，专家的乘法也用这个精度
+        # 打分在 autocast 之下是半精度的，专家的乘法也用这个精度。
+        scores = self.router(x).flatten(0, -2)  # (N, E)
         probs, weights, chosen = route(scores, self.n_active)
         if routing is not None:
             self.balance(probs, chosen, routing)

@@ -42,6 +42,24 @@ def test_our_contestant_trains_as_the_script_does(trained, here):
         assert ours.loss == pytest.approx(row["train_loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["ours", "qwen3 eager"])
+def test_experts_compete_too(kind, here):
+    """专家混合也能上场；我们的那一方，负载在每一步之后交给下一步。"""
+    shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 32}
+    experts = {"n_experts": 4, "n_active": 2}
+    made = contestants.trainer(
+        kind, "tiny", **here, **shape, **experts, batch_size=8, seq_len=64, max_len=128, lr=0.01
+    )
+    for _ in range(6):
+        made.step(1.0)
+    assert made.val_loss() < 9.6
+    if kind == "ours":
+        load = made.model.blocks[0].feed_forward.load
+        assert load.sum() == pytest.approx(1) and load.std() > 0
+    else:
+        assert type(made.model).__name__ == "Qwen3MoeForCausalLM"
+
+
 @pytest.mark.parametrize("kind", ["ours", "ours, whole vocabulary", "qwen3 eager", "original"])
 def test_every_contestant_learns_and_counts_only_targets(kind, here):
     """对照也要真的在学，否则赢了不算；补齐的、没有目标的不能算进速度。"""
@@ -92,12 +110,14 @@ def test_a_failed_compiler_is_not_measured_as_compiled(monkeypatch, here):
 
 
 def test_flops_follow_the_matrices_of_the_model():
-    """公式里的参数个数，与模型真有的矩阵一致。"""
+    """公式里的参数个数，与模型真有的矩阵一致；专家只算挑中的几位。"""
     for preset in PRESETS:
         config = Config(**PRESETS[preset])
         with torch.device("meta"):
             model = Transformer(config)
         matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+        stacks = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+        matrices += stacks * config.n_active // (config.n_experts or 1)
         attention = 6 * config.n_layers * config.seq_len * config.dim
         assert training_flops(config, config.vocab_size) == 6 * matrices + attention
 

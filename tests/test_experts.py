@@ -321,8 +321,9 @@ def test_experts_compile_only_in_bf16(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--n_active", "9"], r"n_active（9）须在 1 与 n_experts（8）之间"),
-        (["--n_active", "0"], r"n_active（0）须在 1 与 n_experts（8）之间"),
+        (["--n_active", "9"], r"n_experts（8）至少是 2，n_active（9）在 1 与它之间"),
+        (["--n_active", "0"], r"n_experts（8）至少是 2，n_active（0）在 1 与它之间"),
+        (["--n_experts", "1", "--n_active", "1"], r"n_experts（1）至少是 2"),
         (["--n_experts", "-1"], "n_experts 不能是负数"),
         (["--balance_coef", "-0.1"], "balance_coef 不能是负数"),
         (["--n_experts", "0"], "不分专家就都是 0"),

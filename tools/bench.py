@@ -79,7 +79,8 @@ def training_flops(config: Config, n_rows: int) -> float:
     head_dim = config.dim // config.n_heads
     attention = 2 * config.dim * config.n_heads * head_dim  # q 与 out
     attention += 2 * config.dim * config.n_kv_heads * head_dim  # k 与 v
-    matrices = config.n_layers * (attention + 3 * config.dim * config.active_width())
+    feed_forward = 3 * config.dim * config.active_width() + config.dim * config.n_experts
+    matrices = config.n_layers * (attention + feed_forward)
     matrices += config.dim * n_rows
     return 6 * matrices + 6 * config.n_layers * config.seq_len * config.dim
 
