@@ -158,4 +158,5 @@ def trl_settings(target: Path, lr: float, seed: int) -> dict:
         output_dir=str(target), learning_rate=lr, seed=seed, lr_scheduler_type="linear",
         warmup_steps=3, max_grad_norm=1.0, use_cpu=True, bf16=False, activation_checkpointing=False,
         save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=5,
+        logging_first_step=True,
     )  # fmt: skip
