@@ -14,6 +14,7 @@ from config import N_TOKENS, Config
 from dataset import IGNORE
 from examples.common import answer_loss, load_folder, sft_batches, write_answers
 from examples.lora import train as lora
+from idioms import GREETINGS
 from readers import ReadLog, read_conversations
 from tools.export import export
 from training import cross_entropy
@@ -81,14 +82,20 @@ def test_packed_rows_cost_the_same_as_in_our_model(made, tmp_path):
 
 
 def test_held_out_questions_are_not_trained_on(tmp_path):
-    """留出的问法，一个也不在训练的那一边。"""
-    questions = lora.held_out_questions(str(SAMPLE), 0.2)
+    """留出的问法，一个也不在训练的那一边；两边都与词元文件的划分相同。"""
+    (learned, _), (held_out, answers) = lora.questions_and_answers(str(SAMPLE), 0.2)
     batches = own(tmp_path)
-    assert len(questions) == len(batches["val"].lengths) == 27
-    everything = {turns[0][1] for _, turns in read_conversations(SAMPLE, ReadLog(""))}
-    held_out = {messages[0]["content"] for messages, _ in questions}
-    assert held_out < everything
-    assert len(everything - held_out) == len(batches["train"].lengths)
+    assert len(learned) == len(batches["train"].lengths)
+    assert len(held_out) == len(answers) == len(batches["val"].lengths) == 26
+    texts = [{messages[0]["content"] for messages in side} for side in (learned, held_out)]
+    assert texts[0].isdisjoint(texts[1])
+
+
+def test_the_sample_contradicts_nothing_it_already_knows():
+    """茶馆的问法不与寒暄相同：陪读的词典里有寒暄，同一句话不能有两个答案。"""
+    (learned, _), (held_out, _) = lora.questions_and_answers(str(SAMPLE), 0.2)
+    asked = {messages[0]["content"] for messages in learned + held_out}
+    assert asked.isdisjoint(question for question, _ in GREETINGS)
 
 
 def test_the_last_answer_of_a_long_conversation_is_asked(tmp_path):
@@ -103,9 +110,9 @@ def test_the_last_answer_of_a_long_conversation_is_asked(tmp_path):
     row = {"conversations": [{"role": role, "content": text} for role, text in turns]}
     path = tmp_path / "my.jsonl"
     path.write_text(json.dumps(row), encoding="utf-8")
-    ((messages, answer),) = lora.held_out_questions(str(path), 1.0)
+    _, ((messages,), answers) = lora.questions_and_answers(str(path), 1.0)
     assert [m["content"] for m in messages] == ["一", "甲", "二"]
-    assert answer == "乙"
+    assert answers == ["乙"]
 
 
 # ---------- 2. 窄路 ----------
@@ -178,8 +185,8 @@ def test_back_home_it_is_the_same_model(made, tokenizer, tmp_path):
 
 def test_it_tells_what_it_did(made):
     """练之前与之后都量；参数个数、留出的问法、词典的损失都写着。"""
-    assert made.said.count("自己的问答，留出的 27 个问法") == 2
-    assert made.said.count("词典，留出的成语") == 2
+    assert made.said.count("留出的 26 个，") == 2
+    assert made.said.count("词典：留出的成语") == 2
     assert "python -m tools.import_hf lora/hf lora/sft.pt" in made.said
 
 

@@ -113,7 +113,8 @@ class Exam:
         print(
             f"  词典的真回答：每词元 {-real.sum() / n_tokens.sum():.3f} 奈特；"
             f"与原来的模型相差（KL）每个回答 {(now - before).mean():.2f} 奈特；"
-            f"不同的回答占 {len(set(answers)) / len(answers):.0%}；"
+            f"不同的回答占 {len(set(answers)) / len(answers):.0%}，"
+            f"平均 {sum(map(len, answers)) / len(answers):.1f} 个字；"
             f"找成语答的真有 {sum(map(is_real, self.questions, answers))} 个"
         )
 

@@ -12,7 +12,7 @@ B 从零开始，所以一开始什么也没有变。练完把 B·A 加进 W，�
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from examples.common import (
 )
 from optimizer import learning_rate
 
-SHOWN = ["你是谁？", "画蛇添足是什么意思？"]  # 一句自己的，一句词典的，练之前与之后各问一遍
+SHOWN = ["你是谁？", "画蛇添足是什么意思？"]  # 本来会答的，练之前与之后各问一遍
 
 
 @dataclass
@@ -46,11 +46,11 @@ class Options:
     data: str = option(
         str(Path(__file__).with_name("teahouse.jsonl")), "自己的问答，sft_train.py 认得的文件"
     )
-    rank: int = option(8, "窄路有多窄：A 的行数 r")
-    lr: float = option(5e-3, "AdamW 的最高学习率")
-    epochs: int = option(20, "把自己的问答读几遍", "遍")
+    rank: int = option(16, "窄路有多窄：A 的行数 r")
+    lr: float = option(1e-2, "AdamW 的最高学习率")
+    epochs: int = option(50, "把自己的问答读几遍", "遍")
     rows: int = option(4, "每步读几行自己的问答", "行")
-    replay: bool = option(True, "每步陪着读同样多的词典问答，免得忘掉")
+    replay: bool = option(True, "每步陪着读一行词典的问答，免得忘掉")
     val_fraction: float = option(0.2, "自己的问答里，留出多少不练，只用来检验")
     eval_tokens: int = option(16384, "每次检验最多用多少词元", "词元")
     data_dir: str = option("data", "词元文件放在哪里")
@@ -64,23 +64,28 @@ def main() -> None:
     source, target, options = read_options(Options, "examples.lora.train")
     model, tokenizer = load_folder(source)
     seq_len = min(256, model.config.max_position_embeddings)
-    mine = Config(val_fraction=options.val_fraction, seq_len=seq_len, data_dir=options.data_dir)
-    dictionary = Config(seq_len=seq_len, data_dir=options.data_dir)  # 与训练时留出同样的成语
+    common = Config(seq_len=seq_len, data_dir=options.data_dir)  # 与训练时留出同样的成语
+    dictionary = sft_batches("builtin", common, options.seed)
+    mine = replace(common, val_fraction=options.val_fraction)
     own = sft_batches(options.data, mine, options.seed)
-    old = sft_batches("builtin", dictionary, options.seed)
-    questions = held_out_questions(options.data, options.val_fraction)
+    learned, held_out = questions_and_answers(options.data, options.val_fraction)
 
     def check() -> None:
-        """自己的问答学到了多少，词典忘掉了多少。"""
-        replies = list(write_answers(model, tokenizer, [prompt for prompt, _ in questions]))
-        exact = sum(r == answer for r, (_, answer) in zip(replies, questions, strict=True))
+        """自己的问答学到了多少，举一反三了多少，词典忘掉了多少。"""
+        exact = [
+            sum(map(str.__eq__, write_answers(model, tokenizer, asked), expected))
+            for asked, expected in (learned, held_out)
+        ]
+        losses = [
+            held_out_loss(model, part["val"], options.eval_tokens) for part in (own, dictionary)
+        ]
         print(
-            f"  自己的问答，留出的 {len(questions)} 个问法：损失 "
-            f"{held_out_loss(model, own['val'], options.eval_tokens):.3f}，一字不差 {exact} 个\n"
-            f"  词典，留出的成语：损失 {held_out_loss(model, old['val'], options.eval_tokens):.3f}"
+            f"  自己的问答：练的 {len(learned[0])} 个问法，答得一字不差的 {exact[0]} 个；"
+            f"留出的 {len(held_out[0])} 个，{exact[1]} 个，损失 {losses[0]:.3f}\n"
+            f"  词典：留出的成语，损失 {losses[1]:.3f}"
         )
         shown = [[{"role": "user", "content": text}] for text in SHOWN]
-        shown += [prompt for prompt, _ in questions[:4]]
+        shown += learned[0][:3] + held_out[0][:3]
         for prompt, reply in zip(shown, write_answers(model, tokenizer, shown), strict=True):
             print(f"    问：{prompt[-1]['content']}  答：{reply}")
 
@@ -92,7 +97,7 @@ def main() -> None:
     adapted = add_lora(model, options.rank)
     trained, total = adapted.get_nb_trainable_parameters()
     print(f"加上 r = {options.rank} 的窄路：练 {trained:,} 个参数，占全部的 {trained / total:.1%}")
-    train(adapted, own["train"], old["train"] if options.replay else None, options)
+    train(adapted, own["train"], dictionary["train"] if options.replay else None, options)
 
     # ---------- 3. 合并，再看一遍，保存 ----------
     adapted.save_pretrained(target / "adapter")
@@ -115,7 +120,7 @@ def add_lora(model: PreTrainedModel, rank: int):
 
 
 def train(model, own: SFTBatches, old: SFTBatches | None, options: Options) -> None:
-    """一步一步地练；每步几行自己的问答，再加同样多行词典的（old 为 None 就不加）。"""
+    """一步一步地练；每步几行自己的问答，再加一行词典的（old 为 None 就不加）。"""
     n_steps = math.ceil(options.epochs * own.n_rows / options.rows)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=options.lr, weight_decay=0.0)
@@ -125,11 +130,9 @@ def train(model, own: SFTBatches, old: SFTBatches | None, options: Options) -> N
     model.train()
     bar = tqdm(range(n_steps), unit="步")
     for step in bar:
-        parts = [
-            part.get(rows_of_step(step, options.rows, part.n_rows, options.seed))
-            for part in (own, old)
-            if part is not None
-        ]
+        parts = [own.get(rows_of_step(step, options.rows, own.n_rows, options.seed))]
+        if old is not None:
+            parts.append(old.get(rows_of_step(step, 1, old.n_rows, options.seed)))
         n_targets = sum(int((batch.targets != IGNORE).sum()) for batch in parts)
         loss = sum(answer_loss(model, batch) for batch in parts) / n_targets
         loss.backward()
@@ -140,15 +143,18 @@ def train(model, own: SFTBatches, old: SFTBatches | None, options: Options) -> N
         bar.set_postfix_str(f"损失 {loss.item():.3f}")
 
 
-def held_out_questions(source: str, fraction: float) -> list[tuple[Messages, str]]:
-    """留出的每段对话：最后一答之前的各轮，与那一答。"""
-    found = []
+Asked = tuple[list[Messages], list[str]]  # 各段对话最后一答之前的各轮，与那一答
+
+
+def questions_and_answers(source: str, fraction: float) -> tuple[Asked, Asked]:
+    """自己的问答里，练的与留出的；划分与 `dataset.prepare` 的相同。"""
+    sides: tuple[Asked, Asked] = ([], []), ([], [])
     for key, turns in readers.read_conversations(Path(source), readers.ReadLog(source)):
-        if is_held_out(key, fraction):
-            last = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
-            messages = [{"role": role, "content": text} for role, text in turns[:last]]
-            found.append((messages, turns[last][1]))
-    return found
+        asked, expected = sides[is_held_out(key, fraction)]
+        last = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
+        asked.append([{"role": role, "content": text} for role, text in turns[:last]])
+        expected.append(turns[last][1])
+    return sides
 
 
 if __name__ == "__main__":
