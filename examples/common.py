@@ -138,10 +138,12 @@ def sft_batches(source: str, config: Config, seed: int) -> dict[str, SFTBatches]
 def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """这一批里助手的话的负对数概率之和，单位奈特；同 `training.loss_sum`。
 
-    不给 attention_mask，transformers 就从 positions 认出一行里拼着几段（位置又从 0 数起的地方），
-    使它们互相看不见。
+    不给 attention_mask、也不用缓存，transformers 就从 positions 认出一行里拼着几段（位置又从 0
+    数起的地方），使它们互相看不见。
     """
-    logits = model(input_ids=batch.ids, position_ids=batch.positions).logits  # (B, T, V)
+    logits = model(
+        input_ids=batch.ids, position_ids=batch.positions, use_cache=False
+    ).logits  # (B, T, V)
     return F.cross_entropy(
         logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )
