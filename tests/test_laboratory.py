@@ -143,11 +143,11 @@ def test_torn_block_is_what_it_says(residual, pre_norm):
     y = torn.attention(y, *inputs) + (x if residual else 0)
     expected = torn.feed_forward(y if not pre_norm else torn.feed_forward_norm(y))
     expected = expected + (y if residual else 0)
-    torch.testing.assert_close(torn(x, *inputs), expected, atol=0, rtol=0)
+    torch.testing.assert_close(torn(x, None, *inputs), expected, atol=0, rtol=0)
     if residual and pre_norm:
         block = Block(SMALL)
         block.load_state_dict(torn.state_dict())
-        assert torch.equal(block(x, *inputs), torn(x, *inputs))
+        assert torch.equal(block(x, None, *inputs), torn(x, None, *inputs))
 
 
 def test_torn_models_start_from_the_same_numbers():

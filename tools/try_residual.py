@@ -70,7 +70,7 @@ class TornBlock(Block):
         if not pre_norm:
             self.attention_norm = self.feed_forward_norm = nn.Identity()
 
-    def forward(self, x: Tensor, *attention_inputs) -> Tensor:
+    def forward(self, x: Tensor, routing, *attention_inputs) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         y = self.attention(self.attention_norm(x), *attention_inputs)
         x = x + y if self.residual else y
