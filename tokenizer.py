@@ -132,7 +132,11 @@ class Tokenizer:
         for text in texts:
             codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)  # 每个字的 Unicode 编号
             ids = self._alone[np.minimum(codes, 0xFFFF)]
-            edges = np.flatnonzero(np.diff(ids == NOT_ALONE, prepend=False, append=False))
+            together = ids == NOT_ALONE
+            if not together.any():  # 短的一问一答大多如此
+                encoded.append(ids)
+                continue
+            edges = np.flatnonzero(np.diff(together, prepend=False, append=False))
             pieces, done = [], 0
             for start, end in edges.reshape(-1, 2).tolist():
                 pieces += [ids[done:start], self._joined(text[start:end])]

@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# 几个进程挤在两个核上时，每个一个线程才快；要在导入 torch 之前说（下面各行都会导入它）。
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from filelock import FileLock
 from hypothesis import settings

@@ -266,6 +266,7 @@ def test_the_result_goes_on_to_chat_and_finetuning(trained, taught):
     assert torch.load(out / "sft.pt", weights_only=True)["config"]["dim"] == 32
 
 
+@pytest.mark.slow
 def test_stopping_says_how_to_go_on_and_the_end_is_the_same(trained, taught, tmp_path):
     """中断之后照它说的命令接着练：老师还在，结果与不中断的逐位相同。"""
     running = Running(trained[0], distill.PROGRAM, *PUPIL, "--out_dir", str(tmp_path))

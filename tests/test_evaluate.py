@@ -182,6 +182,7 @@ def log_likelihood(model, before: list[int], after: list[int]) -> float:
     return logits.log_softmax(-1).gather(1, torch.tensor(after)[:, None]).sum().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", make_task.FORMS)
 def test_lm_eval_scores_exactly_the_intended_tokens(tokenizer, questions, scores, form):
     found, model = scores
@@ -203,6 +204,7 @@ def test_the_swapped_tasks_only_change_the_idiom(tmp_path):
             assert {k for k in task if task[k] != plain[k]} == {"task", "doc_to_text"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", make_task.FORMS)
 def test_whoever_knows_the_answers_gets_full_marks(scores, form):
     found, _ = scores

@@ -336,7 +336,9 @@ def test_impossible_experts_are_refused(flags, sentence):
 
 # ---------- 从头到尾 ----------
 
-MOE = ["--preset", "tiny-moe", *QUICK]
+# 比预设再小一圈，省时间：八位专家挑两位不变。
+MOE = ["--preset", "tiny-moe", "--dim", "64", "--n_layers", "2", "--hidden_dim", "96",
+       "--n_heads", "2", *QUICK]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -358,10 +360,10 @@ def test_the_whole_way(moe):
     for stage, n in (("pretrain", 6), ("sft", 3)):
         rows = metrics(folder / "out/tiny-moe", stage)
         assert len(rows) == n + 1
-        assert all(1 <= r["balance_loss"] < 8 and len(r["load_entropy"]) == 4 for r in rows[1:])
+        assert all(1 <= r["balance_loss"] < 8 and len(r["load_entropy"]) == 2 for r in rows[1:])
         for r in rows:
             if "val_load" in r:
-                assert [sum(x) for x in r["val_load"]] == [pytest.approx(8, abs=0.01)] * 4
+                assert [sum(x) for x in r["val_load"]] == [pytest.approx(8, abs=0.01)] * 2
         assert rows[0]["val_loss"] > rows[-1]["val_loss"]
     best = ("--checkpoint", "out/tiny-moe/pretrain.pt", "--temp", "0", "--max", "12")
     plain, _ = run(folder, "pre_chat.py", "--prompt", "守株待兔：", *best)
@@ -395,9 +397,8 @@ def test_a_checkpoint_that_lies_about_its_experts(moe, tmp_path):
         assert f"专家不是 {lie['n_experts']} 位" in err and err.count("\n") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_give_the_losses_of_one_with_experts(moe, tmp_path, parallel):
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_several_processes_give_the_losses_of_one(moe, tmp_path, parallel):
     """负载在全体进程上数：损失与均衡损失都与一个进程的相同。"""
     (tmp_path / "data").symlink_to(moe[0] / "data")
     flags = [*MOE, "--max_steps", "6", "--eval_every", "2", "--parallel", parallel]

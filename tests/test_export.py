@@ -681,8 +681,8 @@ def test_out_and_back_through_the_programs(trained, tmp_path):
 def test_an_imported_model_can_be_tuned_further(trained, tmp_path):
     out = trained[0] / "out/tiny"
     (tmp_path / "data").symlink_to(trained[0] / "data")
-    run(tmp_path, "tools.export", f"{out}/pretrain.pt", "hf")
-    run(tmp_path, "tools.import_hf", "hf", "mine/pretrain.pt")
+    export(out / "pretrain.pt", tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "mine/pretrain.pt", Options())
     text, _ = run(tmp_path, "sft_train.py", "--out_dir", "mine", "--init_from", "mine/pretrain.pt",
                   "--max_steps", "2", "--no-compile", "--dtype", "float32", "--eval_tokens", "512",
                   "--batch_size", "2", "--seq_len", "128")  # fmt: skip

@@ -1,6 +1,7 @@
 """LoRA：学的正是 sft_train.py 会学的，只有窄路变了，合并、带回来之后还是同一个模型。"""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from scripts import run
 from test_export import SMALL, random_model, save
 
 from checkpoint import load
-from config import N_TOKENS, Config
+from config import N_TOKENS, Config, UserError
 from dataset import IGNORE
 from examples.common import answer_loss, load_folder, sft_batches, write_answers
 from examples.lora import train as lora
@@ -30,7 +31,9 @@ def made(tmp_path_factory, builtin_config, builtin_sft):
     """一个小模型，导出、加上窄路练几步、带回来，全走命令行。"""
     root = tmp_path_factory.mktemp("lora")
     export(save(root / "sft.pt", random_model()), root / "hf")
-    options = ["--epochs", "2", "--lr", "0.02", "--eval_tokens", "512",
+    few = SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)[:28]  # 四件事
+    (root / "few.jsonl").write_text("".join(few), encoding="utf-8")
+    options = ["--data", "few.jsonl", "--epochs", "5", "--lr", "0.02", "--eval_tokens", "512",
                "--data_dir", builtin_config.data_dir]  # fmt: skip
     said, _ = run(root, PROGRAM, "hf", "lora/hf", *options)
     run(root, "tools.import_hf", "lora/hf", "lora/sft.pt")
@@ -185,7 +188,10 @@ def test_back_home_it_is_the_same_model(made, tokenizer, tmp_path):
 
 def test_it_tells_what_it_did(made):
     """练之前与之后都量；参数个数、留出的问法、词典的损失都写着。"""
-    assert made.said.count("留出的 26 个，") == 2
+    learned, held_out = lora.questions_and_answers(str(made.root / "few.jsonl"), 0.2)
+    assert len(learned[0]) + len(held_out[0]) == 28 and held_out[0]
+    assert made.said.count(f"练的 {len(learned[0])} 个问法") == 2
+    assert made.said.count(f"留出的 {len(held_out[0])} 个，") == 2
     assert made.said.count("词典：留出的成语") == 2
     assert "python -m tools.import_hf lora/hf lora/sft.pt" in made.said
 
@@ -213,16 +219,17 @@ def test_answers_do_not_depend_on_the_company(made):
         (["hf", "x/hf", "--lerning_rate", "1"], "没有参数 --lerning_rate"),
     ],
 )
-def test_mistakes_are_told_in_one_line(made, arguments, says):
-    """一句话，退出码 2，什么也没有写下。"""
-    _, error = run(made.root, PROGRAM, *arguments, code=2)
-    (line,) = [line for line in error.splitlines() if line.startswith("错误：")]
-    assert says in line
+def test_mistakes_are_one_sentence(made, arguments, says, monkeypatch):
+    """一句话，什么也没有写下。"""
+    monkeypatch.chdir(made.root)
+    monkeypatch.setattr(sys, "argv", ["", *arguments])
+    with pytest.raises(UserError, match=says):
+        lora.main()
     assert not (made.root / "x").exists()
 
 
 def test_a_missing_package_is_named(made, monkeypatch):
     """没有装 peft：说装哪一份。"""
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"peft.*examples/lora/requirements\.txt"):
         lora.add_lora(load_folder(made.base)[0], 2)

@@ -139,6 +139,7 @@ def test_compiled_generation_equals_eager(quantize, capfd):
     assert "失败" not in capfd.readouterr().err  # 编译失败会改走不编译的，那就什么也没有检验
 
 
+@pytest.mark.slow
 def test_a_second_int8_model_does_not_speak_with_the_first_ones_matrices(capfd):
     """编译 int8 时矩阵是常数，写在编译好的代码里；形状相同的另一个模型要有自己的一份。"""
     ids = torch.tensor(list(range(1000, 1010)))

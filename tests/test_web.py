@@ -3,6 +3,7 @@
 浏览器是系统里的 chromium（Debian 的 chromium 包），由 Playwright 驱动；不让它联网。
 """
 
+import functools
 import re
 import shutil
 import socket
@@ -287,17 +288,23 @@ def sampling(page, **values):
                 break
 
 
+WILD = dict(temp=2.0, top_k=0, top_p=1.0, max=400, penalty=1.0)
+
+
 def be_talkative(page, trained, *texts):
-    """让回答又长又乱，够时间停下它；先找一个对这几句话都不会早早写完的种子。"""
-    folder, *_ = trained
-    speaker = actions.open_model(str(folder / "out/tiny/sft.pt"))
-    wild = dict(temp=2.0, top_k=0, top_p=1.0, max=400, penalty=1.0)
+    """让回答又长又乱，够时间停下它。"""
+    sampling(page, **WILD, seed=talkative_seed(str(trained[0] / "out/tiny/sft.pt"), texts))
+
+
+@functools.cache
+def talkative_seed(path, texts):
+    """一个对这几句话都不会早早写完的种子。"""
+    speaker = actions.open_model(path)
 
     def length(seed, text):
-        return len(last(actions.reply(speaker, [], text, Sampling(**wild, seed=seed)))[2])
+        return len(last(actions.reply(speaker, [], text, Sampling(**WILD, seed=seed)))[2])
 
-    seed = next(s for s in range(1, 99) if all(length(s, text) == 400 for text in texts))
-    sampling(page, **wild, seed=seed)
+    return next(s for s in range(1, 99) if all(length(s, text) == 400 for text in texts))
 
 
 def microscope_of(page):
@@ -398,6 +405,7 @@ def test_a_stop_keeps_what_was_said(visit, trained):
     answer = page.locator("[data-testid=bot]").last
     page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length > 0")
     page.get_by_role("button", name="停止").click()
+    page.get_by_text("（已停止）").wait_for()
     lens = microscope_of(page)
     said = answer.inner_text()
     page.wait_for_timeout(700)
@@ -421,8 +429,13 @@ def test_step_by_step(visit):
     """选一个，抽一个，退一步：写成的就是选的。"""
     page = visit()
     page.get_by_role("tab", name="一步一步").click()
-    page.get_by_role("button", name="让它抽一个").click()
-    page.get_by_text("请先按「从这里开始」").wait_for()
+    first = page.get_by_text("请先按「从这里开始」")
+    for _ in range(20):  # 页面刚打开时，Gradio 还没有接好按钮，点了没有反应
+        page.get_by_role("button", name="让它抽一个").click()
+        page.wait_for_timeout(500)
+        if first.is_visible():
+            break
+    first.wait_for()
     page.get_by_role("button", name="从这里开始").click()
     choices = page.locator("button.candidate")
     choices.nth(9).wait_for()
@@ -474,7 +487,8 @@ def test_two_visitors_at_once(visit, trained):
     begun = next(both for both in lengths if all(both))
     assert all(now > then for now, then in zip(lengths[-1], begun, strict=True)), lengths
     for page, text in zip(pages, ("守株待兔", "画蛇添足"), strict=True):
-        microscope_of(page).locator("#tokens button").nth(actions.MOST - 1).wait_for()
+        page.get_by_role("button", name="停止").click()
+        microscope_of(page).locator("#tokens button").first.wait_for()
         assert page.locator("[data-testid=user]").inner_text().strip().startswith(text)
 
 

@@ -206,7 +206,7 @@ def chat_tab(gr, model) -> None:
             said = [*messages, bubble("user", message)]
             for remembered, ids, new, why in actions.reply(speaker, turns, message, sampling):
                 answer = bubble("assistant", speaker.tokenizer.decode(new))
-                yield [*said, answer], remembered, (path, [*ids, *new]), box_after, status(why)
+                yield [*said, answer], remembered, (path, ids, [*new]), box_after, status(why)
                 box_after = gr.skip()
         except UserError as error:  # 写下的字留在框里，改一改再发
             yield messages, turns, None, message, status(str(error))
@@ -216,10 +216,18 @@ def chat_tab(gr, model) -> None:
         if not seen:
             return gr.skip()
         try:
-            path, ids = seen
-            return actions.microscope(actions.open_model(path), ids)
+            path, ids, new = seen
+            return actions.microscope(actions.open_model(path), [*ids, *new])
         except UserError as error:
             return status(str(error))
+
+    def stopped(seen, messages) -> tuple:
+        """停下的那一刻，最后一个词元可能已经记下，还没有显示：照记下的补上。"""
+        if seen and messages and messages[-1]["role"] == "assistant":
+            path, _, new = seen
+            words = actions.open_model(path).tokenizer.decode(new)
+            messages = [*messages[:-1], bubble("assistant", words)]
+        return messages or [], status("（已停止）")
 
     outputs = [box, turns, seen, text, notice]
     talking = [
@@ -229,7 +237,7 @@ def chat_tab(gr, model) -> None:
     for event in talking:
         event.then(examine, seen, lens, api_name=False)
     stop.click(None, cancels=talking, api_name=False).then(
-        lambda: status("（已停止）"), None, notice, api_name=False
+        stopped, [seen, box], [box, notice], api_name=False
     )
     for forget in (clear.click, box.clear, model.change):  # 先停下，再清空
         forget(None, cancels=talking, api_name=False).then(

@@ -5,8 +5,9 @@
     python -m tools.import_hf out/dpo/hf out/dpo/sft.pt           带回来
     python sft_chat.py --checkpoint out/dpo/sft.pt
 
-好的是词典的回答，差的是模型自己抽签写的：问的都是训练过的成语。损失是
--ln σ(β·(好的涨了多少 - 差的涨了多少))，「涨」是比练之前的模型，对数概率多了多少。
+好的是词典的回答，差的是模型自己抽签写的、不合格的：问的都是训练过的成语。损失是
+-ln σ(β·(好的涨了多少 - 差的涨了多少))，「涨」是比练之前的模型，对数概率多了多少；
+只看差距的话，两个一起跌也行，所以再加上好的回答的负对数概率，就是微调的损失。
 成绩在没见过的成语上量：有多少对更偏向好的，抽签的回答有多少合格。
 """
 
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from config import option, run_script
+from config import UserError, option, run_script
 from examples.align.measure import Exam, frozen_copy, log_probabilities, tell_progress, trl_settings
-from examples.align.questions import VAL_FRACTION, Question, ask, training_entries
+from examples.align.questions import VAL_FRACTION, Question, ask, score, training_entries
 from examples.common import installed_with, load_folder, read_options, save_folder, write_answers
 from tools.check_answers import unseen_entries
 
@@ -26,10 +27,11 @@ from tools.check_answers import unseen_entries
 class Options:
     """命令行参数。"""
 
-    n_train: int = option(250, "用多少个训练过的成语", "个")
+    n_train: int = option(400, "问多少个训练过的成语；答得不合格的才用", "个")
     n_test: int = option(120, "用多少个没见过的成语来考", "个")
-    lr: float = option(1e-3, "AdamW 的最高学习率")
+    lr: float = option(5e-4, "AdamW 的最高学习率")
     beta: float = option(0.1, "离原来的模型多远算远：越大越不敢动")
+    sft_weight: float = option(1.0, "微调的损失占多大的分量", "倍")
     batch_size: int = option(16, "每步几对", "对")
     epochs: int = option(1, "把这些对读几遍", "遍")
     seed: int = option(42, "随机种子")
@@ -53,11 +55,14 @@ def main() -> None:
     reference = frozen_copy(model)
     torch.manual_seed(options.seed)
     known = make_pairs(model, tokenizer, ask(training_entries(options.n_train, options.seed)))
-    unseen = make_pairs(model, tokenizer, ask(unseen_entries(options.n_test, VAL_FRACTION)))
+    questions = ask(unseen_entries(options.n_test, VAL_FRACTION))
+    unseen = make_pairs(model, tokenizer, questions)
+    if not known or not unseen:
+        raise UserError("抽签的回答全都合格，没有差的可比；请加大 --n_train 与 --n_test")
     print(f"{len(known)} 对用来练，{len(unseen)} 对没见过的成语用来考，例如：")
     for pair in known[:3]:
         print(f"  问：{pair.question.text}\n    好：{pair.chosen}\n    差：{pair.rejected}")
-    exam = Exam([pair.question for pair in unseen], reference, options.seed)
+    exam = Exam(questions, reference, options.seed)
 
     def check() -> None:
         """没见过的成语：更偏向哪一个，抽签写得怎样。"""
@@ -79,10 +84,13 @@ def main() -> None:
 def make_pairs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[Question]
 ) -> list[Pair]:
-    """好的是词典的回答，差的是模型自己抽签写的；碰巧一样的不要。"""
+    """好的是词典的回答，差的是模型自己抽签写的；写得合格的不要。"""
     written = write_answers(model, tokenizer, [q.messages for q in questions], temperature=1.0)
-    pairs = [Pair(q, q.answer, w) for q, w in zip(questions, written, strict=True)]
-    return [pair for pair in pairs if pair.chosen != pair.rejected]
+    return [
+        Pair(q, q.answer, text)
+        for q, text in zip(questions, written, strict=True)
+        if score(q.kind, q.word, text) < 1
+    ]
 
 
 def tell_preference(model: PreTrainedModel, reference: PreTrainedModel, pairs: list[Pair]) -> None:
@@ -119,6 +127,7 @@ def make_trainer(model, reference, tokenizer, pairs: list[Pair], options: Option
         ref_model=reference,
         args=DPOConfig(
             **trl_settings(target, options.lr, options.seed), beta=options.beta,
+            loss_type=["sigmoid", "sft"], loss_weights=[1.0, options.sft_weight],
             num_train_epochs=options.epochs, per_device_train_batch_size=options.batch_size,
         ),
         train_dataset=Dataset.from_list(rows),

@@ -65,9 +65,9 @@ def main() -> None:
     model, tokenizer = load_folder(source)
     seq_len = min(256, model.config.max_position_embeddings)
     common = Config(seq_len=seq_len, data_dir=options.data_dir)  # 与训练时留出同样的成语
-    dictionary = sft_batches("builtin", common, options.seed)
     mine = replace(common, val_fraction=options.val_fraction)
     own = sft_batches(options.data, mine, options.seed)
+    dictionary = sft_batches("builtin", common, options.seed)
     learned, held_out = questions_and_answers(options.data, options.val_fraction)
 
     def check() -> None:
