@@ -442,9 +442,15 @@ def check_values(c: Config, problems: list[str], wrong: set[str]) -> None:
     )
     require(
         "n_experts n_active",
-        lambda: c.n_experts == c.n_active == 0 or 1 <= c.n_active <= c.n_experts > 1,
-        f"n_experts（{c.n_experts}）至少是 2，n_active（{c.n_active}）在 1 与它之间；"
-        f"不分专家就都是 0",
+        lambda: c.n_experts == c.n_active == 0 or 2 <= c.n_active <= c.n_experts,
+        f"n_active（{c.n_active}）至少是 2（只交给一位，权重总是 1，路由器学不到谁合适），"
+        f"至多是 n_experts（{c.n_experts}）；不分专家就都是 0",
+    )
+    require(
+        "n_experts dim hidden_dim",
+        lambda: c.n_experts == 0 or c.dim % 8 == c.hidden_dim % 8 == 0,
+        f"有专家时，dim（{c.dim}）与 hidden_dim（{c.hidden_dim}）须是 8 的倍数，"
+        f"几位专家的乘法才能一次做完",
     )
     require(
         "seq_len max_len",

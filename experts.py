@@ -77,8 +77,8 @@ def mix_grouped(
 
 
 def has_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
-    """能不能用 `F.grouped_mm`：显卡上只认 bf16，苹果的芯片上没有。"""
-    return device.type == "cpu" or dtype == torch.bfloat16
+    """能不能用 `F.grouped_mm`：NVIDIA 显卡上只认 bf16，苹果的芯片上没有。"""
+    return device.type in ("cpu", "meta") or (device.type == "cuda" and dtype == torch.bfloat16)
 
 
 # ---------- 2. 一层 ----------
@@ -88,7 +88,7 @@ class Routing:
     """训练时随前向一路走下去，收集各层的负载均衡损失。
 
     Args:
-        counted: 哪些词元算数，布尔 (B, T)；补齐用的不算。
+        counted: 哪些词元算数，布尔 (B, T)；不算损失的（补齐用的、微调时的提问）不算。
     """
 
     def __init__(self, counted: Tensor):
@@ -102,7 +102,7 @@ class MixtureOfExperts(nn.Module):
     参数多了几倍，每个词元的运算却不变。挑中的几位，权重之和为 1；没有谁的词元会被丢掉。
 
     没有约束的话，少数几位专家越用越好、越好越用，其余的学不到东西。所以训练时加上负载均衡损失
-    E · Σ f_i · P_i：f_i 是交给第 i 位的份额，P_i 是路由器给它的平均概率，都均匀时最小，是 1
+    E · Σ f_i · P_i：f_i 是交给第 i 位的份额，P_i 是路由器给它的平均概率；都均匀时是 1，越集中越大
     （Switch Transformers，arXiv 2101.03961）。f 要在整个大批上数，而不是在每个小批上，专家才分得了
     工（arXiv 2501.11873）；这里用的是上一步整个大批的 f，于是怎样累积、几个进程，结果都一样。
     """

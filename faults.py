@@ -25,6 +25,7 @@ from checkpoint import Folder, Progress, Saver, write
 from config import Config, UserError, is_out_of_memory
 from dataset import Batch
 from distributed import World
+from experts import take_load
 from model import Transformer
 from training import Device, loss_sum
 
@@ -283,6 +284,7 @@ def auto_batch(config: Config, model: Transformer, device: Device) -> None:
     sizes = device.world.gather(fit_batch(share, attempt))
     config.batch_size = min(sizes)
     config.grad_accum = rows // config.batch_size
+    take_load(model, device.world)  # 试的时候数下的专家的负载，不算
     torch.cuda.empty_cache()
     print(
         f"（batch_size=auto：一次前向 {config.batch_size} 行，累积成每步 {rows} 行，"

@@ -56,15 +56,16 @@ def main() -> None:
     tokenizer = Tokenizer()
     folder = Folder("sft", config, origins, world)
     checkpoint = folder.begin(config, origins, tokenizer)  # --resume：上次的全部状态
-    device = Device(config, world)
-    if checkpoint:
-        model = build_model(config, checkpoint, folder.path)
-    else:
-        model, source, pretrained = load(Path(config.init_from), tokenizer)
+    start, path = checkpoint, folder.path
+    if not checkpoint:
+        path = Path(config.init_from)
+        _, source, start = load(path, tokenizer)
         inherit(config, origins, source, config.init_from)
+    model = build_model(config, start, path)  # 形状是检查点的，其余照这一次的配置
+    device = Device(config, world)
     print(f"微调 · {device.describe()}\n{describe(config, origins)}")
     if not checkpoint:
-        print(f"起点：{config.init_from}（{summary(pretrained)}）")
+        print(f"起点：{config.init_from}（{summary(start)}）")
     for note in device.notes:
         print(f"（{note}）")
 
@@ -118,7 +119,7 @@ def main() -> None:
         with memory_advice(config, model, config.batch_size):
             loss = evaluate(loss_fn, model, val, config.batch_size, limit, device)
         bpc = bits_per_character(loss, data.card)
-        busy = take_load(model, world)  # 专家混合：留出的文档上，各位专家的负载
+        busy = take_load(model, world)  # 专家混合：留出的回答上，各位专家的负载
         progress.checked(loss, bpc, everything)
         prompt = tokenizer.question_ids(config.sft_prompt)
         written = []

@@ -277,7 +277,8 @@ def compile_if_possible(fn, device: Device, **options):
     """
     if not device.compile:
         return fn
-    from torch._dynamo.exc import ShortenTraceback  # 导入要一两秒，聊天时不必等
+    # 导入要一两秒，聊天时不必等
+    from torch._dynamo.exc import ShortenTraceback, TorchRuntimeError
 
     compiled = torch.compile(fn, dynamic=False, options=options or None)
 
@@ -286,7 +287,7 @@ def compile_if_possible(fn, device: Device, **options):
         if device.compile:
             try:
                 return compiled(*args)
-            except ShortenTraceback as error:
+            except (ShortenTraceback, TorchRuntimeError) as error:
                 device.compile = False
                 reason = str(error).strip().splitlines()[0][:100]
                 print(

@@ -254,7 +254,7 @@ def test_without_listening_it_is_the_plain_training(trained, tmp_path):
 def test_the_result_goes_on_to_chat_and_finetuning(trained, taught):
     """最后印出的两条命令原样就能用。"""
     out, text = taught
-    assert re.search(r"老师：out/tiny/pretrain.pt（5\.8 M 参数，第 16 步，检验 \d", text)
+    assert re.search(r"老师：out/tiny/pretrain.pt（5\.8 M 参数，预训练 16 步，检验 \d", text)
     assert "损失：0.1 · 交叉熵 + 0.9 · τ² · KL，温度 τ = 2\n" in text
     chat, sft = (
         shlex.split(line.partition("    ")[0])

@@ -120,7 +120,8 @@ def test_one_token_alone_is_the_same_as_in_a_crowd():
 @pytest.mark.parametrize(
     ("device", "dtype", "there"),
     [("cpu", "float32", True), ("cpu", "bfloat16", True), ("cuda", "bfloat16", True),
-     ("cuda", "float16", False), ("cuda", "float32", False), ("mps", "float32", False)],
+     ("cuda", "float16", False), ("cuda", "float32", False), ("mps", "float32", False),
+     ("mps", "bfloat16", False), ("meta", "bfloat16", True)],
 )  # fmt: skip
 def test_where_the_fast_one_is_used(device, dtype, there):
     assert has_grouped_mm(torch.device(device), getattr(torch, dtype)) == there
@@ -321,9 +322,12 @@ def test_experts_compile_only_in_bf16(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--n_active", "9"], r"n_experts（8）至少是 2，n_active（9）在 1 与它之间"),
-        (["--n_active", "0"], r"n_experts（8）至少是 2，n_active（0）在 1 与它之间"),
-        (["--n_experts", "1", "--n_active", "1"], r"n_experts（1）至少是 2"),
+        (["--n_active", "9"], r"n_active（9）至少是 2（.*），至多是 n_experts（8）"),
+        (["--n_active", "0"], r"n_active（0）至少是 2"),
+        (["--n_active", "1"], r"只交给一位，权重总是 1，路由器学不到谁合适"),
+        (["--n_experts", "1", "--n_active", "1"], r"n_active（1）至少是 2"),
+        (["--hidden_dim", "300"], r"hidden_dim（300）须是 8 的倍数"),
+        (["--dim", "180", "--n_heads", "3"], r"dim（180）与 hidden_dim（288）须是 8 的倍数"),
         (["--n_experts", "-1"], "n_experts 不能是负数"),
         (["--balance_coef", "-0.1"], "balance_coef 不能是负数"),
         (["--n_experts", "0"], "不分专家就都是 0"),
@@ -360,7 +364,7 @@ def test_the_whole_way(moe):
     for stage, n in (("pretrain", 6), ("sft", 3)):
         rows = metrics(folder / "out/tiny-moe", stage)
         assert len(rows) == n + 1
-        assert all(1 <= r["balance_loss"] < 8 and len(r["load_entropy"]) == 2 for r in rows[1:])
+        assert all(0.5 < r["balance_loss"] < 8 and len(r["load_entropy"]) == 2 for r in rows[1:])
         for r in rows:
             if "val_load" in r:
                 assert [sum(x) for x in r["val_load"]] == [pytest.approx(8, abs=0.01)] * 2
@@ -388,10 +392,23 @@ def test_a_kill_and_a_resume_change_nothing(moe, tmp_path):
     assert_same_run(moe[0] / "out/tiny-moe", out, "pretrain")
 
 
+def test_finetuning_uses_its_own_coefficient(moe, tmp_path):
+    """微调的均衡系数是这一次指定的，不是预训练时的：换一个大的，练出来就不同。"""
+    start = str(moe[0] / "out/tiny-moe/pretrain.pt")
+    (tmp_path / "data").symlink_to(moe[0] / "data")
+    run(tmp_path, "sft_train.py", *MOE, "--max_steps", "3", "--eval_every", "2",
+        "--init_from", start, "--balance_coef", "100")  # fmt: skip
+    ours, theirs = (
+        torch.load(f / "out/tiny-moe/sft.pt", weights_only=True) for f in (tmp_path, moe[0])
+    )
+    assert ours["config"]["balance_coef"] == 100
+    assert not torch.equal(*(c["model"]["blocks.0.feed_forward.gate"] for c in (ours, theirs)))
+
+
 def test_a_checkpoint_that_lies_about_its_experts(moe, tmp_path):
     path = moe[0] / "out/tiny-moe/pretrain.pt"
     checkpoint = torch.load(path, weights_only=True)
-    for lie in ({"n_experts": 10**8, "n_active": 1}, {"n_experts": 0, "n_active": 0}):
+    for lie in ({"n_experts": 10**8, "n_active": 2}, {"n_experts": 0, "n_active": 0}):
         torch.save(checkpoint | {"config": checkpoint["config"] | lie}, tmp_path / "lie.pt")
         _, err = run(tmp_path, "pre_chat.py", "--checkpoint", "lie.pt", "--prompt", "你", code=2)
         assert f"专家不是 {lie['n_experts']} 位" in err and err.count("\n") == 1

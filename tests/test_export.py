@@ -618,6 +618,16 @@ def test_an_existing_folder_is_not_overwritten_unasked(made, tmp_path, folder):
         export(made.path, other, overwrite=True)  # 打错了路径，加了 --overwrite 也不删
     with pytest.raises(UserError, match="是文件，不是文件夹"):
         export(made.path, other / "a.jpg", overwrite=True)
+    records = tmp_path / "pretrain"  # 训练的记录里也有 config.json
+    records.mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (records / name).write_text("{}")
+    with pytest.raises(UserError, match="里有别的东西"):
+        export(made.path, records, overwrite=True)
+    inside = shutil.copy(made.path, folder / "sft.pt")
+    with pytest.raises(UserError, match="会连检查点一起删掉"):
+        export(inside, folder, overwrite=True)
+    assert inside.exists()
     empty = tmp_path / "空的"
     empty.mkdir()
     export(made.path, empty)

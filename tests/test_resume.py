@@ -91,7 +91,6 @@ def test_running_out_of_memory_names_the_knobs_and_loses_nothing(trained, tmp_pa
     assert read(saved, mmap=True)["progress"]["step"] == 0
 
 
-@pytest.mark.slow
 def test_numbers_going_wrong_stop_before_the_update_and_keep_the_good_checkpoint(trained, tmp_path):
     (tmp_path / "data").symlink_to(trained[0] / "data")
     _, err = run(tmp_path, "pre_train.py", "--max_steps", "9", "--lr", "1e9", *QUICK, code=2)

@@ -251,6 +251,19 @@ def test_a_failing_compiler_falls_back_to_plain_execution(monkeypatch, capsys, t
     assert not device.compile
 
 
+def test_what_the_compiler_refuses_runs_uncompiled(capsys):
+    """编译器推不出形状的（这里是只认 bf16 的 grouped_mm）：也改为不编译，不是一页英文。"""
+    device = Device(Config(device="cpu"))
+    device.compile = True
+    ends = torch.tensor([4, 8], dtype=torch.int32)
+    rows, matrices = torch.randn(8, 16), torch.randn(2, 16, 16)
+    found = compile_if_possible(lambda: torch.nn.functional.grouped_mm(rows, matrices, offs=ends),
+                                device)()  # fmt: skip
+    torch.testing.assert_close(found[:4], rows[:4] @ matrices[0])
+    assert "改为不编译" in capsys.readouterr().err
+    assert not device.compile
+
+
 def test_bf16_autocast_trains_to_nearly_the_same_gradients(model):
     """没有 bf16 指令的机器也能核对那条路：同样的一批，半精度的梯度与 fp32 的方向一致。"""
     batch = batch_of(2)

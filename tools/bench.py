@@ -283,7 +283,7 @@ def bench_first_token(options: Options, preset: str) -> list[Row]:
 def bench_int8_loss() -> list[Row]:
     """int8 让留出的词条上的损失涨多少；要有用内置语料训练好的检查点。"""
     what = "int8 使检验损失增加"
-    trained = [Path(f"out/{preset}/pretrain.pt") for preset in PRESETS]
+    trained = [Path(f"out/{p}/pretrain.pt") for p in PRESETS if p not in TWINS]
     if not (trained := [path for path in trained if path.is_file()]):
         return [Row(f"{what}（要先运行 python pre_train.py）", [], "%", "≤ 0.5%")]
     checkpoint = trained[-1]

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -286,8 +287,8 @@ def random_model(config: Config) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(config).eval()
     for p in model.parameters():
-        if p.ndim == 2:
-            nn.init.normal_(p, std=p.size(1) ** -0.5)
+        if p.ndim >= 2:
+            nn.init.normal_(p, std=p.size(-1) ** -0.5)
     return model
 
 
@@ -329,6 +330,7 @@ def decode_qwen3(preset: str, n: int, dtype: str) -> Callable[[], list]:
 def decode_original(preset: str, n: int, padded: bool) -> Callable[[], list]:
     """最初的做法：没有缓存，每写一个词元都从头算；padded：每次都补齐到 max_len。"""
     config = settings(preset)
+    config = replace(config, hidden_dim=config.active_width())  # 不分专家，前馈一样宽
     place = plain_device(config).torch
     torch.manual_seed(0)
     model = OriginalManner(config).eval().to(place)

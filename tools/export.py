@@ -55,6 +55,8 @@ def export(path: Path, folder: Path, overwrite: bool = False) -> None:
     """
     folder = folder.resolve()
     check_target(folder, overwrite)
+    if path.resolve().is_relative_to(folder):
+        raise UserError(f"{path} 就在 {folder} 里，换掉它会连检查点一起删掉；请换一个文件夹")
     tokenizer = Tokenizer()
     model, config, checkpoint = load(path, tokenizer)
     state = model.state_dict()
@@ -72,7 +74,7 @@ def export(path: Path, folder: Path, overwrite: bool = False) -> None:
         part.mkdir(parents=True)
         with quiet():
             theirs.save_pretrained(part)
-            tokenizer.to_transformers(checkpoint["stage"], config.max_len).save_pretrained(part)
+            save_tokenizer(tokenizer.to_transformers(checkpoint["stage"], config.max_len), part)
         card = model_card(checkpoint, config, theirs.num_parameters())
         (part / "README.md").write_text(card, encoding="utf-8")
         put_in_place(part, folder)
@@ -83,13 +85,21 @@ def export(path: Path, folder: Path, overwrite: bool = False) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def save_tokenizer(theirs, folder: Path) -> None:
+    """写下分词器。Raises OSError：写不下去；`tokenizers` 自己抛出的只是 Exception。"""
+    try:
+        theirs.save_pretrained(folder)
+    except Exception as error:
+        raise OSError(str(error)) from error
+
+
 def check_target(folder: Path, overwrite: bool) -> None:
     """能不能写到这里；不像模型的东西，加了 --overwrite 也不动。"""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} 是文件，不是文件夹；请换一个名字")
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if not (folder / "config.json").is_file():
+    if not list(folder.glob("*.safetensors")):
         raise UserError(f"{folder} 里有别的东西，不是导出的模型；请换一个文件夹")
     if not overwrite:
         raise UserError(f"{folder} 里已经有一个模型；不要它了：加上 --overwrite；或换一个文件夹")

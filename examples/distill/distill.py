@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pre_train
-from checkpoint import load
+from checkpoint import load, summary
 from config import Config, UserError, help_text, load_config, option, parse_flags, run_script
 from dataset import IGNORE, Batch
 from distributed import World
@@ -183,12 +183,8 @@ def load_teacher(path: Path, config: Config) -> Transformer:
             f"老师 {path} 至多看 {theirs.max_len} 个词元，一行却有 {config.seq_len} 个；"
             f"请加上 --seq_len {theirs.max_len}"
         )
-    done = checkpoint["progress"]
     n_params = sum(p.numel() for p in model.parameters())
-    print(
-        f"老师：{path}（{n_params / 1e6:.1f} M 参数，第 {done['step']} 步，"
-        f"检验 {done['val_bpc']:.3f} 比特每字）"
-    )
+    print(f"老师：{path}（{n_params / 1e6:.1f} M 参数，{summary(checkpoint)}）")
     if (theirs.data, theirs.val_fraction) != (config.data, config.val_fraction):
         print("（老师学的语料与这次的不同：这次留出的它也许学过，检验损失会因此偏低）")
     return model
