@@ -28,8 +28,8 @@ def folder(tmp_path_factory):
     """出好的卷子，真的命令行出的。"""
     where = tmp_path_factory.mktemp("evaluate")
     out, _ = run(where, "examples.evaluate.make_task", "task")
-    assert "399 题；不用模型，总选最长的 23.7%，总选最短的 23.2%" in out  # 文档里写的就是这些
-    assert "字最多的 79.9%" in out and "96 题" in out
+    assert "330 题；不用模型，总选最长的 24.3%，总选最短的 22.7%" in out  # 文档里写的就是这些
+    assert "字最多的 80.0%" in out and "76 题" in out
     return where / "task"
 
 
@@ -61,7 +61,8 @@ def test_no_idiom_was_ever_trained_on(tokenizer, questions, builtin_pretrain, bu
             word = as_text(tokenizer.encode(q.word))
             assert word in held_out and word not in trained_on, q.word
             for meaning in q.choices:  # 干扰项也取自留出的：若见过，模型会偏爱它
-                assert as_text(tokenizer.encode(meaning)) in held_out, meaning
+                meaning = as_text(tokenizer.encode(meaning))
+                assert meaning in held_out and meaning not in trained_on, meaning
 
 
 def test_every_question_has_one_right_answer(questions):
@@ -80,7 +81,7 @@ def test_every_question_has_one_right_answer(questions):
 
 def test_neither_place_nor_length_gives_the_answer_away(questions, folder):
     places = Counter(q.answer for q in questions)
-    assert all(75 <= places[i] <= 125 for i in range(4))  # 399 / 4 ≈ 100，标准差 8.6
+    assert all(59 <= places[i] <= 106 for i in range(4))  # 330 / 4 ≈ 82，标准差 7.9
     found = make_task.controls(questions)
     assert abs(found["总选最长的"] - 0.25) < 0.03
     assert abs(found["总选最短的"] - 0.25) < 0.03
@@ -134,7 +135,7 @@ def test_its_readme_says_what_happens(examinable, folder):
     made = {path.stem for path in folder.glob("*.yaml")}
     assert named <= made and len(made) == 8
     assert all(f"（{n}" in text for n in examinable[1].values())
-    assert all(n in text for n in ("399", "96", "23.7%", "23.2%", "79.9%"))
+    assert all(n in text for n in ("330", "76", "24.3%", "22.7%", "80.0%"))
 
 
 # ---------- 考 ----------

@@ -5,6 +5,8 @@ import re
 import shlex
 import signal
 import socket
+import sys
+import threading
 import urllib.error
 import urllib.request
 
@@ -25,7 +27,7 @@ if missing:
 
 import openai  # noqa: E402
 
-from examples.serve.ask import Options, answer, read_arguments  # noqa: E402
+from examples.serve.ask import Options, answer, main, read_arguments  # noqa: E402
 
 WHERE = "它出自哪里？"
 BOOK = [  # 同一句追问，答什么要看前文
@@ -160,6 +162,33 @@ def test_another_kind_of_server_is_one_sentence(url):
     )
     assert out == "" and err.count("\n") == 1
     assert err.startswith(f"错误：{url}/nothing 的服务答不了（")
+
+
+PAGE = b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n<html>hello</html>"
+MODELS = b'HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{"data": [{"id": "m"}]}'
+BROKEN = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: {oops\n\n"
+
+
+@pytest.mark.parametrize("replies", [[PAGE], [MODELS, BROKEN], [b"oops"]])
+def test_what_is_no_such_service_is_one_sentence(replies, monkeypatch):
+    """网页、坏的 JSON、不是 HTTP 的：都说一句话。"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            for reply in replies:
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(reply)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(sys, "argv", ["ask", "你好", "--url", url])
+        with pytest.raises(UserError, match=r"的服务答不了|连不上"):
+            main()
+        thread.join(10)
 
 
 @pytest.mark.parametrize(

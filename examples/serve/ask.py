@@ -10,10 +10,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-
-import openai
+from typing import TYPE_CHECKING
 
 from config import UserError, help_text, is_text, option, parse_flags, run_script
+
+if TYPE_CHECKING:
+    import openai
 
 Turn = dict[str, str]  # {"role": "user" 或 "assistant", "content": 说的话}
 
@@ -31,7 +33,14 @@ class Options:
 def main() -> None:
     """逐句提问，边收边印；每一句都带上前几轮。"""
     questions, options = read_arguments(sys.argv[1:])
+    try:
+        import openai
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"还没有安装 {error.name}；请先运行 pip install -r examples/serve/requirements.txt"
+        ) from None
     turns: list[Turn] = []
+    pieces: list[str] = []
     try:
         client = openai.OpenAI(base_url=options.url, api_key="none", max_retries=0)
         model = client.models.list().data[0].id
@@ -40,7 +49,7 @@ def main() -> None:
                 continue
             remembered = turns[-2 * options.rounds :] if options.rounds else []
             question = {"role": "user", "content": text}
-            pieces = []
+            pieces.clear()
             for piece in answer(client, model, [*remembered, question], options):
                 print(piece, end="", flush=True)
                 pieces.append(piece)
@@ -48,11 +57,15 @@ def main() -> None:
             if pieces:  # 一个字也没答的提问不留着，免得它接着答上一句
                 turns += [question, {"role": "assistant", "content": "".join(pieces)}]
     except openai.APIConnectionError as error:
+        if pieces:
+            print()
+            raise UserError(f"话没说完，与 {options.url} 断开了；请看服务那边的输出") from error
         raise UserError(
             f"连不上 {options.url}；请先启动服务（见 examples/serve/README.md），"
             f"或用 --url 写对它的地址"
         ) from error
-    except (openai.OpenAIError, IndexError) as error:
+    # 不是这种服务的：给的是网页，或者 JSON 里没有该有的。
+    except (openai.OpenAIError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{options.url} 的服务答不了（{error}）；请看服务那边的输出") from error
 
 
@@ -85,7 +98,7 @@ def typed() -> Iterator[str]:
 
 
 def answer(
-    client: openai.OpenAI, model: str, turns: Iterable[Turn], options: Options
+    client: "openai.OpenAI", model: str, turns: Iterable[Turn], options: Options
 ) -> Iterator[str]:
     """提问，一小段一小段地给出回答。
 
@@ -95,9 +108,9 @@ def answer(
     Raises:
         openai.OpenAIError: 连不上，或服务答不了。
     """
-    temperature = openai.omit if options.temp is None else options.temp
+    chosen = {} if options.temp is None else {"temperature": options.temp}
     with client.chat.completions.create(
-        model=model, messages=turns, stream=True, max_tokens=options.max, temperature=temperature
+        model=model, messages=turns, stream=True, max_tokens=options.max, **chosen
     ) as stream:
         for chunk in stream:
             for choice in chunk.choices:
