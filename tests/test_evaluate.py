@@ -28,8 +28,8 @@ def folder(tmp_path_factory):
     """出好的卷子，真的命令行出的。"""
     where = tmp_path_factory.mktemp("evaluate")
     out, _ = run(where, "examples.evaluate.make_task", "task")
-    assert "330 题；不用模型，总选最长的 24.3%，总选最短的 22.7%" in out  # 文档里写的就是这些
-    assert "字最多的 80.0%" in out and "76 题" in out
+    assert "323 题；不用模型，总选最长的 24.4%，总选最短的 22.5%" in out  # 文档里写的就是这些
+    assert "字最多的 81.2%" in out and "73 题" in out
     return where / "task"
 
 
@@ -81,7 +81,7 @@ def test_every_question_has_one_right_answer(questions):
 
 def test_neither_place_nor_length_gives_the_answer_away(questions, folder):
     places = Counter(q.answer for q in questions)
-    assert all(59 <= places[i] <= 106 for i in range(4))  # 330 / 4 ≈ 82，标准差 7.9
+    assert all(57 <= places[i] <= 104 for i in range(4))  # 323 / 4 ≈ 81，标准差 7.8
     found = make_task.controls(questions)
     assert abs(found["总选最长的"] - 0.25) < 0.03
     assert abs(found["总选最短的"] - 0.25) < 0.03
@@ -135,7 +135,7 @@ def test_its_readme_says_what_happens(examinable, folder):
     made = {path.stem for path in folder.glob("*.yaml")}
     assert named <= made and len(made) == 8
     assert all(f"（{n}" in text for n in examinable[1].values())
-    assert all(n in text for n in ("330", "76", "24.3%", "22.7%", "80.0%"))
+    assert all(n in text for n in ("323", "73", "24.4%", "22.5%", "81.2%"))
 
 
 # ---------- 考 ----------

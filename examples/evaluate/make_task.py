@@ -119,7 +119,7 @@ def examinable(fraction: float) -> tuple[dict[str, str], dict[str, int]]:
         word, meaning = entry["word"], re.sub(REFERENCE, "", entry["explanation"])
         reasons = {
             "训练的文字里出现过（多半是「同“某某”」）": word in trained_on,
-            "释义在训练的文字里出现过": meaning in trained_on,
+            "释义在训练的文字里出现过": meaning.rstrip("。") in trained_on,
             "释义用另一个成语来说": not meaning or re.match(r"[亦也又]?[同见犹]|.*“", meaning),
             "释义引了成语里的两个字": pairs(word) & pairs(meaning),
             "有词表里没有的字": tokenizer.unk_id in tokenizer.encode(word + meaning),
