@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from scripts import QUICK, STEPS, Running, assert_same_run, last_step, run
+from test_export import random_model as plain_model
+from test_export import save
 
 from config import Config, UserError
 from dataset import IGNORE, Batch
@@ -220,6 +222,18 @@ def test_a_teacher_of_another_tokenizer_is_refused(trained, tmp_path, monkeypatc
     torch.save(checkpoint | {"tokenizer": "别的"}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="是用另一个分词器训练的"):
         start(monkeypatch, tmp_path, "--teacher other.pt")
+
+
+def test_going_on_asks_what_the_checkpoint_says(trained, tmp_path, monkeypatch):
+    """接着练时，老师教得了教不了，看检查点里的一行多长，不看默认的。"""
+    save(tmp_path / "short.pt", plain_model(), stage="pretrain")  # 至多看 128 个词元，正好一行
+    went_on = []
+    monkeypatch.setattr(distill.pre_train, "main", lambda *args: went_on.append(args))
+    short = f"--teacher {tmp_path / 'short.pt'} --out_dir out/tiny"
+    start(monkeypatch, trained[0], f"{short} --resume")
+    assert len(went_on) == 1
+    with pytest.raises(UserError, match="一行却有 256 个"):
+        start(monkeypatch, trained[0], short)
 
 
 def test_help_names_its_own_flags_and_where_the_others_are(monkeypatch, capsys, tmp_path):

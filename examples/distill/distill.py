@@ -18,6 +18,7 @@
 
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -39,7 +40,7 @@ PROGRAM = "examples.distill.distill"
 
 @dataclass
 class Options:
-    """命令行参数；其余的归 pre_train.py。"""
+    """命令行参数；其余的归 pre_train.py。接着练时这三个要再写一遍，中断时印出的命令里都有。"""
 
     teacher: str = option("out/wide/pretrain.pt", "老师：预训练的检查点，大小不限")
     alpha: float = option(0.5, "α：听老师的占多少，其余的看答案；0 就是没有老师")
@@ -194,6 +195,7 @@ def main() -> None:
     """请来老师，其余的交给 pre_train.py。"""
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(Options, f"用法：python -m {PROGRAM} [--参数 值 …]"))
+        print("接着练（--resume）时，以上三个要再写一遍；中断时印出的命令里都有。")
         print("其余的参数与预训练的相同：python pre_train.py --help")
         return
     mine, rest = split_flags(sys.argv[1:])
@@ -203,7 +205,11 @@ def main() -> None:
     config, origins = load_config("pretrain", argv)
     if origins["batch_size"] == "auto":
         raise UserError("试 batch_size 时没有算上老师占的显存；请写一个数，例如 --batch_size 8")
-    model = load_teacher(Path(options.teacher), config)
+    student = config
+    if config.resume:
+        with suppress(UserError):  # 没有的、坏了的，pre_train.py 会说
+            _, student, _ = load(Path(config.out_dir) / "pretrain.pt", Tokenizer())
+    model = load_teacher(Path(options.teacher), student)
     teacher = Teacher(model.to(Device(config, World()).torch), options)
     print(
         f"损失：{1 - options.alpha:g} · 交叉熵 + {options.alpha:g} · τ² · KL，"
