@@ -153,11 +153,14 @@ def tell_progress(trainer: Trainer, names: dict[str, str]) -> Trainer:
     return trainer
 
 
-def trl_settings(target: Path, lr: float, seed: int) -> dict:
-    """两个 trl 的训练器都要的设置：在 CPU 上，fp32，不存中间的，不联网，不向别处报告。"""
+def trl_settings(target: Path, lr: float, seed: int, n_steps: int) -> dict:
+    """两个 trl 的训练器都要的设置：在 CPU 上，fp32，不存中间的，不联网，不向别处报告。
+
+    升温的第一步学习率是 0：一共没有几步的，不升温。
+    """
     return dict(
         output_dir=str(target), learning_rate=lr, seed=seed, lr_scheduler_type="linear",
-        warmup_steps=3, max_grad_norm=1.0, use_cpu=True, bf16=False, activation_checkpointing=False,
-        save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=5,
-        logging_first_step=True,
+        warmup_steps=min(3, n_steps // 10), max_grad_norm=1.0,
+        use_cpu=True, bf16=False, activation_checkpointing=False, save_strategy="no",
+        report_to="none", disable_tqdm=True, logging_steps=5, logging_first_step=True,
     )  # fmt: skip
