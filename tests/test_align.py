@@ -14,7 +14,7 @@ from checkpoint import load
 from config import Config, UserError
 from dataset import is_held_out
 from examples.align import dpo, grpo
-from examples.align.measure import Exam, frozen_copy, log_probabilities, trl_settings
+from examples.align.measure import Exam, frozen_copy, log_probabilities, still_a_model, trl_settings
 from examples.align.questions import (
     Question,
     ask,
@@ -179,6 +179,14 @@ def test_an_exam_is_the_same_twice_and_unchanged_models_are_at_distance_zero(mod
     first = exam.take(models.model, models.tokenizer)
     assert exam.take(models.model, models.tokenizer) == first
     assert "（KL）每个回答 0.00 奈特" in capsys.readouterr().out
+
+
+def test_a_diverged_model_is_said_in_one_sentence(models):
+    """学习率太大，打分成了 NaN：叫人调小，不是英文的调用栈。"""
+    with torch.no_grad():
+        models.model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"练坏了.*--lr 9 调小"), still_a_model(lr=9):
+        Exam([PAIRS[0].question], models.reference, seed=1).take(models.model, models.tokenizer)
 
 
 # ---------- 4. DPO ----------

@@ -18,7 +18,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import UserError, option, run_script
-from examples.align.measure import Exam, frozen_copy, log_probabilities, tell_progress, trl_settings
+from examples.align.measure import (
+    Exam,
+    frozen_copy,
+    log_probabilities,
+    still_a_model,
+    tell_progress,
+    trl_settings,
+)
 from examples.align.questions import Question, ask, score, training_entries
 from examples.common import check_installed, load_folder, read_options, save_folder, write_answers
 from tools.check_answers import unseen_entries
@@ -75,12 +82,11 @@ def main() -> None:
     print("练之前：")
     check()
 
-    # ---------- 2. 训练 ----------
-    make_trainer(model, reference, tokenizer, known, options, target).train()
-
-    # ---------- 3. 再考一次，保存 ----------
-    print("练之后：")
-    check()
+    # ---------- 2. 训练，再考一次，保存 ----------
+    with still_a_model(options.lr):
+        make_trainer(model, reference, tokenizer, known, options, target).train()
+        print("练之后：")
+        check()
     save_folder(model, tokenizer, target)
 
 

@@ -13,7 +13,7 @@
 from dataclasses import dataclass
 
 from config import UserError, option, run_script
-from examples.align.measure import Exam, frozen_copy, tell_progress, trl_settings
+from examples.align.measure import Exam, frozen_copy, still_a_model, tell_progress, trl_settings
 from examples.align.questions import Question, ask, score, training_entries
 from examples.common import check_installed, load_folder, read_options, save_folder
 from tokenizer import Tokenizer
@@ -48,14 +48,13 @@ def main() -> None:
     print("练之前：")
     before = exam.take(model, tokenizer)
 
-    # ---------- 2. 训练 ----------
+    # ---------- 2. 训练，再考一次，保存 ----------
     n_known = options.steps * options.prompts
     known = ask(training_entries(n_known, noted.val_fraction, options.seed))
-    make_trainer(model, tokenizer, known, options, target).train()
-
-    # ---------- 3. 再考一次，保存 ----------
-    print("练之后：")
-    after = exam.take(model, tokenizer)
+    with still_a_model(options.lr):
+        make_trainer(model, tokenizer, known, options, target).train()
+        print("练之后：")
+        after = exam.take(model, tokenizer)
     for question, old, new in list(zip(unseen, before, after, strict=True))[:9]:
         print(f"  问：{question.text}\n    练之前：{old}\n    练之后：{new}")
     save_folder(model, tokenizer, target)

@@ -3,9 +3,12 @@
 log_probabilities   每个回答的对数概率
 Exam                一份考卷：问没见过的成语，量合格率、损失与 KL
 TellProgress        训练途中，把 trl 的记录写成一行中文
+still_a_model       练坏了，说一声
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from config import UserError
 from dataset import IGNORE
 from examples.align.questions import Question, is_real, rules
 from examples.common import write_answers
@@ -151,6 +155,17 @@ def tell_progress(trainer: Trainer, names: dict[str, str]) -> Trainer:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(TellProgress(names))
     return trainer
+
+
+@contextmanager
+def still_a_model(lr: float) -> Iterator[None]:
+    """在其中训练与考试。Raises UserError：练坏了，打分里有 NaN，抽不了签。"""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError(f"练坏了：打分里有 NaN 或无穷大；请把 --lr {lr} 调小") from error
 
 
 def trl_settings(target: Path, lr: float, seed: int, n_steps: int) -> dict:
