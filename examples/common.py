@@ -1,7 +1,7 @@
 """LoRA 与对齐两个例子共用的：命令行，模型目录，损失，成批的回答。
 
     read_options               命令行 -> 一个 dataclass
-    installed_with             导入另外要装的包
+    check_installed            另外要装的包都在
     load_folder / save_folder  tools.export 写的那种目录 <-> transformers 的模型与分词器
     sft_batches                sft_train.py 用的那种批
     answer_loss                与 sft_train.py 同样的编号、同样的目标，只是换成 transformers 的模型
@@ -10,18 +10,17 @@
 图例：B 批次，T 词元数，V 词表大小。
 """
 
+import importlib
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -31,9 +30,16 @@ from transformers import (
 from config import LARGEST, Config, UserError
 from dataset import IGNORE, SIDES, Batch, SFTBatches, prepare
 from tokenizer import Tokenizer
-from tools.export import check_target
+from tools.export import check_target, save_tokenizer, written_whole
 from tools.huggingface import arguments, quiet
-from tools.import_hf import check_tokenizer, last_line, read_config
+from tools.import_hf import Options as ImportOptions
+from tools.import_hf import (
+    check_tokenizer,
+    last_line,
+    our_config,
+    read_config,
+    read_model,
+)
 from training import Device, add_in_fixed_order, evaluate, keep_freed_memory
 
 Messages = list[dict[str, str]]  # [{"role": …, "content": …}, …]，transformers 的写法
@@ -46,70 +52,89 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 # ---------- 1. 命令行与模型目录 ----------
 
 
-def read_options(cls: type, program: str) -> tuple[Path, Path, object]:
+def read_options(
+    cls: type, program: str, may_be_zero: tuple[str, ...] = ()
+) -> tuple[Path, Path, object]:
     """命令行 -> (导出的模型, 结果写在哪里, 各项参数)；--help 时打印说明并结束。
 
     Args:
-        cls: 用 `option` 写成的 dataclass；其中的数都须是正数。
+        cls: 用 `option` 写成的 dataclass；其中的数都须是正数，种子可以是 0。
         program: 程序名，例如 "examples.lora.train"。
+        may_be_zero: 另有哪几个数可以是 0。
     Raises:
         UserError: 有看不懂的参数或不能用的值，或者结果会盖掉别的东西。
     """
     usage = f"python -m {program} 导出的文件夹 结果的文件夹 [--参数 值 …]"
     source, target, options = arguments(cls, sys.argv[1:], usage)
-    problems = [
-        f"--{f.name} 必须是正数，不超过 10^9，得到的是 {value}"
-        for f in fields(cls)
-        if isinstance(value := getattr(options, f.name), int | float)
-        and not isinstance(value, bool)
-        and not 0 < value <= LARGEST
-    ]
+    problems = []
+    for name, value in vars(options).items():
+        zero = name in ("seed", *may_be_zero)
+        if type(value) in (int, float) and not (0 < value <= LARGEST or (zero and value == 0)):
+            rule = "不能是负数" if zero else "必须是正数"
+            problems.append(f"--{name} {rule}，不超过 10^9，得到的是 {value}")
     if problems:
         raise UserError("；".join(problems))
     check_target(target, overwrite=options.overwrite)
     return source, target, options
 
 
-def load_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """读 tools.export 写的目录：模型（fp32）与分词器。
+def load_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Config]:
+    """读 tools.export 写的目录：模型（fp32）、分词器，以及导出时记下的配置。
 
     Raises:
-        UserError: 不是我们认得的模型，或者还没有微调过。
+        UserError: 不是 tools.import_hf 收得下的模型，或者还没有微调过。
     """
     keep_freed_memory()  # 大块的内存留着用：还了又要，占去一半的时间
     add_in_fixed_order()  # 同样的种子，同样的结果
-    theirs, _ = read_config(path)
+    theirs, noted = read_config(path)
     check_tokenizer(path, Tokenizer())
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    except Exception as error:  # 坏文件引起的异常种类繁多，没有共同的基类
+        raise UserError(f"{path} 的分词器读不出来（{last_line(error)}）；请重新导出") from error
     if tokenizer.chat_template is None:
         raise UserError(
             f"{path} 还没有微调过，不会回答；请先运行 python sft_train.py，再导出 sft.pt"
         )
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(path, config=theirs, dtype=torch.float32)
-    except Exception as error:  # 坏文件引起的异常种类繁多，没有共同的基类
-        raise UserError(f"{path} 的权重读不出来（{last_line(error)}）；请重新导出") from error
-    return model, tokenizer
+    options = ImportOptions(stage="sft", preset="tiny")  # 没有记下也不要紧：要用的与预设无关
+    _, config = our_config(path / "config.json", theirs, noted, options)
+    if config.sft_data != "builtin":
+        print(f"（它微调用的对话：{config.sft_data}；下面说的词典与训练过的成语，它未必学过）")
+    return read_model(path, theirs), tokenizer, config
 
 
-def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """写成 tools.import_hf 读得回来的目录，并说怎样带回来。"""
-    with quiet():
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-    checkpoint = path.parent / "sft.pt"
+def save_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, adapter=None
+) -> None:
+    """写成 tools.import_hf 读得回来的目录，并说怎样带回来；原有的整个换掉。
+
+    Args:
+        adapter: peft 的模型，它的窄路另存在 adapter/ 里。
+    Raises:
+        UserError: 写不进去。
+    """
+    with written_whole(path) as part:
+        model.save_pretrained(part)
+        save_tokenizer(tokenizer, part)
+        if adapter is not None:
+            adapter.save_pretrained(part / "adapter")
+    checkpoint, n = path.with_name("sft.pt"), 1
+    while checkpoint.exists():  # 也许是它的起点，不要盖掉
+        n += 1
+        checkpoint = path.with_name(f"sft-{n}.pt")
+    folder, file = shlex.quote(str(path)), shlex.quote(str(checkpoint))
     print(
-        f"写好 {path}；带回来接着聊：\n  python -m tools.import_hf {path} {checkpoint}\n"
-        f"  python sft_chat.py --checkpoint {checkpoint}"
+        f"写好 {path}；带回来接着聊：\n  python -m tools.import_hf {folder} {file}\n"
+        f"  python sft_chat.py --checkpoint {file}"
     )
 
 
-@contextmanager
-def installed_with(example: str) -> Iterator[None]:
-    """在其中导入这个例子另外要装的包；没有装的，说怎样装。"""
+def check_installed(example: str, *packages: str) -> None:
+    """导入这个例子另外要装的包。Raises UserError：没有装，并说怎样装。"""
     try:
-        yield
+        for name in packages:
+            importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UserError(
             f"还没有安装 {error.name}；请先运行 pip install -r examples/{example}/requirements.txt"
@@ -184,7 +209,7 @@ def write_answers(
             prompts[first : first + 64], add_generation_prompt=True, padding=True,
             return_dict=True, return_tensors="pt",
         )  # fmt: skip
-        with torch.inference_mode():
+        with quiet(), torch.inference_mode():
             ids = model.generate(**asked, generation_config=settings)
         yield from tokenizer.batch_decode(
             ids[:, asked["input_ids"].size(1) :], skip_special_tokens=True

@@ -11,12 +11,11 @@ from test_export import random_model, save
 
 import idioms
 from checkpoint import load
-from config import UserError
+from config import Config, UserError
 from dataset import is_held_out
 from examples.align import dpo, grpo
-from examples.align.measure import Exam, frozen_copy, log_probabilities
+from examples.align.measure import Exam, frozen_copy, log_probabilities, still_a_model, trl_settings
 from examples.align.questions import (
-    VAL_FRACTION,
     Question,
     ask,
     dictionary,
@@ -32,6 +31,9 @@ from tools.export import export
 pytest.importorskip("trl", reason="没有安装 examples/align/requirements.txt")
 
 
+VAL_FRACTION = Config().val_fraction
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """一个小模型导出的目录。"""
@@ -43,7 +45,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture
 def models(base):
     """刚读进来的模型与分词器，以及一份不动的。"""
-    model, tokenizer = load_folder(base)
+    model, tokenizer, _ = load_folder(base)
     return SimpleNamespace(model=model, tokenizer=tokenizer, reference=frozen_copy(model))
 
 
@@ -58,12 +60,17 @@ PAIRS = [
 
 def test_practice_and_exam_share_no_idiom():
     """练的成语，考卷里没有，连释义相同的也没有；考卷的都是训练时留出的。"""
-    practice, exam = training_entries(3000, seed=0), unseen_entries(300, VAL_FRACTION)
+    practice, exam = training_entries(3000, VAL_FRACTION, 0), unseen_entries(300, VAL_FRACTION)
     assert len(practice) == 3000
     assert {e["word"] for e in practice}.isdisjoint(e["word"] for e in exam)
     assert not any(is_held_out(e["explanation"], VAL_FRACTION) for e in practice)
     assert all(is_held_out(e["explanation"], VAL_FRACTION) for e in exam)
-    assert training_entries(5, seed=0) == training_entries(5, seed=0) != training_entries(5, seed=1)
+    first, again, other = (training_entries(5, VAL_FRACTION, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    fewer = training_entries(3000, 0.3, 0)  # 训练时留出得多，练习也就少
+    assert not any(is_held_out(e["explanation"], 0.3) for e in fewer)
+    with pytest.raises(UserError, match="没有一个留出的成语可考"):
+        ask([])
 
 
 def test_questions_are_worded_as_in_sft():
@@ -112,6 +119,13 @@ def test_rules(kind, answer, broken):
     kept = rules(kind, "一心一意", answer)
     assert [rule for rule, held in kept.items() if not held] == broken
     assert score(kind, "一心一意", answer) == pytest.approx(1 - len(broken) / len(kept))
+
+
+def test_a_comma_is_not_a_character_of_the_idiom():
+    """引文里的逗号人人都有，不算成语的字。"""
+    for quoted, held in (("百尺，高也。", True), ("竿，长也。", False)):
+        kept = rules("出处", "百尺竿头，更进一步", f"出自《书》：“{quoted}”")
+        assert kept["引文里有成语的两个字"] == held
 
 
 def test_the_dictionary_itself_passes():
@@ -167,6 +181,14 @@ def test_an_exam_is_the_same_twice_and_unchanged_models_are_at_distance_zero(mod
     assert "（KL）每个回答 0.00 奈特" in capsys.readouterr().out
 
 
+def test_a_diverged_model_is_said_in_one_sentence(models):
+    """学习率太大，打分成了 NaN：叫人调小，不是英文的调用栈。"""
+    with torch.no_grad():
+        models.model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"练坏了.*--lr 9 调小"), still_a_model(lr=9):
+        Exam([PAIRS[0].question], models.reference, seed=1).take(models.model, models.tokenizer)
+
+
 # ---------- 4. DPO ----------
 
 
@@ -195,17 +217,33 @@ def test_dpo_moves_towards_the_chosen(models, tmp_path, capsys):
     assert "好的涨得更多的占 100.0%" in capsys.readouterr().out
 
 
-def test_pairs_hold_the_dictionarys_answer_and_its_own(models):
-    """好的是词典的，差的是它自己写的；两个一样的不算一对。"""
-    questions = ask(unseen_entries(2, VAL_FRACTION))
-    torch.manual_seed(0)
-    pairs = dpo.make_pairs(models.model, models.tokenizer, questions)
-    assert [p.chosen for p in pairs] == [q.answer for q in questions]
-    assert all(p.rejected != p.chosen for p in pairs)
-    same = [Question("你好", "意思", "你好", pairs[0].rejected)]
-    torch.manual_seed(0)
-    written = dpo.make_pairs(models.model, models.tokenizer, same)
-    assert all(p.rejected != p.chosen for p in written)
+@pytest.mark.parametrize(
+    ("answer", "written", "paired"),
+    [
+        ("比喻做事十分专心。", "很专心。", True),
+        ("比喻做事十分专心。", "形容非常专心。", False),  # 写得合格
+        ("同“专心致志。", "同“专心致志。", False),  # 词典自己不合格，模型背得一字不差
+        ("同“专心致志。", "很专心。", False),  # 词典自己不合格，不能说它好
+    ],
+)
+def test_a_pair_is_good_against_bad(monkeypatch, answer, written, paired):
+    """好的是词典的，合格；差的是它自己写的，不合格。"""
+    monkeypatch.setattr(dpo, "write_answers", lambda *_, **__: iter([written]))
+    question = Question("一心一意是什么意思？", "意思", "一心一意", answer)
+    pairs = dpo.make_pairs(None, None, [question])
+    assert pairs == ([dpo.Pair(question, answer, written)] if paired else [])
+
+
+def test_one_step_learns_too(models, tmp_path):
+    """一共只有一步：学习率不是 0。步数多的，升温三步。"""
+    options = dpo.Options(lr=1e-2)
+    trainer = dpo.make_trainer(
+        models.model, models.reference, models.tokenizer, PAIRS, options, tmp_path
+    )
+    trainer.train()
+    after = models.model.parameters()
+    assert not all(map(torch.equal, models.reference.parameters(), after))
+    assert trl_settings(tmp_path, 0.1, 0, 40)["warmup_steps"] == 3
 
 
 # ---------- 5. 从头到尾 ----------
@@ -241,6 +279,7 @@ def test_from_export_to_chat(base, tokenizer, program, options, tmp_path):
     [
         (["nowhere", "new"], "nowhere 不存在"),
         (["{base}", "new", "--lr", "0"], "--lr 必须是正数"),
+        (["{base}", "new", "--seed", "-1"], "--seed 不能是负数"),
         (["{base}", "{base}"], "已经有一个模型"),
     ],
 )
@@ -260,10 +299,21 @@ def test_a_pretrained_model_is_refused(tmp_path):
         load_folder(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("module", [dpo, grpo])
-def test_a_missing_package_is_named(models, module, monkeypatch, tmp_path):
-    """没有装 trl：说装哪一份。"""
+@pytest.mark.parametrize(
+    ("program", "arguments", "says"),
+    [
+        (dpo, ["--seed", "0", "--sft_weight", "0"], r"trl.*examples/align/requirements\.txt"),
+        (grpo, ["--seed", "0", "--beta", "0"], r"trl.*examples/align/requirements\.txt"),
+        (dpo, ["--beta", "0"], "--beta 必须是正数"),
+        (grpo, ["--tries", "1"], "--tries 至少是 2"),
+    ],
+)
+def test_what_may_be_zero_and_what_is_said_at_once(
+    base, program, arguments, says, tmp_path, monkeypatch, capsys
+):
+    """可以是 0 的放行；没有装 trl，说装哪一份，不必等考完一次。"""
     monkeypatch.setitem(sys.modules, "trl", None)
-    given = {dpo: (models.reference, models.tokenizer, PAIRS), grpo: (models.tokenizer, [])}[module]
-    with pytest.raises(ValueError, match=r"trl.*examples/align/requirements\.txt"):
-        module.make_trainer(models.model, *given, module.Options(), tmp_path)
+    monkeypatch.setattr(sys, "argv", ["", str(base), str(tmp_path / "new"), *arguments])
+    with pytest.raises(UserError, match=says):
+        program.main()
+    assert not capsys.readouterr().out

@@ -11,6 +11,8 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ def main() -> None:
 
 
 def export(path: Path, folder: Path, overwrite: bool = False) -> None:
-    """检查点 -> 文件夹。先写在旁边，写完才改名：中途出错，不会留下半个看着像样的。
+    """检查点 -> 文件夹。
 
     Raises:
         UserError: 检查点不能用，文件夹里已经有东西，或写不进去。
@@ -68,15 +70,27 @@ def export(path: Path, folder: Path, overwrite: bool = False) -> None:
         eos_token_id=tokenizer.eos_id, **{KEY: recorded(checkpoint["stage"], config)},
     )  # fmt: skip
     theirs.generation_config = generation_config(checkpoint["stage"], tokenizer)
+    with written_whole(folder) as part:
+        theirs.save_pretrained(part)
+        save_tokenizer(tokenizer.to_transformers(checkpoint["stage"], config.max_len), part)
+        card = model_card(checkpoint, config, theirs.num_parameters())
+        (part / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """给出旁边的一个文件夹去写，写完才改名：中途出错，不会留下半个看着像样的。
+
+    Raises:
+        UserError: 写不进去。
+    """
+    folder = folder.resolve()
     part = folder.with_name(f".{folder.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)  # 上次写到一半断了电的
         part.mkdir(parents=True)
         with quiet():
-            theirs.save_pretrained(part)
-            save_tokenizer(tokenizer.to_transformers(checkpoint["stage"], config.max_len), part)
-        card = model_card(checkpoint, config, theirs.num_parameters())
-        (part / "README.md").write_text(card, encoding="utf-8")
+            yield part
         put_in_place(part, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or "写到一半写不下去，多半是磁盘满了"

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from checkpoint import FORMAT, SCRIPTS, Progress, build_model, config_of, versions, write
+from checkpoint import FORMAT, SCRIPTS, Progress, build_model, versions, write
 from config import (
     N_TOKENS,
     PRESETS,
@@ -29,6 +29,7 @@ from config import (
     Config,
     UserError,
     check_types,
+    check_values,
     fill_in,
     option,
     run_script,
@@ -98,8 +99,6 @@ def import_folder(folder: Path, path: Path, options: Options) -> str:
         "model": {}, "optimizers": [], "scaler": {}, "shared_row": None,
         "progress": asdict(Progress()), "max_steps": 0, "data": {}, "rng": {},
     }  # fmt: skip
-    config = config_of(checkpoint, folder / "config.json", tokenizer)  # 值与值之间也要相容
-    check_same(folder / "config.json", theirs, config)
     checkpoint["model"] = read_weights(folder, config, theirs)
     build_model(config, checkpoint, folder)
     write(path, checkpoint)
@@ -199,7 +198,7 @@ def our_config(path: Path, theirs, noted: dict, options: Options) -> tuple[str, 
     Args:
         path: config.json，只用来说话。
     Raises:
-        UserError: 记下的不对，或者缺了 --stage、--preset。
+        UserError: 记下的不对，算法与我们的不同，或者缺了 --stage、--preset。
     """
     if not isinstance(noted, dict) or not isinstance(noted.get("config", {}), dict):
         raise UserError(f"{path} 的 {KEY} 不对；请删掉这一项，再加上 --stage 与 --preset")
@@ -219,6 +218,10 @@ def our_config(path: Path, theirs, noted: dict, options: Options) -> tuple[str, 
         config.preset = preset_like(config)
     fill_in(config, {})
     config.seq_len = min(config.seq_len, config.max_len)
+    check_values(config, problems, set())  # 值与值之间也要相容
+    if problems:
+        raise UserError(f"{path} 里的配置不对：{'；'.join(problems)}")
+    check_same(path, theirs, config)
     return stage, config
 
 
@@ -247,7 +250,14 @@ def preset_like(config: Config) -> str:
 
 
 def read_weights(folder: Path, config: Config, theirs) -> dict[str, Tensor]:
-    """文件夹里的权重 -> 我们的 state_dict，fp32，词表补齐到 config.vocab_size。
+    """文件夹里的权重 -> 我们的 state_dict，fp32，词表补齐到 config.vocab_size。"""
+    weights = read_model(folder, theirs).state_dict()
+    state = to_ours(weights, Transformer(config).state_dict())
+    return state | {"embedding.weight": pad(state["embedding.weight"], config.vocab_size)}
+
+
+def read_model(folder: Path, theirs):
+    """文件夹里的权重 -> transformers 的模型，fp32。
 
     分片、半精度、一个专家一个专家分开存的，都由 transformers 认。
     Raises:
@@ -270,8 +280,7 @@ def read_weights(folder: Path, config: Config, theirs) -> dict[str, Tensor]:
     if not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
         raise UserError(f"{folder} 的输出层与词嵌入不是同一个矩阵，我们的模型装不下；请换一个模型")
     check_finite(weights, folder)
-    state = to_ours(weights, Transformer(config).state_dict())
-    return state | {"embedding.weight": pad(state["embedding.weight"], config.vocab_size)}
+    return model
 
 
 def first(names: set) -> str:

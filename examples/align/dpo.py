@@ -11,15 +11,23 @@
 成绩在没见过的成语上量：有多少对更偏向好的，抽签的回答有多少合格。
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import UserError, option, run_script
-from examples.align.measure import Exam, frozen_copy, log_probabilities, tell_progress, trl_settings
-from examples.align.questions import VAL_FRACTION, Question, ask, score, training_entries
-from examples.common import installed_with, load_folder, read_options, save_folder, write_answers
+from examples.align.measure import (
+    Exam,
+    frozen_copy,
+    log_probabilities,
+    still_a_model,
+    tell_progress,
+    trl_settings,
+)
+from examples.align.questions import Question, ask, score, training_entries
+from examples.common import check_installed, load_folder, read_options, save_folder, write_answers
 from tools.check_answers import unseen_entries
 
 
@@ -50,12 +58,14 @@ class Pair:
 def main() -> None:
     """造出一对对回答，考一次，练，再考一次。"""
     # ---------- 1. 模型与一对对回答 ----------
-    source, target, options = read_options(Options, "examples.align.dpo")
-    model, tokenizer = load_folder(source)
+    source, target, options = read_options(Options, "examples.align.dpo", ("sft_weight",))
+    check_installed("align", "datasets", "trl")
+    model, tokenizer, noted = load_folder(source)
     reference = frozen_copy(model)
     torch.manual_seed(options.seed)
-    known = make_pairs(model, tokenizer, ask(training_entries(options.n_train, options.seed)))
-    questions = ask(unseen_entries(options.n_test, VAL_FRACTION))
+    practice = ask(training_entries(options.n_train, noted.val_fraction, options.seed))
+    known = make_pairs(model, tokenizer, practice)
+    questions = ask(unseen_entries(options.n_test, noted.val_fraction))
     unseen = make_pairs(model, tokenizer, questions)
     if not known or not unseen:
         raise UserError("抽签的回答全都合格，没有差的可比；请加大 --n_train 与 --n_test")
@@ -72,24 +82,23 @@ def main() -> None:
     print("练之前：")
     check()
 
-    # ---------- 2. 训练 ----------
-    make_trainer(model, reference, tokenizer, known, options, target).train()
-
-    # ---------- 3. 再考一次，保存 ----------
-    print("练之后：")
-    check()
+    # ---------- 2. 训练，再考一次，保存 ----------
+    with still_a_model(options.lr):
+        make_trainer(model, reference, tokenizer, known, options, target).train()
+        print("练之后：")
+        check()
     save_folder(model, tokenizer, target)
 
 
 def make_pairs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[Question]
 ) -> list[Pair]:
-    """好的是词典的回答，差的是模型自己抽签写的；写得合格的不要。"""
+    """好的是词典的回答，差的是模型自己抽签写的；好的须合格，差的须不合格，否则不成一对。"""
     written = write_answers(model, tokenizer, [q.messages for q in questions], temperature=1.0)
     return [
         Pair(q, q.answer, text)
         for q, text in zip(questions, written, strict=True)
-        if score(q.kind, q.word, text) < 1
+        if score(q.kind, q.word, q.answer) == 1 and score(q.kind, q.word, text) < 1
     ]
 
 
@@ -111,9 +120,11 @@ def tell_preference(model: PreTrainedModel, reference: PreTrainedModel, pairs: l
 
 def make_trainer(model, reference, tokenizer, pairs: list[Pair], options: Options, target):
     """交给 trl 的 DPOTrainer；它就地改动 model。"""
-    with installed_with("align"):
-        from datasets import Dataset
-        from trl import DPOConfig, DPOTrainer
+    from datasets import Dataset, disable_progress_bars
+    from trl import DPOConfig, DPOTrainer
+
+    disable_progress_bars()
+    n_steps = options.epochs * math.ceil(len(pairs) / options.batch_size)
     rows = [
         {
             "prompt": pair.question.messages,
@@ -126,7 +137,7 @@ def make_trainer(model, reference, tokenizer, pairs: list[Pair], options: Option
         model,
         ref_model=reference,
         args=DPOConfig(
-            **trl_settings(target, options.lr, options.seed), beta=options.beta,
+            **trl_settings(target, options.lr, options.seed, n_steps), beta=options.beta,
             loss_type=["sigmoid", "sft"], loss_weights=[1.0, options.sft_weight],
             num_train_epochs=options.epochs, per_device_train_batch_size=options.batch_size,
         ),

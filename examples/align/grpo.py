@@ -12,10 +12,10 @@
 
 from dataclasses import dataclass
 
-from config import option, run_script
-from examples.align.measure import Exam, frozen_copy, tell_progress, trl_settings
-from examples.align.questions import VAL_FRACTION, Question, ask, score, training_entries
-from examples.common import installed_with, load_folder, read_options, save_folder
+from config import UserError, option, run_script
+from examples.align.measure import Exam, frozen_copy, still_a_model, tell_progress, trl_settings
+from examples.align.questions import Question, ask, score, training_entries
+from examples.common import check_installed, load_folder, read_options, save_folder
 from tokenizer import Tokenizer
 from tools.check_answers import unseen_entries
 
@@ -38,20 +38,23 @@ class Options:
 def main() -> None:
     """考一次，练，再考一次，把两次的回答并排印几个。"""
     # ---------- 1. 模型与考卷 ----------
-    source, target, options = read_options(Options, "examples.align.grpo")
-    model, tokenizer = load_folder(source)
-    unseen = ask(unseen_entries(options.n_test, VAL_FRACTION))
+    source, target, options = read_options(Options, "examples.align.grpo", ("beta",))
+    if options.tries < 2:
+        raise UserError("--tries 至少是 2：同一个问题答几次，才比得出哪次好，得到的是 1")
+    check_installed("align", "datasets", "trl")
+    model, tokenizer, noted = load_folder(source)
+    unseen = ask(unseen_entries(options.n_test, noted.val_fraction))
     exam = Exam(unseen, frozen_copy(model), options.seed)
     print("练之前：")
     before = exam.take(model, tokenizer)
 
-    # ---------- 2. 训练 ----------
-    known = ask(training_entries(options.steps * options.prompts, options.seed))
-    make_trainer(model, tokenizer, known, options, target).train()
-
-    # ---------- 3. 再考一次，保存 ----------
-    print("练之后：")
-    after = exam.take(model, tokenizer)
+    # ---------- 2. 训练，再考一次，保存 ----------
+    n_known = options.steps * options.prompts
+    known = ask(training_entries(n_known, noted.val_fraction, options.seed))
+    with still_a_model(options.lr):
+        make_trainer(model, tokenizer, known, options, target).train()
+        print("练之后：")
+        after = exam.take(model, tokenizer)
     for question, old, new in list(zip(unseen, before, after, strict=True))[:9]:
         print(f"  问：{question.text}\n    练之前：{old}\n    练之后：{new}")
     save_folder(model, tokenizer, target)
@@ -67,15 +70,15 @@ def reward(completions, kind: list[str], word: list[str], **_) -> list[float]:
 
 def make_trainer(model, tokenizer, questions: list[Question], options: Options, target):
     """交给 trl 的 GRPOTrainer；它就地改动 model。"""
-    with installed_with("align"):
-        from datasets import Dataset
-        from trl import GRPOConfig, GRPOTrainer
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
     rows = [{"prompt": q.messages, "kind": q.kind, "word": q.word} for q in questions]
     trainer = GRPOTrainer(
         model,
         reward_funcs=reward,
         args=GRPOConfig(
-            **trl_settings(target, options.lr, options.seed), beta=options.beta,
+            **trl_settings(target, options.lr, options.seed, options.steps), beta=options.beta,
             max_steps=options.steps, num_generations=options.tries, temperature=1.0,
             per_device_train_batch_size=options.prompts * options.tries,
             max_completion_length=options.max_tokens,

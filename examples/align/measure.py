@@ -3,9 +3,12 @@
 log_probabilities   每个回答的对数概率
 Exam                一份考卷：问没见过的成语，量合格率、损失与 KL
 TellProgress        训练途中，把 trl 的记录写成一行中文
+still_a_model       练坏了，说一声
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from config import UserError
 from dataset import IGNORE
 from examples.align.questions import Question, is_real, rules
 from examples.common import write_answers
@@ -153,11 +157,25 @@ def tell_progress(trainer: Trainer, names: dict[str, str]) -> Trainer:
     return trainer
 
 
-def trl_settings(target: Path, lr: float, seed: int) -> dict:
-    """两个 trl 的训练器都要的设置：在 CPU 上，fp32，不存中间的，不联网，不向别处报告。"""
+@contextmanager
+def still_a_model(lr: float) -> Iterator[None]:
+    """在其中训练与考试。Raises UserError：练坏了，打分里有 NaN，抽不了签。"""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError(f"练坏了：打分里有 NaN 或无穷大；请把 --lr {lr} 调小") from error
+
+
+def trl_settings(target: Path, lr: float, seed: int, n_steps: int) -> dict:
+    """两个 trl 的训练器都要的设置：在 CPU 上，fp32，不存中间的，不联网，不向别处报告。
+
+    升温的第一步学习率是 0：一共没有几步的，不升温。
+    """
     return dict(
         output_dir=str(target), learning_rate=lr, seed=seed, lr_scheduler_type="linear",
-        warmup_steps=3, max_grad_norm=1.0, use_cpu=True, bf16=False, activation_checkpointing=False,
-        save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=5,
-        logging_first_step=True,
+        warmup_steps=min(3, n_steps // 10), max_grad_norm=1.0,
+        use_cpu=True, bf16=False, activation_checkpointing=False, save_strategy="no",
+        report_to="none", disable_tqdm=True, logging_steps=5, logging_first_step=True,
     )  # fmt: skip

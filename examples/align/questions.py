@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import idioms
-from config import Config
+from config import UserError
 from dataset import is_held_out
 from examples.common import Messages
 from readers import ReadLog
 from tools.check_answers import QUESTIONS
 
-VAL_FRACTION = Config().val_fraction  # 训练时留出的成语，这里也留出
 PAIRS = ("“”", "‘’", "《》", "（）")
 LOOP = re.compile(r"(.{2,})\1\1|(.)\2\2")  # 两个字以上的一段连说三遍，或一个字连写三遍
 
@@ -51,14 +50,20 @@ def dictionary() -> list[dict[str, str]]:
     return list(idioms.read_entries(idioms.dictionary_file(), ReadLog("builtin")))
 
 
-def training_entries(n: int, seed: int) -> list[dict[str, str]]:
-    """随机的 n 个训练过的词条；与 unseen_entries 给出的没有重叠。"""
-    seen = [e for e in dictionary() if not is_held_out(e["explanation"], VAL_FRACTION)]
+def training_entries(n: int, fraction: float, seed: int) -> list[dict[str, str]]:
+    """随机的 n 个训练过的词条；与 unseen_entries 给出的没有重叠。
+
+    Args:
+        fraction: 训练时留出了多少，即导出时记下的 val_fraction。
+    """
+    seen = [e for e in dictionary() if not is_held_out(e["explanation"], fraction)]
     return random.Random(seed).sample(seen, min(n, len(seen)))
 
 
 def ask(entries: list[dict[str, str]]) -> list[Question]:
-    """每个词条问三类问题；词典没有写书名的，不问出处。"""
+    """每个词条问三类问题；词典没有写书名的，不问出处。Raises UserError：一个词条也没有。"""
+    if not entries:
+        raise UserError("词典里没有一个留出的成语可考：训练时的 --val_fraction 太小")
     asked = []
     for entry in entries:
         answers = {
@@ -91,7 +96,8 @@ def rules(kind: str, word: str, answer: str) -> dict[str, bool]:
         kept["不用成语解释它自己"] = word not in answer
     if kind == "出处":
         quoted = "".join(re.findall(r"“([^“”]+)”", answer))
-        kept["引文里有成语的两个字"] = sum(c in quoted for c in set(word)) >= 2
+        characters = set(re.findall("[一-鿿]", word))  # “百尺竿头，更进一步”的逗号不算
+        kept["引文里有成语的两个字"] = sum(c in quoted for c in characters) >= 2
         kept["有始有终"] = answer.endswith(("。", "”"))
     kept["括号引号成对"] = all(answer.count(a) == answer.count(b) for a, b in PAIRS)
     kept["不反复"] = LOOP.search(answer) is None

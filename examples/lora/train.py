@@ -12,6 +12,8 @@ B 从零开始，所以一开始什么也没有变。练完把 B·A 加进 W，�
 """
 
 import math
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,13 +23,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import readers
-from config import Config, option, run_script
+from config import Config, UserError, option, run_script
 from dataset import IGNORE, SFTBatches, is_held_out, rows_of_step
 from examples.common import (
     Messages,
     answer_loss,
+    check_installed,
     held_out_loss,
-    installed_with,
     load_folder,
     read_options,
     save_folder,
@@ -35,8 +37,10 @@ from examples.common import (
     write_answers,
 )
 from optimizer import learning_rate
+from tokenizer import Tokenizer
 
 SHOWN = ["你是谁？", "画蛇添足是什么意思？"]  # 本来会答的，练之前与之后各问一遍
+ASKED = 200  # 自己的问答，每次检验至多各问多少段
 
 
 @dataclass
@@ -62,18 +66,29 @@ def main() -> None:
     """读模型与问答，加上窄路，训练，合并；之前与之后各检验一遍。"""
     # ---------- 1. 模型，自己的问答，还有不该忘掉的词典 ----------
     source, target, options = read_options(Options, "examples.lora.train")
-    model, tokenizer = load_folder(source)
-    seq_len = min(256, model.config.max_position_embeddings)
-    common = Config(seq_len=seq_len, data_dir=options.data_dir)  # 与训练时留出同样的成语
+    if options.data == "builtin":
+        raise UserError(
+            "--data 要的是自己的问答；例如 --data my.jsonl；内置的词典本来就陪着读（--replay）"
+        )
+    check_installed("lora", "peft")
+    model, tokenizer, noted = load_folder(source)
+    seq_len = min(256, noted.max_len)
+    common = Config(seq_len=seq_len, data_dir=options.data_dir, val_fraction=noted.val_fraction)
     mine = replace(common, val_fraction=options.val_fraction)
     own = sft_batches(options.data, mine, options.seed)
-    dictionary = sft_batches("builtin", common, options.seed)
-    learned, held_out = questions_and_answers(options.data, options.val_fraction)
+    tell_what_is_left_out(own, seq_len)
+    dictionary = sft_batches("builtin", common, options.seed)  # 留出的成语，与它训练时的相同
+    learned, held_out = questions_and_answers(options.data, options.val_fraction, seq_len)
+    max_tokens = max([96, *(len(Tokenizer().encode(a)) + 1 for a in learned[1] + held_out[1])])
+
+    def answers(asked: list[Messages]) -> Iterator[str]:
+        """最可能的回答，容得下自己的问答里最长的。"""
+        return write_answers(model, tokenizer, asked, max_tokens=max_tokens)
 
     def check() -> None:
         """自己的问答学到了多少，举一反三了多少，词典忘掉了多少。"""
         exact = [
-            sum(map(str.__eq__, write_answers(model, tokenizer, asked), expected))
+            sum(map(str.__eq__, answers(asked), expected))
             for asked, expected in (learned, held_out)
         ]
         losses = [
@@ -86,7 +101,7 @@ def main() -> None:
         )
         shown = [[{"role": "user", "content": text}] for text in SHOWN]
         shown += learned[0][:3] + held_out[0][:3]
-        for prompt, reply in zip(shown, write_answers(model, tokenizer, shown), strict=True):
+        for prompt, reply in zip(shown, answers(shown), strict=True):
             print(f"    问：{prompt[-1]['content']}  答：{reply}")
 
     print("练之前：")
@@ -100,11 +115,10 @@ def main() -> None:
     train(adapted, own["train"], dictionary["train"] if options.replay else None, options)
 
     # ---------- 3. 合并，再看一遍，保存 ----------
-    adapted.save_pretrained(target / "adapter")
-    model = adapted.merge_and_unload()
+    model = deepcopy(adapted).merge_and_unload()  # 合并了就没有窄路，它还要另存
     print("练之后：")
     check()
-    save_folder(model, tokenizer, target)
+    save_folder(model, tokenizer, target, adapter=adapted)
 
 
 def add_lora(model: PreTrainedModel, rank: int):
@@ -112,15 +126,19 @@ def add_lora(model: PreTrainedModel, rank: int):
 
     alpha = 2r：窄路的输出再乘 alpha / r = 2，换一个 r 不必另找学习率。
     """
-    with installed_with("lora"):
-        from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model
+
     return get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     )
 
 
 def train(model, own: SFTBatches, old: SFTBatches | None, options: Options) -> None:
-    """一步一步地练；每步几行自己的问答，再加一行词典的（old 为 None 就不加）。"""
+    """一步一步地练；每步几行自己的问答，再加一行词典的（old 为 None 就不加）。
+
+    Raises:
+        UserError: 损失或梯度不再是有限的数；参数还没有被它改坏。
+    """
     n_steps = math.ceil(options.epochs * own.n_rows / options.rows)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=options.lr, weight_decay=0.0)
@@ -136,7 +154,13 @@ def train(model, own: SFTBatches, old: SFTBatches | None, options: Options) -> N
         n_targets = sum(int((batch.targets != IGNORE).sum()) for batch in parts)
         loss = sum(answer_loss(model, batch) for batch in parts) / n_targets
         loss.backward()
-        clip_grad_norm_(weights, 1.0)
+        norm = clip_grad_norm_(weights, 1.0)
+        if not (loss + norm).isfinite():
+            bar.close()
+            raise UserError(
+                f"第 {step + 1} 步的损失是 {loss.item()}，梯度的范数是 {norm.item()}，练不下去了；"
+                f"请把 --lr {options.lr} 调小"
+            )
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -146,15 +170,33 @@ def train(model, own: SFTBatches, old: SFTBatches | None, options: Options) -> N
 Asked = tuple[list[Messages], list[str]]  # 各段对话最后一答之前的各轮，与那一答
 
 
-def questions_and_answers(source: str, fraction: float) -> tuple[Asked, Asked]:
-    """自己的问答里，练的与留出的；划分与 `dataset.prepare` 的相同。"""
-    sides: tuple[Asked, Asked] = ([], []), ([], [])
+def questions_and_answers(source: str, fraction: float, seq_len: int) -> tuple[Asked, Asked]:
+    """自己的问答里，练的与留出的；划分与 `dataset.prepare` 的相同。
+
+    每边至多 ASKED 段，均匀地取；一行放不下的不要：练的时候它没有末尾。
+    """
+    tokenizer = Tokenizer()
+    sides = [], []
     for key, turns in readers.read_conversations(Path(source), readers.ReadLog(source)):
-        asked, expected = sides[is_held_out(key, fraction)]
         last = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
-        asked.append([{"role": role, "content": text} for role, text in turns[:last]])
-        expected.append(turns[last][1])
-    return sides
+        sides[is_held_out(key, fraction)].append(turns[: last + 1])
+    chosen: tuple[Asked, Asked] = ([], []), ([], [])
+    for side, (asked, expected) in zip(sides, chosen, strict=True):
+        for turns in side[:: max(1, len(side) // ASKED)][:ASKED]:
+            ids = [tokenizer.encode(text) for _, text in turns]
+            if sum(len(tokenizer.turn_ids("user", i)) for i in ids) <= seq_len + 1:
+                asked.append([{"role": role, "content": text} for role, text in turns[:-1]])
+                expected.append(tokenizer.decode(ids[-1]))  # 大写变小写，与它写得出的一样
+    return chosen
+
+
+def tell_what_is_left_out(own: dict[str, SFTBatches], seq_len: int) -> None:
+    """自己的问答里，有多少太长，没有用或没有用全。"""
+    skipped, cut = (sum(getattr(b, n) for b in own.values()) for n in ("skipped", "cut"))
+    if skipped:
+        print(f"（{skipped} 段对话在 {seq_len} 个词元之内没有助手的话，不用）")
+    if cut:
+        print(f"（{cut} 段对话超过 {seq_len} 个词元，末尾没有放进来）")
 
 
 if __name__ == "__main__":
