@@ -14,8 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config, UserError
+from dataset import Batch
 from model import Block, Transformer
 from tools.laboratory import Laboratory, Run, settings, smooth
+from tools.try_experts import ALL, DENSE, EXPERTS, already_seen
+from tools.try_experts import Options as ExpertOptions
+from tools.try_experts import shapes as expert_shapes
 from tools.try_residual import VARIANTS as TORN
 from tools.try_residual import Options as ResidualOptions
 from tools.try_residual import Result as TornResult
@@ -274,6 +278,25 @@ def test_entropy_counts_questions():
     assert entropy(torch.tensor([1.0, 0.0])) == 0
 
 
+def test_the_three_models_of_try_experts_differ_only_where_it_says(tmp_path):
+    """稠密与专家混合每个词元用到的参数一样多（只差路由器），全都用上的与专家混合总数一样多。"""
+    kinds = expert_shapes(ExpertOptions(data_dir=str(tmp_path)))
+    count = {n: sum(p.numel() for p in Transformer(c).parameters()) for n, c in kinds.items()}
+    routers = kinds[EXPERTS].n_layers * kinds[EXPERTS].dim * kinds[EXPERTS].n_experts
+    assert kinds[EXPERTS].active_width() == kinds[DENSE].hidden_dim
+    assert count[EXPERTS] == count[ALL] + routers
+    same = [(c.dim, c.n_layers, c.n_heads, c.lr, c.batch_size, c.seq_len) for c in kinds.values()]
+    assert len({*same}) == 1
+
+
+def test_what_can_be_copied_stands_before_in_the_same_document():
+    ids = torch.tensor([[1, 5, 6, 5, 1, 6]])
+    targets = torch.tensor([[5, 6, 5, 9, 6, 1]])
+    segments = torch.tensor([[0, 0, 0, 0, 1, 1]])
+    batch = Batch(ids, targets, None, segments)
+    assert already_seen(batch).tolist() == [[False, False, True, False, False, True]]
+
+
 # ---------- 4. 程序 ----------
 
 SHORT = {  # 程序: (参数, 图里该有的字)
@@ -282,6 +305,7 @@ SHORT = {  # 程序: (参数, 图里该有的字)
     "try_sampling": ((), "之后的下一个词元"),
     "try_sft": (("--n", "1"), "微调之后，多了什么，忘了什么"),
     "try_without": (("--steps", "2"), "少一样零件，损失会怎样"),
+    "try_experts": (("--steps", "2", "--seeds", "1"), "同样的词元，每个词元同样多的参数"),
 }
 
 
@@ -319,6 +343,7 @@ BAD = [
     ("try_sampling", "--temps 1,2", "--temps 要的是三个数"),
     ("try_sft", "--preset 大", "--preset 只能是 tiny、wide、deep"),
     ("try_without", "--step 3", "没有参数 --step；最接近的是 --steps"),
+    ("try_experts", "--seeds 0", "--seeds 必须是正数，得到的是 0"),
 ]
 
 

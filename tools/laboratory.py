@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from config import Config, UserError, check_choices, help_text, load_config, option, parse_flags
 from dataset import IGNORE, PretrainBatches, prepare, rows_of_step
+from experts import Load, share_load, take_load
 from generate import Sampling, make_speaker
 from model import Transformer
 from optimizer import build_optimizers, learning_rate, set_learning_rate
@@ -108,6 +109,7 @@ class Run:
     losses: list[float] = field(default_factory=list)  # 每一步的训练损失（奈特每词元）
     held_out: float = math.inf  # 练完之后在留出词条上的损失；中途死了便没有
     died: int = 0  # 第几步出现了不是有限数的损失或梯度；0 表示没有
+    load: Load | None = None  # 专家混合：在留出词条上，各位专家的负载
 
 
 class Laboratory:
@@ -177,8 +179,11 @@ class Laboratory:
                 optimizer.zero_grad(set_to_none=True)
             if shared:
                 shared.spread(model.embedding.weight)
+            if load := take_load(model, self.device.world):
+                share_load(model, load)
             bar.set_postfix_str(f"损失 {run.losses[-1]:.3f}")
         run.held_out = self.held_out_loss(model)
+        run.load = take_load(model, self.device.world)
         return run
 
     def held_out_loss(self, model: Transformer) -> float:
