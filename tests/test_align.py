@@ -27,6 +27,7 @@ from examples.align.questions import (
 from examples.common import load_folder
 from tools.check_answers import unseen_entries
 from tools.export import export
+from tools.import_hf import Options, import_folder
 
 pytest.importorskip("trl", reason="没有安装 examples/align/requirements.txt")
 
@@ -263,7 +264,7 @@ def test_from_export_to_chat(base, tokenizer, program, options, tmp_path):
     said, _ = run(tmp_path, program, str(base), "new/hf", "--lr", "0.01", *options)
     assert said.count("合格") == 2
     assert said.index("练之前：") < said.index("步 · ") < said.index("练之后：")
-    run(tmp_path, "tools.import_hf", "new/hf", "new/sft.pt")
+    import_folder(tmp_path / "new" / "hf", tmp_path / "new" / "sft.pt", Options())
     ours, _, _ = load(tmp_path / "new" / "sft.pt", tokenizer)
     ids = torch.tensor([tokenizer.question_ids("你好")])
     with torch.no_grad():

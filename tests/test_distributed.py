@@ -101,7 +101,9 @@ def test_several_machines_are_told_what_a_restart_needs(
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().out) == warned
 
 
-@pytest.mark.parametrize("script", ["pre_train.py", "sft_train.py"])
+@pytest.mark.parametrize(
+    "script", ["pre_train.py", pytest.param("sft_train.py", marks=pytest.mark.slow)]
+)
 def test_two_processes_give_the_losses_of_one(trained, tmp_path, script):
     """每个进程读一半的行；只有第 0 个说话；检查点一个进程也能用。"""
     stage = {"pre_train.py": "pretrain", "sft_train.py": "sft"}[script]

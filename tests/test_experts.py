@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import QUICK, Running, assert_same_run, last_step, metrics, run
 
@@ -237,6 +237,7 @@ def test_pushing_against_the_load_evens_it():
     assert seen[-1].balance_loss < seen[0].balance_loss
 
 
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_how_a_batch_is_divided_changes_neither_load_nor_gradient(sizes):
     """负载在整个大批上数：怎样分成小批都一样。"""

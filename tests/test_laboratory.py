@@ -309,6 +309,9 @@ SHORT = {  # 程序: (参数, 图里该有的字)
 }
 
 
+SLOW = ("try_residual", "try_shapes", "try_without")  # 平时走过的三个，已经用到每一样共用的
+
+
 def experiment(folder: Path, program: str, *args: str, code: int = 0):
     """在 folder 里运行一个实验；返回 (stdout, stderr)。"""
     stdout, stderr = run(folder, f"tools.{program}", *args, code=code)
@@ -317,7 +320,10 @@ def experiment(folder: Path, program: str, *args: str, code: int = 0):
     return stdout, stderr
 
 
-@pytest.mark.parametrize("program", SHORT)
+@pytest.mark.parametrize(
+    "program",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in SHORT],
+)
 def test_experiment_ends_in_a_picture_and_three_sentences(trained, program, tmp_path):
     """默认的检查点与语料都在读者的目录里。"""
     args, title = SHORT[program]

@@ -21,6 +21,7 @@ from examples.lora import train as lora
 from idioms import GREETINGS
 from readers import ReadLog, read_conversations
 from tools.export import export
+from tools.import_hf import Options, import_folder
 from training import cross_entropy
 
 peft = pytest.importorskip("peft", reason="没有安装 examples/lora/requirements.txt")
@@ -39,7 +40,7 @@ def made(tmp_path_factory, builtin_config, builtin_sft):
     options = ["--data", "few.jsonl", "--epochs", "5", "--lr", "0.02", "--eval_tokens", "512",
                "--data_dir", builtin_config.data_dir]  # fmt: skip
     said, _ = run(root, PROGRAM, "hf", "lora/hf", *options)
-    run(root, "tools.import_hf", "lora/hf", "lora/sft.pt")
+    import_folder(root / "lora" / "hf", root / "lora" / "sft.pt", Options())
     return SimpleNamespace(root=root, said=said, base=root / "hf", merged=root / "lora" / "hf")
 
 

@@ -73,9 +73,8 @@ def test_fine_tuning_survives_a_kill(trained, tmp_path):
     assert_same_run(reference, out, "sft")
 
 
-@pytest.mark.parametrize(
-    "script", ["pre_train.py", pytest.param("sft_train.py", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["pre_train.py", "sft_train.py"])
 def test_running_out_of_memory_names_the_knobs_and_loses_nothing(trained, tmp_path, script):
     (tmp_path / "data").symlink_to(trained[0] / "data")
     greedy = [*QUICK, "--batch_size", "2048", "--grad_accum", "1"]

@@ -288,7 +288,7 @@ def sampling(page, **values):
                 break
 
 
-WILD = dict(temp=2.0, top_k=0, top_p=1.0, max=400, penalty=1.0)
+WILD = dict(temp=10.0, top_k=0, top_p=1.0, max=400, penalty=1.0)
 
 
 def be_talkative(page, trained, *texts):
