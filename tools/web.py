@@ -181,7 +181,7 @@ def sampling_from(values: tuple) -> Sampling:
 
 def chat_tab(gr, model) -> None:
     """左边说话，右边看最后一次回答的里面。"""
-    turns, seen = gr.State([]), gr.State(None)  # seen：哪个模型，开头与写出的编号
+    turns, seen = gr.State([]), gr.State(None)  # seen：哪个模型，全部编号，最后一句
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             box = gr.Chatbot(label="对话", render_markdown=False, height=360, buttons=["copy"])
@@ -206,7 +206,8 @@ def chat_tab(gr, model) -> None:
             said = [*messages, bubble("user", message)]
             for remembered, ids, new, why in actions.reply(speaker, turns, message, sampling):
                 answer = bubble("assistant", speaker.tokenizer.decode(new))
-                yield [*said, answer], remembered, (path, ids, [*new]), box_after, status(why)
+                seen = path, [*ids, *new], answer
+                yield [*said, answer], remembered, seen, box_after, status(why)
                 box_after = gr.skip()
         except UserError as error:  # 写下的字留在框里，改一改再发
             yield messages, turns, None, message, status(str(error))
@@ -216,17 +217,16 @@ def chat_tab(gr, model) -> None:
         if not seen:
             return gr.skip()
         try:
-            path, ids, new = seen
-            return actions.microscope(actions.open_model(path), [*ids, *new])
+            path, ids, _ = seen
+            return actions.microscope(actions.open_model(path), ids)
         except UserError as error:
             return status(str(error))
 
     def stopped(seen, messages) -> tuple:
         """停下的那一刻，最后一个词元可能已经记下，还没有显示：照记下的补上。"""
         if seen and messages and messages[-1]["role"] == "assistant":
-            path, _, new = seen
-            words = actions.open_model(path).tokenizer.decode(new)
-            messages = [*messages[:-1], bubble("assistant", words)]
+            *_, answer = seen
+            messages = [*messages[:-1], answer]
         return messages or [], status("（已停止）")
 
     outputs = [box, turns, seen, text, notice]
