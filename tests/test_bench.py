@@ -129,7 +129,10 @@ def job(n, fail=False):
     return lambda: list(range(n))
 
 
-def test_contestants_take_turns_and_errors_are_named():
+@pytest.mark.parametrize("gpu", [False, True])
+def test_contestants_take_turns_and_errors_are_named(monkeypatch, gpu):
+    """有显卡时几方一起备好，没有时一个一个地来；结果一样。"""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     players = {name: Contestant(job, n) for name, n in (("a", 3), ("b", 5))}
     found = take_turns(players, 2)
     assert [len(r) for r, _ in found["a"]] == [3, 3]

@@ -25,7 +25,7 @@ from experts import (
     take_load,
 )
 from model import FeedForward, Transformer
-from training import Device, loss_sum, share_row
+from training import Device, compile_if_possible, loss_sum, share_row
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, n_experts=5, n_active=2,
@@ -144,13 +144,29 @@ def test_which_way_a_layer_takes(monkeypatch, autocast):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="没有显卡")
-def test_the_fast_one_on_a_gpu():
-    layer = layer_of(hidden_dim=32).cuda().bfloat16()
-    x = torch.randn(1, 50, 16, device="cuda", dtype=torch.bfloat16)
-    _, weights, chosen = route(layer.router(x[0]), 2)
-    fast = mix_grouped(x[0], weights, chosen, layer.gate, layer.up, layer.down)
-    slow = mix_by_hand(x[0], weights, chosen, layer.expert)
-    torch.testing.assert_close(fast, slow.type_as(fast), rtol=0.05, atol=0.5)
+@pytest.mark.parametrize("n_tokens", [1, 37, 512])
+def test_the_fast_one_on_a_gpu(n_tokens):
+    """长短不齐的队，前向与每个矩阵的梯度，都与逐位算的（fp32）相近；没有谁去的专家，梯度是零。"""
+    layer = layer_of(hidden_dim=32).cuda()
+    weights_of = ("gate", "up", "down")
+    x = torch.randn(n_tokens, 16, device="cuda")
+    _, weights, chosen = route(layer.router(x), 2)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        layer.zero_grad()
+        rows = x.to(dtype).requires_grad_()
+        if dtype == torch.bfloat16:
+            stacks = (getattr(layer, name) for name in weights_of)
+            y = mix_grouped(rows, weights.detach(), chosen, *stacks)
+        else:
+            y = mix_by_hand(rows, weights.detach(), chosen, layer.expert)
+        y.square().sum().backward()
+        grads = [getattr(layer, name).grad for name in weights_of]
+        found.append([t.float() for t in (y, rows.grad, *grads)])
+    for fast, slow in zip(*found, strict=True):
+        assert (fast - slow).norm() <= 0.02 * slow.norm()
+    idle = [e for e in range(4) if e not in chosen]
+    assert not any(grad[idle].any() for grad in found[0][2:])
 
 
 @pytest.mark.parametrize(("moe", "dense"), [("tiny-moe", "tiny"), ("moe", "wide")])
@@ -307,6 +323,35 @@ def test_words_never_seen_share_a_row_with_experts_too():
 
 
 # ---------- 配置与设备 ----------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="没有显卡")
+def test_compiled_experts_on_a_gpu_learn_as_the_readable_ones_do(monkeypatch, capfd):
+    """同样的几步：编译过的、bf16 的，与 fp32 逐位专家算的，损失相近，负载也相近。"""
+    losses, shares = {}, {}
+    for dtype in ("bfloat16", "float32"):
+        config = replace(SMALL, device="cuda", dtype=dtype, compile=True)
+        device = Device(config)
+        model = model_of().cuda()
+        batch = batch_of(4).to(device.torch)
+        fn = compile_if_possible(loss_sum, device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        losses[dtype] = []
+        for _ in range(5):
+            with device.autocast():
+                loss = fn(model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[dtype].append(loss.item())
+            share_load(model, load := take_load(model, World()))
+        shares[dtype] = load.share
+        assert device.compile == (dtype == "bfloat16")
+    assert losses["bfloat16"][-1] < losses["bfloat16"][0]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
+    torch.testing.assert_close(*shares.values(), rtol=0, atol=0.05)
+    assert "失败" not in capfd.readouterr().err
 
 
 def test_experts_compile_only_in_bf16(monkeypatch):

@@ -20,16 +20,20 @@ SMALL = Config(
 )  # fmt: skip
 
 
-def speaker_of(quantize: str, compile: bool = False, seed: int = 0, experts: int = 0):
+def speaker_of(
+    quantize: str, compile: bool = False, seed: int = 0, experts: int = 0, device: str = "cpu"
+):
     """种子相同，随机的权重就相同，按 quantize 存。"""
     torch.manual_seed(seed)
     shape = {"n_experts": experts, "n_active": experts // 2}
-    config = Config(**{**vars(SMALL), "compile": compile, **shape})
+    config = Config(**{**vars(SMALL), "compile": compile, "device": device, **shape})
     model = Transformer(config).eval()
     for p in model.parameters():
         if p.ndim >= 2:
             torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
-    return prepare(make_speaker(model, config, Tokenizer(), "sft"), Device(config), quantize)
+    place = Device(config)
+    model.to(place.torch)
+    return prepare(make_speaker(model, config, Tokenizer(), "sft"), place, quantize)
 
 
 @settings(max_examples=40, deadline=None)
@@ -118,19 +122,24 @@ def test_a_small_model_says_nearly_the_same(quantize, experts):
     assert len(list(small.generate(ids, Sampling(temp=0, penalty=1.0, max=20)))) == 20
 
 
-@pytest.mark.slow
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="没有显卡")]
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=GPU)]
+)
 @pytest.mark.parametrize("quantize", ["none", "bf16", "int8"])
-def test_compiled_generation_equals_eager(quantize, capfd):
-    """编译只是快：fp32 的贪心输出一个编号也不差，存得小的打分几乎相同。
+def test_compiled_generation_equals_eager(quantize, device, capfd):
+    """编译只是快：fp32 的贪心输出一个编号也不差，存得小的打分几乎相同。显卡上录成 CUDA 图。
 
     同一个进程里，矩阵存法不同的第二个模型也不会误用第一个编译好的代码。
     """
     ids, greedy = list(range(1000, 1010)), Sampling(temp=0, penalty=1.0, max=40)
     for kind in (quantize, "int8" if quantize == "none" else "none"):
-        eager, compiled = speaker_of(kind), speaker_of(kind, compile=True)
+        eager, compiled = (speaker_of(kind, compile=c, device=device) for c in (False, True))
         if kind == "none":
             assert list(compiled.generate(ids, greedy)) == list(eager.generate(ids, greedy))
-        context = torch.tensor(ids)
+        context = torch.tensor(ids, device=device)
         with torch.inference_mode():
             for speaker in (eager, compiled):
                 speaker._next(context[:-1], 0)

@@ -31,6 +31,7 @@ from tools import contestants
 from tools.measuring import (
     Contestant,
     Row,
+    launch_together,
     machine,
     matmul_peak,
     rates,
@@ -389,9 +390,11 @@ def exponent(x, y) -> float:
 
 def bench_memory(options: Options, preset: str) -> list[Row]:
     """训练与聊天的内存峰值。"""
+    names = trainers(Device(contestants.settings(preset)))
+    players = {n: Contestant(contestants.train, n, preset, 0.1) for n in names}
     rows = []
-    for name in trainers(Device(contestants.settings(preset))):
-        player = Contestant(contestants.train, name, preset, 0.1)
+    launch_together(players.values())
+    for name, player in players.items():
         player.work()  # 第一步之后才有优化器的状态
         player.work()
         rows.append(Row(f"{preset}：训练，{name}", [player.peak_memory() / 1e9], "GB"))

@@ -15,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import date
@@ -41,8 +41,8 @@ class Contestant:
         self.job = (build, args, kwargs)
         self.process = None
 
-    def start(self) -> None:
-        """启动，等它备好；一个一个地来：几方一起编译、一起走第一步，内存放不下。"""
+    def launch(self) -> None:
+        """启动，不等它备好。"""
         if self.process is not None:
             return
         context = multiprocessing.get_context("spawn")
@@ -50,7 +50,14 @@ class Contestant:
         self.process = context.Process(target=_live, args=(theirs, *self.job), daemon=True)
         self.process.start()
         theirs.close()
-        self._receive()
+        self.ready = False
+
+    def start(self) -> None:
+        """启动，等它备好。"""
+        self.launch()
+        if not self.ready:
+            self._receive()
+            self.ready = True
 
     def work(self):
         """干一份活；返回 (结果, 秒)。"""
@@ -116,11 +123,19 @@ def _peak() -> float:
     return next(int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("VmHWM"))
 
 
+def launch_together(contestants: Collection[Contestant]) -> None:
+    """有显卡时几方一起备，编译的等待只有一次；CPU 上不：几方一起走第一步，内存放不下。"""
+    if torch.cuda.is_available():
+        for contestant in contestants:
+            contestant.launch()
+
+
 def take_turns(contestants: dict[str, Contestant], repeats: int) -> dict[str, list]:
     """每一轮大家各干一份，共 repeats 轮；返回 {名字: [(结果, 秒), …]}。
 
     轮流上场：机器一时忙、一时闲，各方受的影响相同，每一轮的比值因此可信。
     """
+    launch_together(contestants.values())
     for contestant in contestants.values():
         contestant.start()  # 都备好了才开始：别人正在编译时测的不算数
     for contestant in contestants.values():
