@@ -178,8 +178,11 @@ class Transformer(nn.Module):
         """词嵌入取小的随机数；各层按输入宽度缩放；每条残差支路的最后一个投影从零开始。
 
         于是刚出生的每一层都是「什么也不做」，模型对所有词元几乎一视同仁，损失约为 ln V。
+        读与写用同一张词嵌入表，归一之后，每个词元给自己打的分约是「宽度 × 标准差」，宽的模型
+        标准差就要小，否则一出生便只想重复眼前的词元。
         """
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        dim = self.embedding.embedding_dim
+        nn.init.normal_(self.embedding.weight, std=min(0.02, 4 / dim))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)

@@ -1,7 +1,7 @@
 """DPO：给它看成对的回答，一个好、一个差，让它更愿意写好的那个（arXiv 2305.18290）。
 
     python -m tools.export out/tiny/sft.pt out/tiny/hf            带出去
-    python -m examples.align.dpo out/tiny/hf out/dpo/hf           几分钟
+    python -m examples.align.dpo out/tiny/hf out/dpo/hf           半小时
     python -m tools.import_hf out/dpo/hf out/dpo/sft.pt           带回来
     python sft_chat.py --checkpoint out/dpo/sft.pt
 
@@ -35,8 +35,8 @@ from tools.check_answers import unseen_entries
 class Options:
     """命令行参数。"""
 
-    n_train: int = option(400, "问多少个训练过的成语；答得不合格的才用", "个")
-    n_test: int = option(120, "用多少个没见过的成语来考", "个")
+    n_train: int = option(1500, "问多少个训练过的成语；答得不合格的才用", "个")
+    n_test: int = option(300, "用多少个没见过的成语来考", "个")
     lr: float = option(5e-4, "AdamW 的最高学习率")
     beta: float = option(0.1, "离原来的模型多远算远：越大越不敢动")
     sft_weight: float = option(1.0, "微调的损失占多大的分量", "倍")

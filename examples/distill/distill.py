@@ -1,7 +1,7 @@
 """蒸馏：大模型教小模型，教的不只是答案，还有它对每个词元的看法。
 
     python -m examples.distill.distill                                  wide 教 tiny
-    python -m examples.distill.distill --teacher out/deep/pretrain.pt --alpha 0.9 --max_steps 2000
+    python -m examples.distill.distill --teacher out/deep/pretrain.pt --alpha 0.5 --max_steps 2000
 
 答案只说「下一个字是蛇」；老师还说「是虎也不奇怪，是的就太怪了」。学生每个位置都听见整张词表的概率，
 比一个答案多得多（Distilling the Knowledge in a Neural Network，arXiv 1503.02531）：
@@ -43,7 +43,7 @@ class Options:
     """命令行参数；其余的归 pre_train.py。接着练时这三个要再写一遍，中断时印出的命令里都有。"""
 
     teacher: str = option("out/wide/pretrain.pt", "老师：预训练的检查点，大小不限")
-    alpha: float = option(0.5, "α：听老师的占多少，其余的看答案；0 就是没有老师")
+    alpha: float = option(1.0, "α：听老师的占多少，其余的看答案；0 就是没有老师")
     temperature: float = option(1.0, "τ：温度；越高，老师那些小的概率越受重视")
 
 
