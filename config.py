@@ -157,7 +157,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 # 专家混合：挑中的几位合起来，与不分专家的那一套一样宽，每个词元用到的参数也就一样多。
-PRESETS["tiny-moe"] = PRESETS["tiny"] | dict(hidden_dim=288, n_experts=8, n_active=2)
+PRESETS["tiny-moe"] = PRESETS["tiny"] | dict(hidden_dim=144, n_experts=16, n_active=4)
 PRESETS["moe"] = PRESETS["wide"] | dict(hidden_dim=416, n_experts=16, n_active=4)
 
 PER_PRESET = {name for preset in PRESETS.values() for name in preset}

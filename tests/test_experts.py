@@ -386,7 +386,7 @@ def test_impossible_experts_are_refused(flags, sentence):
 
 # ---------- 从头到尾 ----------
 
-# 比预设再小一圈，省时间：八位专家挑两位不变。
+# 比预设再小一圈，省时间：十六位专家挑四位不变。
 MOE = ["--preset", "tiny-moe", "--dim", "64", "--n_layers", "2", "--hidden_dim", "96",
        "--n_heads", "2", *QUICK]  # fmt: skip
 

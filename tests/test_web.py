@@ -471,6 +471,7 @@ def test_compare_and_training(visit, trained):
     page.locator("canvas, svg.marks").first.wait_for()
 
 
+@pytest.mark.slow
 def test_two_visitors_at_once(visit, trained):
     """两个人同时说话，各得各的回答，谁也不用等谁说完。"""
     pages = [visit(), visit()]
