@@ -25,7 +25,8 @@ from experts import (
     take_load,
 )
 from model import FeedForward, Transformer
-from training import Device, compile_if_possible, loss_sum, share_row
+from tools.contestants import Ours
+from training import Device, compile_if_possible, evaluate, loss_sum, share_row
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, n_experts=5, n_active=2,
@@ -354,6 +355,23 @@ def test_compiled_experts_on_a_gpu_learn_as_the_readable_ones_do(monkeypatch, ca
     assert "失败" not in capfd.readouterr().err
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="没有显卡")
+def test_compiled_evaluation_on_a_gpu_is_the_eager_one(builtin_config, builtin_pretrain):
+    """编译过的检验与不编译的是同一个数：docs/lab-notes.md 里有一次差了 0.06。"""
+    flags = ["--preset=tiny-moe", "--data=builtin", "--device=cuda", "--dtype=bfloat16"]
+    config, _ = load_config("pretrain", [*flags, f"--data_dir={builtin_config.data_dir}"])
+    trainer = Ours(config)
+    for _ in range(150):
+        trainer.step(1.0)
+    losses = [
+        evaluate(fn, trainer.model, trainer.val, config.batch_size, 40960, trainer.device)
+        for fn in (trainer.loss_fn, loss_sum)
+    ]
+    assert trainer.device.compile
+    assert losses[0] == pytest.approx(losses[1], abs=0.005)
+
+
 def test_experts_compile_only_in_bf16(monkeypatch):
     monkeypatch.setattr("training.cpu_has_bf16", lambda: True)
     monkeypatch.setattr("training.shutil.which", lambda _: "g++")
@@ -368,12 +386,12 @@ def test_experts_compile_only_in_bf16(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--n_active", "9"], r"n_active（9）至少是 2（.*），至多是 n_experts（8）"),
+        (["--n_active", "17"], r"n_active（17）至少是 2（.*），至多是 n_experts（16）"),
         (["--n_active", "0"], r"n_active（0）至少是 2"),
         (["--n_active", "1"], r"只交给一位，权重总是 1，路由器学不到谁合适"),
         (["--n_experts", "1", "--n_active", "1"], r"n_active（1）至少是 2"),
         (["--hidden_dim", "300"], r"hidden_dim（300）须是 8 的倍数"),
-        (["--dim", "180", "--n_heads", "3"], r"dim（180）与 hidden_dim（288）须是 8 的倍数"),
+        (["--dim", "180", "--n_heads", "3"], r"dim（180）与 hidden_dim（144）须是 8 的倍数"),
         (["--n_experts", "-1"], "n_experts 不能是负数"),
         (["--balance_coef", "-0.1"], "balance_coef 不能是负数"),
         (["--n_experts", "0"], "不分专家就都是 0"),
@@ -410,10 +428,10 @@ def test_the_whole_way(moe):
     for stage, n in (("pretrain", 6), ("sft", 3)):
         rows = metrics(folder / "out/tiny-moe", stage)
         assert len(rows) == n + 1
-        assert all(0.5 < r["balance_loss"] < 8 and len(r["load_entropy"]) == 2 for r in rows[1:])
+        assert all(0.5 < r["balance_loss"] < 16 and len(r["load_entropy"]) == 2 for r in rows[1:])
         for r in rows:
             if "val_load" in r:
-                assert [sum(x) for x in r["val_load"]] == [pytest.approx(8, abs=0.01)] * 2
+                assert [sum(x) for x in r["val_load"]] == [pytest.approx(16, abs=0.01)] * 2
         assert rows[0]["val_loss"] > rows[-1]["val_loss"]
     best = ("--checkpoint", "out/tiny-moe/pretrain.pt", "--temp", "0", "--max", "12")
     plain, _ = run(folder, "pre_chat.py", "--prompt", "守株待兔：", *best)
