@@ -31,7 +31,6 @@ from tools import contestants
 from tools.measuring import (
     Contestant,
     Row,
-    launch_together,
     machine,
     matmul_peak,
     rates,
@@ -390,11 +389,9 @@ def exponent(x, y) -> float:
 
 def bench_memory(options: Options, preset: str) -> list[Row]:
     """训练与聊天的内存峰值。"""
-    names = trainers(Device(contestants.settings(preset)))
-    players = {n: Contestant(contestants.train, n, preset, 0.1) for n in names}
     rows = []
-    launch_together(players.values())
-    for name, player in players.items():
+    for name in trainers(Device(contestants.settings(preset))):
+        player = Contestant(contestants.train, name, preset, 0.1)
         player.work()  # 第一步之后才有优化器的状态
         player.work()
         rows.append(Row(f"{preset}：训练，{name}", [player.peak_memory() / 1e9], "GB"))

@@ -15,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import date
@@ -123,19 +123,14 @@ def _peak() -> float:
     return next(int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("VmHWM"))
 
 
-def launch_together(contestants: Collection[Contestant]) -> None:
-    """有显卡时几方一起备，编译的等待只有一次；CPU 上不：几方一起走第一步，内存放不下。"""
-    if torch.cuda.is_available():
-        for contestant in contestants:
-            contestant.launch()
-
-
 def take_turns(contestants: dict[str, Contestant], repeats: int) -> dict[str, list]:
     """每一轮大家各干一份，共 repeats 轮；返回 {名字: [(结果, 秒), …]}。
 
     轮流上场：机器一时忙、一时闲，各方受的影响相同，每一轮的比值因此可信。
     """
-    launch_together(contestants.values())
+    if torch.cuda.is_available():  # 一起备，编译的等待只有一次；CPU 上一起走第一步，内存放不下
+        for contestant in contestants.values():
+            contestant.launch()
     for contestant in contestants.values():
         contestant.start()  # 都备好了才开始：别人正在编译时测的不算数
     for contestant in contestants.values():
@@ -154,7 +149,7 @@ def rates(found: list) -> list[float]:
 
 # ---------- 2. 结果 ----------
 
-ON_GPU = ("train", "time-to-loss", "decode", "memory")  # 显卡上也该测的几节
+ON_GPU = ("train", "decode", "memory")  # 显卡上也该测的几节
 
 
 @dataclass
@@ -208,10 +203,11 @@ def to_markdown(sections: dict[str, dict]) -> str:
         for row in section["rows"]:
             row = Row(**row)
             lines.append(f"| {row.what} | {row.shown()} | {row.goal} |")
-    on_gpu = {name.split()[0] for name, s in sections.items() if "显卡" in s["machine"]}
-    if missing := [name for name in ON_GPU if name not in on_gpu]:
+    on_gpu = {name for name, section in sections.items() if "显卡" in section["machine"]}
+    wanted = [f"{section} {preset}" for section in ON_GPU for preset in ("wide", "deep")]
+    if missing := [name for name in wanted if not any(n.startswith(name) for n in on_gpu)]:
         lines += ["", "## 显卡上没有测量的", ""]
-        lines += [f"{'、'.join(missing)}。有显卡时，同一条命令会测。"]
+        lines += [f"{'、'.join(missing)}。在有显卡的机器上运行 `python -m tools.bench` 会测。"]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""蒸馏：大模型教小模型，教的不只是答案，还有它对每个词元的看法。
+"""蒸馏：大模型教小模型，教的不是答案，而是它对每个词元的看法。
 
     python -m examples.distill.distill                                  wide 教 tiny
     python -m examples.distill.distill --teacher out/deep/pretrain.pt --alpha 0.5 --max_steps 2000
