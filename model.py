@@ -178,11 +178,8 @@ class Transformer(nn.Module):
         """词嵌入取小的随机数；各层按输入宽度缩放；每条残差支路的最后一个投影从零开始。
 
         于是刚出生的每一层都是「什么也不做」，模型对所有词元几乎一视同仁，损失约为 ln V。
-        打分用的也是词嵌入：最后的向量归一之后长约 √宽度，与它自己那一行的内积约是
-        「宽度 × 标准差」。宽的模型标准差就要小，否则一出生便只想重复眼前的词元。
         """
-        dim = self.embedding.embedding_dim
-        nn.init.normal_(self.embedding.weight, std=min(0.02, 4 / dim))
+        nn.init.normal_(self.embedding.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)

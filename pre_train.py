@@ -158,6 +158,9 @@ def main(
         print(
             f"没训练过的模型对 {config.vocab_size} 个词元一视同仁，损失应为 ln V = "
             f"{math.log(config.vocab_size):.2f}，实际是 {result['val_loss']:.2f}"
+            # 打分用的也是词嵌入：最像眼前这个词元的是它自己，宽度 × 标准差（0.02）越大越偏心。
+            + "（宽的模型刚出生时偏爱重复眼前的词元，会高一些）"
+            * (config.dim > 256)
         )
         metrics.write(step=0, tokens=0, **result)
     bar = tqdm(

@@ -688,6 +688,7 @@ def test_out_and_back_through_the_programs(trained, tmp_path):
     run(tmp_path, "tools.explain", "你好", "--checkpoint", "mine/sft.pt")
 
 
+@pytest.mark.slow
 def test_an_imported_model_can_be_tuned_further(trained, tmp_path):
     out = trained[0] / "out/tiny"
     (tmp_path / "data").symlink_to(trained[0] / "data")

