@@ -158,10 +158,11 @@ def main(
         print(
             f"没训练过的模型对 {config.vocab_size} 个词元一视同仁，损失应为 ln V = "
             f"{math.log(config.vocab_size):.2f}，实际是 {result['val_loss']:.2f}"
-            # 打分用的也是词嵌入：最像眼前这个词元的是它自己，宽度 × 标准差（0.02）越大越偏心。
-            + "（宽的模型刚出生时偏爱重复眼前的词元，会高一些）"
-            * (config.dim > 256)
         )
+        if config.dim > 256:  # 打分用的也是词嵌入，所以眼前的词元最像自己
+            own = 0.02 * config.dim  # 词嵌入的标准差 × 宽度
+            expected = math.log(config.vocab_size + math.exp(own))
+            print(f"（宽的模型给眼前的词元自己多打 {own:.1f} 分，算上它，应为 {expected:.2f}）")
         metrics.write(step=0, tokens=0, **result)
     bar = tqdm(
         total=max_steps, initial=progress.step, unit="步", dynamic_ncols=True, smoothing=0.1,

@@ -55,13 +55,17 @@ def test_parameter_counts(preset, millions):
     assert count / 1e6 == pytest.approx(millions, abs=0.1)
 
 
-def test_untrained_loss_is_ln_vocabulary():
+@pytest.mark.parametrize("preset", ["tiny", "wide"])
+def test_untrained_loss_is_ln_vocabulary(preset):
+    """每个词元给自己打的分约是 0.02 × 宽度；tiny 的可以不计，wide 的要算上。"""
     torch.manual_seed(0)
-    config = Config(**PRESETS["tiny"])
+    config = Config(**PRESETS[preset])
     ids = torch.randint(config.vocab_size, (2, 64))
     logits = Transformer(config)(ids)[:, :-1].flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
-    assert loss.item() == pytest.approx(math.log(config.vocab_size), abs=0.1)
+    expected = math.log(config.vocab_size + math.exp(0.02 * config.dim))
+    assert loss.item() == pytest.approx(expected, abs=0.15)
+    assert (expected - math.log(config.vocab_size) < 0.01) == (preset == "tiny")
 
 
 def test_same_logits_as_qwen3_of_transformers(small, shape):
