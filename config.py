@@ -87,6 +87,9 @@ class Config:
     decay: float = option(0.9, "学习率最后降到 0，占全程的比例")
     grad_clip: float = option(1.0, "梯度范数的上限")
     balance_coef: float = option(0.01, "负载均衡损失的系数：越大，各位专家越忙得一样")
+    router_scale: float = option(
+        0.2, "路由器的起点与学习率，是别的矩阵的几倍：太大，就有专家早早地再也轮不到", "倍"
+    )
     seed: int = option(42, "随机种子：初始化、打乱与采样")
 
     # 设备
@@ -376,7 +379,7 @@ LARGEST = 10**9  # 再大的数，乘起来连 64 位整数也装不下
 NOT_NEGATIVE = ("n_experts", "n_active", "balance_coef")
 POSITIVE = (*(name for name in SHAPE if name not in NOT_NEGATIVE),
             "batch_size", "seq_len", "grad_accum", "lr", "sft_lr", "embed_lr_scale", "grad_clip",
-            "max_steps", "epochs", "sft_max_steps", "sft_epochs", "eval_every",
+            "router_scale", "max_steps", "epochs", "sft_max_steps", "sft_epochs", "eval_every",
             "eval_tokens")  # fmt: skip
 FRACTIONS = ("warmup", "decay", "weight_decay")
 BELOW_ONE = ("muon_momentum", "adam_beta1", "adam_beta2")

@@ -160,7 +160,7 @@ class Transformer(nn.Module):
 
     Args:
         config: 用到 vocab_size、dim、n_layers、n_heads、n_kv_heads、hidden_dim、n_experts、
-            n_active、balance_coef、max_len、rope_theta、norm_eps。
+            n_active、balance_coef、router_scale、max_len、rope_theta、norm_eps。
     """
 
     def __init__(self, config: Config):
@@ -172,12 +172,13 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.max_len = config.max_len
-        self.reset_parameters()
+        self.reset_parameters(config.router_scale)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, router_scale: float) -> None:
         """词嵌入取小的随机数；各层按输入宽度缩放；每条残差支路的最后一个投影从零开始。
 
         于是刚出生的每一层都是「什么也不做」，模型对所有词元几乎一视同仁，损失约为 ln V。
+        路由器再小几倍，它对各位专家也几乎一视同仁。
         """
         nn.init.normal_(self.embedding.weight, std=0.02)
         for module in self.modules():
@@ -185,8 +186,10 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
         for block in self.blocks:
             nn.init.zeros_(block.attention.out.weight)
-            if isinstance(block.feed_forward, FeedForward):  # 专家混合的，生来就是零
+            if isinstance(block.feed_forward, FeedForward):
                 nn.init.zeros_(block.feed_forward.down.weight)
+            else:  # 各位专家的，生来就是零
+                block.feed_forward.router.weight.data.mul_(router_scale)
 
     def forward(self, ids: Tensor, positions=None, segments=None, cache=None) -> Tensor:
         """下一个词元的打分（未归一的对数概率）：(B, T) -> (B, T, V)，参数同 `hidden`。"""

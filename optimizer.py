@@ -13,6 +13,7 @@ from torch import Tensor
 
 from config import Config
 from distributed import is_sharded, shard_like
+from experts import MixtureOfExperts
 from model import Transformer
 from training import Device
 
@@ -49,13 +50,20 @@ class Muon(torch.optim.Optimizer):
         momentum: 更新是最近约 1 / (1 - momentum) 步梯度的平均。
         weight_decay: 解耦的权重衰减。
         dtype: 正交化时的精度。
+        pace: 步子与别的不同的参数：{参数: 几倍}。
     """
 
     def __init__(
-        self, matrices, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+        self,
+        matrices,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        pace: dict[Tensor, float] | None = None,
     ):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype = dtype
+        self.dtype, self.pace = dtype, pace or {}
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -80,7 +88,8 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalize(matrices, self.dtype).view(-1, *shape)
                 for p, update in zip(params, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(shard_like(update, p), alpha=-group["lr"] * size)
+                    step = group["lr"] * size * self.pace.get(p, 1.0)
+                    p.add_(shard_like(update, p), alpha=-step)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
@@ -107,12 +116,17 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tenso
 
 
 def build_optimizers(model: Transformer, config: Config, device: Device, lr: float):
-    """各层的矩阵归 Muon；词嵌入与归一化的增益归 AdamW，它们没有「方向」可以正交化。"""
+    """各层的矩阵归 Muon；词嵌入与归一化的增益归 AdamW，它们没有「方向」可以正交化。
+
+    专家混合的路由器也归 Muon，但走小步：走得急，几步之内就有专家再也轮不到，收不到梯度，救不回来。
+    """
     matrices = [p for p in model.blocks.parameters() if p.ndim >= 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     dtype = torch.bfloat16 if device.dtype == torch.bfloat16 else torch.float32
-    muon = Muon(matrices, lr, config.muon_momentum, config.weight_decay, dtype)
+    experts = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
+    pace = {m.router.weight: config.router_scale for m in experts}
+    muon = Muon(matrices, lr, config.muon_momentum, config.weight_decay, dtype, pace)
     adamw = torch.optim.AdamW(
         rest,
         lr * config.embed_lr_scale,

@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 from filelock import FileLock
 from hypothesis import settings
 from scripts import QUICK, STEPS, run
@@ -19,6 +20,14 @@ from tokenizer import Tokenizer
 settings.register_profile("mini-llm", deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", deadline=None, max_examples=2000, database=None)
 settings.load_profile("mini-llm")  # 机器忙时慢一点不算错；同样的代码每次试同样的例子
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """标着 gpu 的测试，没有 NVIDIA 显卡就跳过。"""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="需要 NVIDIA 显卡"))
 
 
 @pytest.fixture(scope="session")

@@ -120,13 +120,14 @@ def test_checkpoint_describes_itself_and_loads_equal(tokenizer, tmp_path):
 
 
 def test_an_earlier_one_keeps_the_values_it_was_trained_with(tokenizer, tmp_path):
-    """那时还没有这三项设置：接着练要用当时的值，不是现在的默认值。"""
+    """那时还没有这几项设置：接着练要用当时的值，不是现在的默认值。"""
     path, snap = tmp_path / "m.pt", snapshot(tokenizer)
-    for name in ("muon_momentum", "adam_beta1", "adam_beta2"):
+    for name in ("muon_momentum", "adam_beta1", "adam_beta2", "router_scale"):
         del snap["config"][name]
     write(path, snap)
     _, config, _ = load(path, tokenizer)
     assert (config.muon_momentum, config.adam_beta1, config.adam_beta2) == (0.95, 0.9, 0.95)
+    assert config.router_scale == 1.0
     muon, adamw = build_optimizers(Transformer(config), config, Device(config), 0.01)
     assert muon.param_groups[0]["momentum"] == 0.95
     assert adamw.param_groups[0]["betas"] == (0.9, 0.95)

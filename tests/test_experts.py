@@ -144,7 +144,6 @@ def test_which_way_a_layer_takes(monkeypatch, autocast):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="没有显卡")
 @pytest.mark.parametrize("n_tokens", [1, 37, 512])
 def test_the_fast_one_on_a_gpu(n_tokens):
     """长短不齐的队，前向与每个矩阵的梯度，都与逐位算的（fp32）相近；没有谁去的专家，梯度是零。"""
@@ -327,7 +326,6 @@ def test_words_never_seen_share_a_row_with_experts_too():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="没有显卡")
 def test_compiled_experts_on_a_gpu_learn_as_the_readable_ones_do(capfd):
     """同样的几步：编译过的、bf16 的，与 fp32 逐位专家算的，损失相近，负载也相近。"""
     losses, shares = {}, {}
@@ -356,7 +354,6 @@ def test_compiled_experts_on_a_gpu_learn_as_the_readable_ones_do(capfd):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="没有显卡")
 def test_compiled_evaluation_on_a_gpu_is_the_eager_one(builtin_config, builtin_pretrain):
     """编译过的、不编译的、fp32 逐位算的，检验出同一个数：docs/lab-notes.md 里有一次差了 0.06。"""
     flags = ["--preset=tiny-moe", "--data=builtin", "--device=cuda", "--dtype=bfloat16"]

@@ -98,3 +98,27 @@ def test_experts_are_matrices_too():
     assert sum(p.numel() for p in muon.param_groups[0]["params"]) == sum(
         p.numel() for p in model.blocks.parameters() if p.ndim > 1
     )
+
+
+def test_a_router_starts_small_and_takes_small_steps():
+    """同一份随机数、同样的梯度，路由器的起点与一步都恰好是五分之一；别的参数不受影响。"""
+
+    def start_and_step(router_scale: float) -> dict[str, tuple]:
+        torch.manual_seed(0)
+        config = replace(
+            SMALL, n_experts=4, n_active=2, weight_decay=0.0, router_scale=router_scale
+        )
+        model = Transformer(config)
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape)
+        muon, _ = build_optimizers(model, config, Device(config), 0.01)
+        muon.step()
+        return {n: (start[n], p.detach() - start[n]) for n, p in model.named_parameters()}
+
+    whole, fifth = start_and_step(1.0), start_and_step(0.2)
+    for name in whole:
+        factor = 0.2 if "router" in name else 1.0
+        for a, b in zip(fifth[name], whole[name], strict=True):
+            torch.testing.assert_close(a, b * factor, rtol=1e-3, atol=1e-6)
+    assert any("router" in name and step.abs().max() > 1e-4 for name, (_, step) in fifth.items())

@@ -122,11 +122,9 @@ def test_a_small_model_says_nearly_the_same(quantize, experts):
     assert len(list(small.generate(ids, Sampling(temp=0, penalty=1.0, max=20)))) == 20
 
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="没有显卡")]
-
-
 @pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=GPU)]
+    "device",
+    [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)],
 )
 @pytest.mark.parametrize("quantize", ["none", "bf16", "int8"])
 def test_compiled_generation_equals_eager(quantize, device, capfd):
