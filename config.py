@@ -87,8 +87,8 @@ class Config:
     decay: float = option(0.9, "学习率最后降到 0，占全程的比例")
     grad_clip: float = option(1.0, "梯度范数的上限")
     balance_coef: float = option(0.01, "负载均衡损失的系数：越大，各位专家越忙得一样")
-    router_scale: float = option(
-        0.2, "路由器的起点与学习率，是别的矩阵的几倍：太大，就有专家早早地再也轮不到", "倍"
+    router_scale: float | None = option(
+        None, "路由器的起点与步子，是别的矩阵的几倍：宽的模型太大，就有专家再也轮不到", "倍"
     )
     seed: int = option(42, "随机种子：初始化、打乱与采样")
 
@@ -142,20 +142,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         dim=192, n_layers=4, n_heads=3, n_kv_heads=1, hidden_dim=576, n_experts=0, n_active=0,
         max_len=512,
-        batch_size=8, seq_len=256, grad_accum=1, lr=0.02, muon_momentum=0.9,
+        batch_size=8, seq_len=256, grad_accum=1, lr=0.02, muon_momentum=0.9, router_scale=1.0,
         isolate_documents=True,
         max_steps=1000, sft_max_steps=150,
     ),
     "wide": dict(  # 矮胖
         dim=512, n_layers=8, n_heads=8, n_kv_heads=2, hidden_dim=1664, n_experts=0, n_active=0,
         max_len=1024,
-        batch_size=32, seq_len=512, grad_accum=1, lr=0.01, muon_momentum=0.95,
+        batch_size=32, seq_len=512, grad_accum=1, lr=0.01, muon_momentum=0.95, router_scale=0.2,
         isolate_documents=False,
     ),
     "deep": dict(  # 瘦高
         dim=512, n_layers=24, n_heads=8, n_kv_heads=2, hidden_dim=1664, n_experts=0, n_active=0,
         max_len=1024,
-        batch_size=16, seq_len=512, grad_accum=2, lr=0.005, muon_momentum=0.95,
+        batch_size=16, seq_len=512, grad_accum=2, lr=0.005, muon_momentum=0.95, router_scale=0.2,
         isolate_documents=False,
     ),
 }  # fmt: skip

@@ -38,7 +38,7 @@ SMALL = Config(
     preset="tiny", dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, n_experts=0,
     n_active=0, max_len=16, seq_len=8, batch_size=2, grad_accum=1, device="cpu", dtype="float32",
     compile=False, lr=0.01, sft_lr=0.002, max_steps=10, muon_momentum=0.9, isolate_documents=True,
-    out_dir="out/x", data="builtin",
+    router_scale=1.0, out_dir="out/x", data="builtin",
 )  # fmt: skip
 CARD = {"train_sha256": "a" * 64, "val_sha256": "b" * 64}
 

@@ -30,6 +30,7 @@ from training import Device, compile_if_possible, evaluate, loss_sum, share_row
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, n_experts=5, n_active=2,
+    router_scale=1.0,
     max_len=32, vocab_size=97, device="cpu", dtype="float32", compile=False,
 )  # fmt: skip
 NAMES = ("train_loss", "val_loss", "balance_loss")

@@ -20,7 +20,7 @@ from tools import explain
 
 TOKENIZER = Tokenizer()
 SHAPE = Config(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=32, max_len=80)
-EXPERTS = replace(SHAPE, n_experts=5, n_active=2)
+EXPERTS = replace(SHAPE, n_experts=5, n_active=2, router_scale=1.0)
 
 
 def speaker_of(shape):

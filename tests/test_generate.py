@@ -29,7 +29,8 @@ PLAIN = Sampling(temp=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0)
 def speaker(request):
     torch.manual_seed(0)
     config = Config(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_len=64,
-                    n_experts=request.param, n_active=request.param // 2)  # fmt: skip
+                    n_experts=request.param, n_active=request.param // 2,
+                    router_scale=1.0)  # fmt: skip
     model = Transformer(config).eval()
     for p in model.blocks.parameters():
         torch.nn.init.normal_(p, std=0.3)

@@ -14,7 +14,7 @@ from model import Transformer, attend_by_hand
 SHAPE = Config(
     dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=48, max_len=24, vocab_size=21248
 )
-EXPERTS = replace(SHAPE, hidden_dim=24, n_experts=5, n_active=2)
+EXPERTS = replace(SHAPE, hidden_dim=24, n_experts=5, n_active=2, router_scale=1.0)
 IDS = [5, 9, 9, 300, 7, 2, 21000]
 
 

@@ -17,7 +17,10 @@ from tools.huggingface import qwen3
 SMALL = Config(
     dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=48, max_len=32, vocab_size=97
 )
-SHAPES = {"dense": SMALL, "experts": replace(SMALL, hidden_dim=24, n_experts=4, n_active=2)}
+SHAPES = {
+    "dense": SMALL,
+    "experts": replace(SMALL, hidden_dim=24, n_experts=4, n_active=2, router_scale=1.0),
+}
 
 
 @pytest.fixture(params=SHAPES)

@@ -91,7 +91,7 @@ def test_every_parameter_has_exactly_one_optimizer():
 
 def test_experts_are_matrices_too():
     """各位专家的矩阵与路由器都归 Muon。"""
-    config = replace(SMALL, n_experts=4, n_active=2)
+    config = replace(SMALL, n_experts=4, n_active=2, router_scale=1.0)
     muon, _ = build_optimizers(model := Transformer(config), config, Device(config), 0.01)
     shapes = [tuple(p.shape) for p in muon.param_groups[0]["params"]]
     assert shapes.count((4, 24, 16)) == 2 * 2 and shapes.count((4, 16, 24)) == 2

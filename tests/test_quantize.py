@@ -25,7 +25,7 @@ def speaker_of(
 ):
     """种子相同，随机的权重就相同，按 quantize 存。"""
     torch.manual_seed(seed)
-    shape = {"n_experts": experts, "n_active": experts // 2}
+    shape = {"n_experts": experts, "n_active": experts // 2, "router_scale": 1.0}
     config = Config(**{**vars(SMALL), "compile": compile, "device": device, **shape})
     model = Transformer(config).eval()
     for p in model.parameters():

@@ -514,7 +514,7 @@ def test_a_phone_and_a_screen_reader(visit):
 def test_the_page_of_a_mixture_of_experts(browser, tmp_path):
     """每格是占得最多的那位专家；只用键盘也能换一层，看那一层的每位专家接了哪些词元。"""
     torch.manual_seed(0)
-    shape = replace(SHAPE, n_experts=5, n_active=2)
+    shape = replace(SHAPE, n_experts=5, n_active=2, router_scale=1.0)
     model = Transformer(shape).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
