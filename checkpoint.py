@@ -217,7 +217,10 @@ def summary(checkpoint: dict[str, Any]) -> str:
     stage, progress = NAMES[checkpoint["stage"]], checkpoint["progress"]
     if imported(checkpoint):
         return f"{stage}过，导入的"
-    return f"{stage} {progress['step']} 步，检验 {progress['val_bpc']:.3f} 比特每字"
+    step, bpc = progress["step"], f"{progress['val_bpc']:.3f} 比特每字"
+    if step < checkpoint["max_steps"]:
+        return f"{stage}只练了 {step}/{checkpoint['max_steps']} 步，最近一次检验 {bpc}"
+    return f"{stage} {step} 步，检验 {bpc}"
 
 
 def data_identity(card: dict) -> dict[str, Any]:

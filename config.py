@@ -88,7 +88,7 @@ class Config:
     grad_clip: float = option(1.0, "梯度范数的上限")
     balance_coef: float = option(0.01, "负载均衡损失的系数：越大，各位专家越忙得一样")
     router_scale: float | None = option(
-        None, "路由器的起点与步子，是别的矩阵的几倍：宽的模型太大，就有专家再也轮不到", "倍"
+        None, "路由器的初值与学习率，是别的矩阵的几倍；没有专家时用不到", "倍"
     )
     seed: int = option(42, "随机种子：初始化、打乱与采样")
 

@@ -106,8 +106,9 @@ class MixtureOfExperts(nn.Module):
     （Switch Transformers，arXiv 2101.03961）。f 要在整个大批上数，而不是在每个小批上，专家才分得了
     工（arXiv 2501.11873）；这里用的是上一步整个大批的 f，于是怎样累积、几个进程，结果都一样。
 
-    概率已经是零的专家，均衡损失也救不回来。所以宽的模型，路由器的起点与步子都小
-    （config.router_scale）：开头几步，别的层还在乱走，它不急着偏心（测量见 docs/lab-notes.md）。
+    概率已经是零的专家，均衡损失也救不回来。所以宽的模型，路由器的初值与学习率都小
+    （config.router_scale，用在 model.py 与 optimizer.py 里）：开头几步，别的层还在乱走，
+    它不急着偏心（测量见 docs/lab-notes.md）。
     """
 
     def __init__(self, config: Config):

@@ -118,7 +118,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tenso
 def build_optimizers(model: Transformer, config: Config, device: Device, lr: float):
     """各层的矩阵归 Muon；词嵌入与归一化的增益归 AdamW，它们没有「方向」可以正交化。
 
-    专家混合的路由器也归 Muon，步子另定（router_scale）：太急，几步之内就有专家再也轮不到，收不到梯度。
+    专家混合的路由器也归 Muon，学习率另乘 router_scale：走得太急，几步之内就有专家再也轮不到。
     """
     matrices = [p for p in model.blocks.parameters() if p.ndim >= 2]
     chosen = {id(p) for p in matrices}

@@ -78,7 +78,7 @@ def main() -> None:
     if train.skipped:
         print(f"（{train.skipped} 段对话在 {config.seq_len} 个词元之内没有助手的话，不用）")
     if train.cut:
-        print(f"（{train.cut} 段对话超过 {config.seq_len} 个词元，末尾没有放进来）")
+        print(f"（{train.cut} 段对话超过 {config.seq_len} 个词元，末尾截掉了）")
     rows_per_step = config.batch_size * config.grad_accum
     max_steps = total_steps(
         config.sft_max_steps, config.sft_epochs or 2, train.n_rows, rows_per_step

@@ -25,6 +25,7 @@ from checkpoint import (
     previous_of,
     read,
     restore,
+    summary,
     write,
 )
 from config import Config, UserError, load_config
@@ -131,6 +132,15 @@ def test_an_earlier_one_keeps_the_values_it_was_trained_with(tokenizer, tmp_path
     muon, adamw = build_optimizers(Transformer(config), config, Device(config), 0.01)
     assert muon.param_groups[0]["momentum"] == 0.95
     assert adamw.param_groups[0]["betas"] == (0.9, 0.95)
+
+
+def test_where_it_came_from_says_whether_it_was_finished(tokenizer):
+    """没练完的，要说练了几分之几：聊得不好，多半是因为这个。"""
+    snap = snapshot(tokenizer)
+    snap["progress"] |= {"step": 10, "val_bpc": 5.5}
+    assert summary(snap) == "预训练 10 步，检验 5.500 比特每字"
+    snap["progress"]["step"] = 4
+    assert summary(snap) == "预训练只练了 4/10 步，最近一次检验 5.500 比特每字"
 
 
 def test_the_one_before_is_kept_until_the_new_one_is_whole(tokenizer, tmp_path, monkeypatch):

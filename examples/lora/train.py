@@ -196,7 +196,7 @@ def tell_what_is_left_out(own: dict[str, SFTBatches], seq_len: int) -> None:
     if skipped:
         print(f"（{skipped} 段对话在 {seq_len} 个词元之内没有助手的话，不用）")
     if cut:
-        print(f"（{cut} 段对话超过 {seq_len} 个词元，末尾没有放进来）")
+        print(f"（{cut} 段对话超过 {seq_len} 个词元，末尾截掉了）")
 
 
 if __name__ == "__main__":
