@@ -186,9 +186,9 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
         for block in self.blocks:
             nn.init.zeros_(block.attention.out.weight)
-            if isinstance(block.feed_forward, FeedForward):
+            if isinstance(block.feed_forward, FeedForward):  # 专家混合的，生来就是零
                 nn.init.zeros_(block.feed_forward.down.weight)
-            else:  # 各位专家的，生来就是零
+            else:
                 block.feed_forward.router.weight.data.mul_(router_scale)
 
     def forward(self, ids: Tensor, positions=None, segments=None, cache=None) -> Tensor:
