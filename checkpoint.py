@@ -217,10 +217,12 @@ def summary(checkpoint: dict[str, Any]) -> str:
     stage, progress = NAMES[checkpoint["stage"]], checkpoint["progress"]
     if imported(checkpoint):
         return f"{stage}过，导入的"
-    step, bpc = progress["step"], f"{progress['val_bpc']:.3f} 比特每字"
+    step, bpc = progress["step"], progress["val_bpc"]
+    result = f"检验 {bpc:.3f} 比特每字"
     if step < checkpoint["max_steps"]:
-        return f"{stage}只练了 {step}/{checkpoint['max_steps']} 步，最近一次检验 {bpc}"
-    return f"{stage} {step} 步，检验 {bpc}"
+        result = f"最近一次{result}" if math.isfinite(bpc) else "还没有检验过"
+        return f"{stage}只练了 {step}/{checkpoint['max_steps']} 步，{result}"
+    return f"{stage} {step} 步，{result}"
 
 
 def data_identity(card: dict) -> dict[str, Any]:

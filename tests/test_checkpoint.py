@@ -141,6 +141,8 @@ def test_where_it_came_from_says_whether_it_was_finished(tokenizer):
     assert summary(snap) == "预训练 10 步，检验 5.500 比特每字"
     snap["progress"]["step"] = 4
     assert summary(snap) == "预训练只练了 4/10 步，最近一次检验 5.500 比特每字"
+    snap["progress"] |= {"step": 0, "val_bpc": float("inf")}  # 开头存下的那一份
+    assert summary(snap) == "预训练只练了 0/10 步，还没有检验过"
 
 
 def test_the_one_before_is_kept_until_the_new_one_is_whole(tokenizer, tmp_path, monkeypatch):
