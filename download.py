@@ -20,8 +20,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError, run_script
-from readers import sha256
+from config import UserError
+from corpus.readers import sha256
+from settings.flags import run_script
 
 
 class Source(NamedTuple):

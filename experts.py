@@ -4,21 +4,18 @@
     mix_by_hand        逐位专家算的，看得懂的一份；mix_grouped 是快的一份
     MixtureOfExperts   代替 model.py 里 FeedForward 的一层
     Routing            训练时收集各层的负载均衡损失
-    take_load          各位专家各忙了多少
+    expert_loads          各位专家各忙了多少
 
 图例：N 词元数（B × T），C 宽度，L 层数，E 专家数，A 每个词元交给几位，I 专家的中间宽度。
 """
 
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
-from distributed import World
 
 # ---------- 1. 挑几位专家，把它们的输出加起来 ----------
 
@@ -156,52 +153,3 @@ class MixtureOfExperts(nn.Module):
 
 
 # ---------- 3. 各忙了多少 ----------
-
-
-class Load(NamedTuple):
-    """各层各位专家的负载。
-
-    Fields:
-        share: 交给每位的份额 f (L, E)，每层之和为 1；公平的是 1/E。
-        balance_loss: 负载均衡损失 E · Σ f_i · P_i，各层平均，不乘系数；完全均衡时是 1。
-    """
-
-    share: Tensor
-    balance_loss: float
-
-    def entropy(self) -> list[float]:
-        """每层负载的熵，与均匀时的比：1 是人人一样忙，0 是只有一位在忙。"""
-        p = self.share.clamp(min=1e-12)
-        return [round(x, 4) for x in (-(p * p.log()).sum(1) / math.log(p.size(1))).tolist()]
-
-    def rounded(self) -> list[list[float]]:
-        """每层每位的负载是公平份额的几倍。"""
-        return [[round(x, 3) for x in row] for row in (self.share * self.share.size(1)).tolist()]
-
-    def row(self) -> dict:
-        """写进记录的几项。"""
-        return {"balance_loss": self.balance_loss, "load_entropy": self.entropy()}
-
-    def __str__(self) -> str:
-        times = self.share * self.share.size(1)
-        return f"专家最闲、最忙的是公平份额的 {times.min():.2f}、{times.max():.2f} 倍"
-
-
-def take_load(model: nn.Module, world: World) -> Load | None:
-    """上一次取走以来，各位专家的负载，各进程的合起来；取走之后重新数起。稠密模型没有。"""
-    experts = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
-    if not experts:
-        return None
-    tally = torch.stack([m.tally for m in experts])  # (L, 2, E)
-    total = torch.tensor(world.sum(*tally.flatten().tolist())).view(tally.shape)
-    share, mean = (total / total.sum(-1, keepdim=True).clamp(min=1e-12)).unbind(1)  # 各 (L, E)
-    for m in experts:
-        m.tally.zero_()
-    return Load(share, (share.size(1) * (share * mean).sum(1)).mean().item())
-
-
-def share_load(model: nn.Module, load: Load) -> None:
-    """这一步的负载交给各层，下一步的负载均衡损失用它。"""
-    experts = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
-    for m, share in zip(experts, load.share, strict=True):
-        m.load.copy_(share)

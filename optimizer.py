@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from config import Config
-from distributed import is_sharded, shard_like
+from engine.device import Device
+from engine.distributed import is_sharded, shard_like
 from experts import MixtureOfExperts
 from model import Transformer
-from training import Device
 
 # ---------- 1. 学习率 ----------
 
@@ -132,7 +132,7 @@ def build_optimizers(model: Transformer, config: Config, device: Device, lr: flo
         lr * config.embed_lr_scale,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=0.0,
-        fused=device.torch.type != "mps",
+        fused=device.place.type != "mps",
     )
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:

@@ -6,8 +6,9 @@ python pre_chat.py --prompt "守株待兔："    只写一次，供脚本使用
 
 import sys
 
-import repl
-from config import UserError, run_script
+from chat import repl
+from config import UserError
+from settings.flags import run_script
 
 
 def main() -> None:

@@ -19,27 +19,25 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from checkpoint import Folder, Progress, Saver, build_model, capture, restore
-from config import describe, load_config, run_script, save_config
-from dataset import IGNORE, PretrainBatches, prepare, rows_of_step
-from distributed import Parallel, World, whole
-from experts import share_load, take_load
-from faults import Stop, auto_batch, diverged, memory_advice, skip_step, too_many_skipped
+from corpus.token_file import tokenize_corpus
+from dataset import IGNORE, PretrainBatches, rows_of_step
+from engine.checkpoint import Progress, build_model, capture, restore
+from engine.device import Device, compile_if_possible
+from engine.distributed import Parallel, World, whole
+from engine.expert_load import expert_loads, rebalance
+from engine.guard import diverged, skip_step, too_many_skipped
+from engine.memory import auto_batch, memory_advice
+from engine.metrics import Metrics
+from engine.run_folder import RunFolder, Saver
+from engine.shared_row import shared_before, tie_unused_rows
+from engine.stop import Stop
 from generate import Sampling, make_speaker
+from loss import bits_per_character, evaluate, loss_sum
 from model import Transformer
 from optimizer import build_optimizers, learning_rate, set_learning_rate, total_steps
+from settings.flags import run_script
+from settings.resolve import describe, load_config, repeat_flags, save_config
 from tokenizer import Tokenizer
-from training import (
-    Device,
-    Metrics,
-    bits_per_character,
-    compile_if_possible,
-    evaluate,
-    loss_sum,
-    repeat_flags,
-    share_row,
-    shared_before,
-)
 
 
 def main(
@@ -58,7 +56,7 @@ def main(
     config, origins = load_config("pretrain", sys.argv[1:] if argv is None else argv)
     world = World()
     tokenizer = Tokenizer()
-    folder = Folder("pretrain", config, origins, world, program)
+    folder = RunFolder("pretrain", config, origins, world, program)
     checkpoint = folder.begin(config, origins, tokenizer)  # --resume：上次的全部状态
     device = Device(config, world)
     print(f"预训练 · {device.describe()}\n{describe(config, origins)}")
@@ -70,7 +68,7 @@ def main(
         print(f"（{note}）")
 
     # ---------- 2. 数据：一个词元文件，切成等长的行 ----------
-    data = prepare(config.data, "pretrain", tokenizer, config, wait=world.local_rank > 0)
+    data = tokenize_corpus(config.data, "pretrain", tokenizer, config, wait=world.local_rank > 0)
     isolate = tokenizer.bos_id if config.isolate_documents else None
     train, val = (
         PretrainBatches(data.tokens[side], config.seq_len, isolate) for side in ("train", "val")
@@ -81,14 +79,14 @@ def main(
     max_steps = total_steps(config.max_steps, config.epochs or epochs, train.n_rows, rows_per_step)
 
     # ---------- 3. 模型与优化器 ----------
-    world.connect(device.torch, rows_per_step)
+    world.connect(device.place, rows_per_step)
     torch.manual_seed(config.seed)
     model = build_model(config, checkpoint, folder.path) if checkpoint else Transformer(config)
-    model.to(device.torch)
+    model.to(device.place)
     if checkpoint:
         shared = shared_before(checkpoint, device)
     else:
-        shared = share_row(model, train.tokens, newborn=True)
+        shared = tie_unused_rows(model, train.tokens, newborn=True)
     if origins["batch_size"] == "auto":
         auto_batch(config, model, device)
     n_params = sum(p.numel() for p in model.parameters())
@@ -115,7 +113,7 @@ def main(
         with memory_advice(config, model, config.batch_size):
             loss = evaluate(loss_fn, model, val, config.batch_size, limit, device)
         bpc = bits_per_character(loss, data.card)
-        busy = take_load(model, world)  # 专家混合：留出的文档上，各位专家的负载
+        busy = expert_loads(model, world)  # 专家混合：留出的文档上，各位专家的负载
         progress.checked(loss, bpc, everything)
         prompt = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
         written = []
@@ -185,7 +183,7 @@ def main(
             for i, batch in enumerate(batches, start=1):
                 with parallel.accumulate(last=i == len(batches)):
                     with device.autocast():
-                        part = loss_fn(model, batch.to(device.torch), shared) / n_targets
+                        part = loss_fn(model, batch.to(device.place), shared) / n_targets
                     # DDP 在各进程间求梯度的平均，要的是和：先乘上进程数。
                     device.scaler.scale(part * world.size).backward()
                 losses.append(part.item())
@@ -209,8 +207,8 @@ def main(
             epoch = step * rows_per_step // train.n_rows
             notes = skip_step(progress, loss, micro_rows, losses, epoch, device)
         device.scaler.update()
-        if busy := take_load(model, world):  # 专家混合：下一步按它求均衡
-            share_load(model, busy)
+        if busy := expert_loads(model, world):  # 专家混合：下一步按它求均衡
+            rebalance(model, busy)
             notes |= busy.row()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)

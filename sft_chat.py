@@ -6,9 +6,10 @@ python sft_chat.py --prompt "画蛇添足是什么意思？"  只答一次，供
 
 import sys
 
-import repl
-from config import UserError, run_script
+from chat import repl
+from config import UserError
 from generate import Speaker
+from settings.flags import run_script
 
 
 def trim(turns: list[list[int]], limit: int) -> list[list[int]]:

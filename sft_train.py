@@ -17,35 +17,24 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from checkpoint import (
-    Folder,
-    Progress,
-    Saver,
-    build_model,
-    capture,
-    inherit,
-    load,
-    restore,
-    summary,
-)
-from config import describe, load_config, run_script, save_config
-from dataset import IGNORE, SFTBatches, prepare, rows_of_step
-from distributed import Parallel, World, whole
-from experts import share_load, take_load
-from faults import Stop, auto_batch, diverged, memory_advice, skip_step, too_many_skipped
+from corpus.token_file import tokenize_corpus
+from dataset import IGNORE, SFTBatches, rows_of_step
+from engine.checkpoint import Progress, build_model, capture, load, restore, summary
+from engine.device import Device, compile_if_possible
+from engine.distributed import Parallel, World, whole
+from engine.expert_load import expert_loads, rebalance
+from engine.guard import diverged, skip_step, too_many_skipped
+from engine.memory import auto_batch, memory_advice
+from engine.metrics import Metrics
+from engine.run_folder import RunFolder, Saver
+from engine.shared_row import shared_before, tie_unused_rows
+from engine.stop import Stop
 from generate import Sampling, make_speaker
+from loss import bits_per_character, evaluate, loss_sum
 from optimizer import build_optimizers, learning_rate, set_learning_rate, total_steps
+from settings.flags import run_script
+from settings.resolve import describe, inherit, load_config, save_config
 from tokenizer import Tokenizer
-from training import (
-    Device,
-    Metrics,
-    bits_per_character,
-    compile_if_possible,
-    evaluate,
-    loss_sum,
-    share_row,
-    shared_before,
-)
 
 
 def main() -> None:
@@ -54,7 +43,7 @@ def main() -> None:
     config, origins = load_config("sft", sys.argv[1:])
     world = World()
     tokenizer = Tokenizer()
-    folder = Folder("sft", config, origins, world)
+    folder = RunFolder("sft", config, origins, world)
     checkpoint = folder.begin(config, origins, tokenizer)  # --resume：上次的全部状态
     start, path = checkpoint, folder.path
     if not checkpoint:
@@ -70,7 +59,7 @@ def main() -> None:
         print(f"（{note}）")
 
     # ---------- 2. 数据：一个词元文件，几段对话拼成一行 ----------
-    data = prepare(config.sft_data, "sft", tokenizer, config, wait=world.local_rank > 0)
+    data = tokenize_corpus(config.sft_data, "sft", tokenizer, config, wait=world.local_rank > 0)
     train, val = (
         SFTBatches(data.tokens[side], data.starts[side], config.seq_len, tokenizer, config.seed)
         for side in ("train", "val")
@@ -85,13 +74,13 @@ def main() -> None:
     )
 
     # ---------- 3. 模型与优化器 ----------
-    world.connect(device.torch, rows_per_step)
+    world.connect(device.place, rows_per_step)
     torch.manual_seed(config.seed)
-    model.to(device.torch)
+    model.to(device.place)
     if checkpoint:
         shared = shared_before(checkpoint, device)
     else:
-        shared = share_row(model, train.tokens, newborn=False)
+        shared = tie_unused_rows(model, train.tokens, newborn=False)
     if origins["batch_size"] == "auto":
         auto_batch(config, model, device)
     n_params = sum(p.numel() for p in model.parameters())
@@ -119,7 +108,7 @@ def main() -> None:
         with memory_advice(config, model, config.batch_size):
             loss = evaluate(loss_fn, model, val, config.batch_size, limit, device)
         bpc = bits_per_character(loss, data.card)
-        busy = take_load(model, world)  # 专家混合：留出的回答上，各位专家的负载
+        busy = expert_loads(model, world)  # 专家混合：留出的回答上，各位专家的负载
         progress.checked(loss, bpc, everything)
         prompt = tokenizer.question_ids(config.sft_prompt)
         written = []
@@ -185,7 +174,7 @@ def main() -> None:
             for i, batch in enumerate(batches, start=1):
                 with parallel.accumulate(last=i == len(batches)):
                     with device.autocast():
-                        part = loss_fn(model, batch.to(device.torch), shared) / n_targets
+                        part = loss_fn(model, batch.to(device.place), shared) / n_targets
                     # DDP 在各进程间求梯度的平均，要的是和：先乘上进程数。
                     device.scaler.scale(part * world.size).backward()
                 losses.append(part.item())
@@ -209,8 +198,8 @@ def main() -> None:
             epoch = step * rows_per_step // train.n_rows
             notes = skip_step(progress, loss, micro_rows, losses, epoch, device)
         device.scaler.update()
-        if busy := take_load(model, world):  # 专家混合：下一步按它求均衡
-            share_load(model, busy)
+        if busy := expert_loads(model, world):  # 专家混合：下一步按它求均衡
+            rebalance(model, busy)
             notes |= busy.row()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)

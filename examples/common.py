@@ -27,20 +27,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from config import LARGEST, Config, UserError
-from dataset import IGNORE, SIDES, Batch, SFTBatches, prepare
+from config import Config, UserError
+from corpus.token_file import tokenize_corpus
+from dataset import IGNORE, SIDES, Batch, SFTBatches
+from engine.device import Device, add_in_fixed_order, keep_freed_memory
+from loss import evaluate
+from settings.check import LARGEST
 from tokenizer import Tokenizer
-from tools.export import check_target, save_tokenizer, written_whole
-from tools.huggingface import arguments, quiet
-from tools.import_hf import Options as ImportOptions
-from tools.import_hf import (
+from tools.huggingface.export import check_target, save_tokenizer, written_whole
+from tools.huggingface.import_hf import Options as ImportOptions
+from tools.huggingface.import_hf import (
     check_tokenizer,
     last_line,
     our_config,
     read_config,
     read_model,
 )
-from training import Device, add_in_fixed_order, evaluate, keep_freed_memory
+from tools.huggingface.shapes import arguments, quiet
 
 Messages = list[dict[str, str]]  # [{"role": …, "content": …}, …]，transformers 的写法
 ROWS = 8  # 检验与回答时，一次算几行
@@ -153,7 +156,7 @@ def sft_batches(source: str, config: Config, seed: int) -> dict[str, SFTBatches]
         seed: 决定哪几段拼在一起。
     """
     tokenizer = Tokenizer()
-    data = prepare(source, "sft", tokenizer, config)
+    data = tokenize_corpus(source, "sft", tokenizer, config)
     return {
         side: SFTBatches(data.tokens[side], data.starts[side], config.seq_len, tokenizer, seed)
         for side in SIDES

@@ -14,7 +14,7 @@ from hypothesis import settings
 from scripts import QUICK, STEPS, run
 
 from config import Config
-from dataset import TokenFile, prepare
+from corpus.token_file import TokenFile, tokenize_corpus
 from tokenizer import Tokenizer
 
 settings.register_profile("mini-llm", deadline=None, derandomize=True, database=None)
@@ -52,13 +52,13 @@ def builtin_config(common) -> Config:
 @pytest.fixture(scope="session")
 def builtin_pretrain(tokenizer, builtin_config) -> TokenFile:
     """内置语料的预训练词元文件：全部三万余条。"""
-    return prepare("builtin", "pretrain", tokenizer, builtin_config)
+    return tokenize_corpus("builtin", "pretrain", tokenizer, builtin_config)
 
 
 @pytest.fixture(scope="session")
 def builtin_sft(tokenizer, builtin_config) -> TokenFile:
     """内置语料的微调词元文件：全部近十万段对话。"""
-    return prepare("builtin", "sft", tokenizer, builtin_config)
+    return tokenize_corpus("builtin", "sft", tokenizer, builtin_config)
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoint import Progress, capture, write
-from config import load_config
 from dataset import IGNORE
+from engine.checkpoint import Progress, capture, write
+from engine.device import Device
 from model import Transformer
+from settings.resolve import load_config
 from tokenizer import Tokenizer
-from training import Device
 
 SHAPE = ["--preset", "tiny", "--dim", "64", "--n_layers", "2", "--n_heads", "2", "--n_kv_heads",
          "1", "--hidden_dim", "128", "--max_len", "128", "--seq_len", "128", "--device", "cpu",

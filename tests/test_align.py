@@ -9,10 +9,10 @@ import torch
 from scripts import run
 from test_export import random_model, save
 
-import idioms
-from checkpoint import load
 from config import Config, UserError
-from dataset import is_held_out
+from corpus import idioms
+from corpus.token_file import is_held_out
+from engine.checkpoint import load
 from examples.align import dpo, grpo
 from examples.align.measure import Exam, frozen_copy, log_probabilities, still_a_model, trl_settings
 from examples.align.questions import (
@@ -25,9 +25,9 @@ from examples.align.questions import (
     training_entries,
 )
 from examples.common import load_folder
-from tools.check_answers import unseen_entries
-from tools.export import export
-from tools.import_hf import Options, import_folder
+from tools.huggingface.export import export
+from tools.huggingface.import_hf import Options, import_folder
+from tools.lab.check_answers import unseen_entries
 
 pytest.importorskip("trl", reason="没有安装 examples/align/requirements.txt")
 

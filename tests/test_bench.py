@@ -8,13 +8,13 @@ import pytest
 import torch
 from scripts import REPO, metrics
 
-import training
 from config import PRESETS, Config, UserError
 from dataset import IGNORE
+from engine import device as training
 from model import Transformer
-from tools import contestants
-from tools.bench import exponent, main, training_flops
-from tools.measuring import Contestant, Row, rates, take_turns, to_markdown
+from tools.bench import contestants
+from tools.bench.__main__ import exponent, main, training_flops
+from tools.bench.measuring import Contestant, Row, rates, take_turns, to_markdown
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_failed_compiler_is_not_measured_as_compiled(monkeypatch, here):
         return call
 
     monkeypatch.setattr(contestants, "compile_if_possible", failing)
-    monkeypatch.setattr("training.shutil.which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr("engine.device.shutil.which", lambda name: "/usr/bin/" + name)
     shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64}
     with pytest.raises(UserError, match=r"torch\.compile 失败"):
         contestants.trainer("ours", "tiny", **here | {"compile": True}, **shape, seq_len=32)

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import repl
+from chat import repl
+from chat.repl import HELP, Chat, ChatOptions, obey
 from config import UserError
 from generate import Choice, Sampling
-from repl import HELP, Chat, ChatOptions, obey
 from sft_chat import trim
 
 

@@ -13,14 +13,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-from checkpoint import (
+from config import Config, UserError
+from engine import checkpoint
+from engine.checkpoint import (
     Damaged,
-    Folder,
     Progress,
-    Saver,
     capture,
-    inherit,
     load,
     previous_of,
     read,
@@ -28,12 +26,13 @@ from checkpoint import (
     summary,
     write,
 )
-from config import Config, UserError, load_config
-from distributed import World
+from engine.device import Device
+from engine.distributed import World
+from engine.run_folder import RunFolder, Saver
 from model import Transformer
 from optimizer import build_optimizers
+from settings.resolve import inherit, load_config
 from tokenizer import Tokenizer
-from training import Device
 
 SMALL = Config(
     preset="tiny", dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, n_experts=0,
@@ -344,7 +343,7 @@ def out(tmp_path, monkeypatch):
     def start(*flags, stage="pretrain"):
         argv = ["--out_dir", "out/x", "--preset", "tiny", *flags]
         config, origins = load_config(stage, argv)
-        folder = Folder(stage, config, origins, World())
+        folder = RunFolder(stage, config, origins, World())
         try:
             return folder.begin(config, origins, Tokenizer()), config, origins
         finally:
@@ -357,11 +356,11 @@ def out(tmp_path, monkeypatch):
 def test_a_second_run_on_one_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [load_config(stage, ["--out_dir", "out/x"]) for stage in ("pretrain", "sft")]
-    first = Folder("pretrain", *runs[0], World())
+    first = RunFolder("pretrain", *runs[0], World())
     with pytest.raises(UserError, match="另一个训练正在写 out/x"):
-        Folder("sft", *runs[1], World())
+        RunFolder("sft", *runs[1], World())
     first.lock.release()
-    Folder("sft", *runs[1], World()).lock.release()
+    RunFolder("sft", *runs[1], World()).lock.release()
 
 
 def test_a_finished_or_unfinished_run_is_never_silently_overwritten(out, tokenizer):
@@ -423,7 +422,7 @@ def test_only_the_launch_that_began_a_run_resumes_it_by_itself(out, tokenizer, m
     with pytest.raises(UserError, match="已经有了"):
         out()
     config, origins = load_config("pretrain", ["--out_dir", "out/x"])
-    folder = Folder("pretrain", config, origins, World())
+    folder = RunFolder("pretrain", config, origins, World())
     folder.settle(fresh=False)
     folder.lock.release()
     assert out("--overwrite")[0]["progress"]["step"] == 4
@@ -463,7 +462,7 @@ def test_edits_in_config_py_are_named_when_they_do_not_count(out, tokenizer, mon
     write(Path("out/x/pretrain.pt"), snapshot(tokenizer))
     edited = Config(lr=0.3)
     config, origins = load_config("pretrain", ["--out_dir", "out/x", "--resume"], edited)
-    folder = Folder("pretrain", config, origins, World())
+    folder = RunFolder("pretrain", config, origins, World())
     folder.begin(config, origins, tokenizer)
     assert config.lr == 0.01
     assert "config.py 里改过的 lr 不算数" in capsys.readouterr().out
@@ -490,7 +489,7 @@ def test_restoring_gives_back_the_optimizers_the_generator_and_the_place(tokeniz
     expected = torch.rand(3)
     write(path, before)
     found, config, origins = out("--resume")
-    folder = Folder("pretrain", config, origins, World())
+    folder = RunFolder("pretrain", config, origins, World())
     _, optimizers, device = trained(steps=0)
     progress = restore(found, CARD, optimizers, device, folder, 10)
     assert progress == Progress(step=4, val_bpc=5.0)

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import config as config_module
-from config import PRESETS, Config, UserError, describe, field_types, help_text, load_config
+from config import PRESETS, Config, UserError
+from settings.flags import field_types, help_text
+from settings.resolve import describe, load_config
 
 
 @pytest.fixture(autouse=True)

@@ -15,20 +15,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import dataset
-import idioms
 from config import PRESETS, Config, UserError
-from dataset import (
-    IGNORE,
-    SIDES,
-    PretrainBatches,
-    SFTBatches,
-    TokenFile,
-    encode_documents,
-    is_held_out,
-    pack,
-    prepare,
-    rows_of_step,
-)
+from corpus import idioms
+from corpus.token_file import TokenFile, encode_documents, is_held_out, tokenize_corpus
+from dataset import IGNORE, SIDES, PretrainBatches, SFTBatches, pack, rows_of_step
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -62,8 +52,8 @@ class Workplace:
         self.source = folder / "source.jsonl"
         self.config = Config(data_dir=str(folder / "data"), val_fraction=0.1)
 
-    def prepare(self, stage: str = "pretrain") -> TokenFile:
-        return prepare(str(self.source), stage, self.tokenizer, self.config)
+    def tokenize_corpus(self, stage: str = "pretrain") -> TokenFile:
+        return tokenize_corpus(str(self.source), stage, self.tokenizer, self.config)
 
     def files(self, ending: str) -> list[Path]:
         return sorted((self.folder / "data").rglob(f"*{ending}"))
@@ -700,7 +690,7 @@ def test_unknown_rate_of_the_builtin_corpus(builtin_pretrain, builtin_sft):
 
 def test_builtin_corpus_is_reused(builtin_pretrain, builtin_config, tokenizer, capsys):
     """内置语料准备一次就够。"""
-    again = prepare("builtin", "pretrain", tokenizer, builtin_config)
+    again = tokenize_corpus("builtin", "pretrain", tokenizer, builtin_config)
     assert again.card == builtin_pretrain.card
     assert "沿用" in capsys.readouterr().out
 

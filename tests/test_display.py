@@ -7,13 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import display
-import repl
+from chat import display, repl
+from chat.display import HEIGHTS, bits, candidates, percent, surprise
+from chat.repl import Chat, ChatOptions
 from config import Config, UserError
-from display import HEIGHTS, bits, candidates, percent, surprise
 from generate import Choice, make_speaker, probabilities
 from model import Transformer
-from repl import Chat, ChatOptions
 from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer()

@@ -17,11 +17,13 @@ from test_export import save
 
 from config import Config, UserError
 from dataset import IGNORE, Batch
+from engine.device import Device
+from engine.shared_row import SharedRow, tie_unused_rows
 from examples.distill import distill
 from examples.distill.distill import Options, Teacher, divergence, split_flags
+from loss import loss_sum
 from model import Transformer
 from optimizer import build_optimizers
-from training import Device, SharedRow, loss_sum, share_row
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, device="cpu",
@@ -83,7 +85,7 @@ def test_the_loss_is_the_weighted_sum_over_the_whole_vocabulary(alpha, tau):
 
 
 def shared_of(model: Transformer) -> SharedRow:
-    return share_row(model, WORDS, newborn=True)
+    return tie_unused_rows(model, WORDS, newborn=True)
 
 
 @pytest.mark.parametrize("tau", [1.0, 3.0])

@@ -20,7 +20,7 @@ from scripts import (
 )
 
 from config import UserError
-from distributed import World, shard_like, whole
+from engine.distributed import World, shard_like, whole
 
 # 梯度相加的次序不同，fp32 的末位会不同；十几步之内差不出这么多。
 TOLERANCE = 1e-4

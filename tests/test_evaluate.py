@@ -12,13 +12,12 @@ import torch
 from rote import learn_by_rote
 from scripts import REPO, run
 
-import idioms
-import readers
-from checkpoint import load
 from config import N_TOKENS, UserError
+from corpus import idioms, readers
+from engine.checkpoint import load
 from examples.evaluate import make_task
 from examples.evaluate.make_task import Question, pairs, shared
-from tools.export import export
+from tools.huggingface.export import export
 
 FEW = 6  # 背下几道题，就考几道
 

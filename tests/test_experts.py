@@ -10,23 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import QUICK, Running, assert_same_run, last_step, metrics, run
 
-from config import PRESETS, Config, UserError, load_config
+from config import PRESETS, Config, UserError
 from dataset import IGNORE, Batch
-from distributed import World
-from experts import (
-    Load,
-    MixtureOfExperts,
-    Routing,
-    has_grouped_mm,
-    mix_by_hand,
-    mix_grouped,
-    route,
-    share_load,
-    take_load,
-)
+from engine.device import Device, compile_if_possible
+from engine.distributed import World
+from engine.expert_load import ExpertLoad, expert_loads, rebalance
+from engine.shared_row import tie_unused_rows
+from experts import MixtureOfExperts, Routing, has_grouped_mm, mix_by_hand, mix_grouped, route
+from loss import evaluate, loss_sum
 from model import FeedForward, Transformer
-from tools.contestants import Ours
-from training import Device, compile_if_possible, evaluate, loss_sum, share_row
+from settings.resolve import load_config
+from tools.bench.contestants import Ours
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, n_experts=5, n_active=2,
@@ -187,14 +181,16 @@ def test_the_presets_have_the_active_parameters_of_their_dense_twins(moe, dense)
 # ---------- 均衡 ----------
 
 
-def penalty_gradient(model: Transformer, parts: list[Batch], load: Load) -> list[torch.Tensor]:
+def penalty_gradient(
+    model: Transformer, parts: list[Batch], load: ExpertLoad
+) -> list[torch.Tensor]:
     """几个小批累积起来，只由负载均衡损失来的梯度（与系数为零的之差）。"""
     grads = []
     for coefficient in (0.5, 0.0):
         model.zero_grad()
         for block in model.blocks:
             block.feed_forward.balance_coef = coefficient
-        share_load(model, load)
+        rebalance(model, load)
         for batch in parts:
             loss_sum(model, batch).backward()
         grads.append([b.feed_forward.router.weight.grad.clone() for b in model.blocks])
@@ -205,7 +201,7 @@ def test_the_penalty_is_the_one_of_the_paper():
     """E · Σ f_i · P_i，乘系数与词元数；f 是给定的，P 由这一批算出，补齐的不算。"""
     model, batch = model_of(), batch_of(3)
     f = torch.tensor([[0.5, 0.3, 0.1, 0.1, 0.0], [0.2] * 5])
-    share_load(model, Load(f, 0.0))
+    rebalance(model, ExpertLoad(f, 0.0))
     routing = Routing(batch.targets != IGNORE)
     inputs = {}
     handles = [
@@ -231,9 +227,9 @@ def test_the_loss_is_that_of_the_language_alone_but_the_gradient_is_not():
         logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )
     torch.testing.assert_close(loss_sum(model, batch), expected)
-    uneven = Load(torch.tensor([[0.6, 0.1, 0.1, 0.1, 0.1]] * 2), 0.0)
+    uneven = ExpertLoad(torch.tensor([[0.6, 0.1, 0.1, 0.1, 0.1]] * 2), 0.0)
     assert all(g.abs().max() > 1e-3 for g in penalty_gradient(model, [batch], uneven))
-    even = Load(torch.full((2, 5), 0.2), 0.0)  # 已经均匀：概率之和恒为 1，没有可推的
+    even = ExpertLoad(torch.full((2, 5), 0.2), 0.0)  # 已经均匀：概率之和恒为 1，没有可推的
     assert all(g.abs().max() < 1e-4 for g in penalty_gradient(model, [batch], even))
 
 
@@ -244,11 +240,11 @@ def test_pushing_against_the_load_evens_it():
     seen = []
     for _ in range(60):
         loss_sum(model, batch)
-        load = take_load(model, World())
+        load = expert_loads(model, World())
         seen.append(load)
         for p, g in zip(routers, penalty_gradient(model, [batch], load), strict=True):
             p.data -= 0.02 * g
-        take_load(model, World())
+        expert_loads(model, World())
     first, last = seen[0].share.max(1).values, seen[-1].share.max(1).values
     assert (last < first).all()
     assert seen[-1].balance_loss < seen[0].balance_loss
@@ -261,12 +257,12 @@ def test_how_a_batch_is_divided_changes_neither_load_nor_gradient(sizes):
     model, batch = model_of(), batch_of(sum(sizes))
     parts = [Batch(*pair) for pair in zip(batch.ids.split(sizes), batch.targets.split(sizes),
                                           strict=True)]  # fmt: skip
-    f = Load(torch.tensor([[0.6, 0.1, 0.1, 0.1, 0.1]] * 2), 0.0)
-    take_load(model, World())
+    f = ExpertLoad(torch.tensor([[0.6, 0.1, 0.1, 0.1, 0.1]] * 2), 0.0)
+    expert_loads(model, World())
     whole = penalty_gradient(model, [batch], f)
-    load = take_load(model, World())
+    load = expert_loads(model, World())
     pieces = penalty_gradient(model, parts, f)
-    again = take_load(model, World())
+    again = expert_loads(model, World())
     for a, b in zip(whole, pieces, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(load.share, again.share)
@@ -282,18 +278,18 @@ def test_the_load_counts_every_choice_once():
         sent, probs = block.feed_forward.tally
         assert sent.sum() == 2 * counted
         assert probs.sum() == pytest.approx(counted, rel=1e-5)
-    load = take_load(model, World())
+    load = expert_loads(model, World())
     torch.testing.assert_close(load.share.sum(1), torch.ones(2))
     assert all((b.feed_forward.tally == 0).all() for b in model.blocks)
 
 
 def test_what_is_said_about_a_load():
-    load = Load(torch.tensor([[0.5, 0.5, 0, 0], [0.25] * 4]), 1.5)
+    load = ExpertLoad(torch.tensor([[0.5, 0.5, 0, 0], [0.25] * 4]), 1.5)
     assert load.entropy() == [pytest.approx(0.5, abs=1e-4), 1.0]
     assert load.rounded() == [[2, 2, 0, 0], [1, 1, 1, 1]]
     assert load.row() == {"balance_loss": 1.5, "load_entropy": load.entropy()}
     assert str(load) == "专家最闲、最忙的是公平份额的 0.00、2.00 倍"
-    assert take_load(Transformer(replace(SMALL, n_experts=0, n_active=0)), World()) is None
+    assert expert_loads(Transformer(replace(SMALL, n_experts=0, n_active=0)), World()) is None
 
 
 def test_balanced_is_one():
@@ -302,17 +298,17 @@ def test_balanced_is_one():
     for block in model.blocks:
         block.feed_forward.router.weight.data.zero_()
         block.feed_forward.tally.copy_(torch.full((2, 5), 7.0))
-    assert take_load(model, World()).balance_loss == pytest.approx(1)
+    assert expert_loads(model, World()).balance_loss == pytest.approx(1)
     for block in model.blocks:
         block.feed_forward.tally.copy_(torch.tensor([[9.0, 0, 0, 0, 0]] * 2))
-    assert take_load(model, World()).balance_loss == pytest.approx(5)
+    assert expert_loads(model, World()).balance_loss == pytest.approx(5)
 
 
 def test_words_never_seen_share_a_row_with_experts_too():
     """词表的合用一行与专家混合一起用，损失与每个梯度仍与不合用的相同。"""
     model = model_of(vocab_size=512)
     batch = batch_of(3)
-    way = share_row(model, np.arange(97, dtype=np.uint16), newborn=True)
+    way = tie_unused_rows(model, np.arange(97, dtype=np.uint16), newborn=True)
     results = []
     for shared in (None, way):
         model.zero_grad()
@@ -334,7 +330,7 @@ def test_compiled_experts_on_a_gpu_learn_as_the_readable_ones_do(capfd):
         config = replace(SMALL, device="cuda", dtype=dtype, compile=True)
         device = Device(config)
         model = model_of().cuda()
-        batch = batch_of(4).to(device.torch)
+        batch = batch_of(4).to(device.place)
         fn = compile_if_possible(loss_sum, device)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
         losses[dtype] = []
@@ -345,7 +341,7 @@ def test_compiled_experts_on_a_gpu_learn_as_the_readable_ones_do(capfd):
             optimizer.step()
             optimizer.zero_grad()
             losses[dtype].append(loss.item())
-            share_load(model, load := take_load(model, World()))
+            rebalance(model, load := expert_loads(model, World()))
         shares[dtype] = load.share
         assert device.compile == (dtype == "bfloat16")
     assert losses["bfloat16"][-1] < losses["bfloat16"][0]
@@ -374,8 +370,8 @@ def test_compiled_evaluation_on_a_gpu_is_the_eager_one(builtin_config, builtin_p
 
 
 def test_experts_compile_only_in_bf16(monkeypatch):
-    monkeypatch.setattr("training.cpu_has_bf16", lambda: True)
-    monkeypatch.setattr("training.shutil.which", lambda _: "g++")
+    monkeypatch.setattr("engine.device.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("engine.device.shutil.which", lambda _: "g++")
     compiled = {}
     for dtype in ("float32", "bfloat16"):
         device = Device(replace(SMALL, dtype=dtype, compile=True))

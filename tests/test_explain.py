@@ -16,7 +16,7 @@ from config import Config, UserError
 from generate import make_speaker
 from model import Transformer
 from tokenizer import Tokenizer
-from tools import explain
+from tools.explain import __main__ as explain
 
 TOKENIZER = Tokenizer()
 SHAPE = Config(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=32, max_len=80)

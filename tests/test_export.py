@@ -22,21 +22,25 @@ from test_checkpoint import CARD
 from test_tokenizer import any_text, mixed_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoint import Folder, Progress, capture, load, read, write
-from config import N_TOKENS, Config, UserError, load_config
-from dataset import SFTBatches, encode_conversations
-from distributed import World
+from config import N_TOKENS, Config, UserError
+from corpus.shapes import Record
+from corpus.token_file import encode_conversations
+from dataset import SFTBatches
+from engine.checkpoint import Progress, capture, load, read, write
+from engine.device import Device
+from engine.distributed import World
+from engine.run_folder import RunFolder
+from engine.shared_row import tie_unused_rows
 from generate import Sampling, make_speaker
 from model import Transformer
 from optimizer import build_optimizers
-from readers import Record
+from settings.resolve import load_config
 from tokenizer import CONTROL_TOKENS, Tokenizer
-from tools import export as export_module
-from tools import import_hf as import_module
-from tools.export import export
-from tools.huggingface import to_theirs
-from tools.import_hf import Options, import_folder
-from training import Device, share_row
+from tools.huggingface import export as export_module
+from tools.huggingface import import_hf as import_module
+from tools.huggingface.export import export
+from tools.huggingface.import_hf import Options, import_folder
+from tools.huggingface.shapes import to_theirs
 
 SMALL = Config(
     preset="tiny", dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, n_experts=0,
@@ -81,7 +85,7 @@ def exported(root: Path, config: Config) -> SimpleNamespace:
     """一个小模型，词表里有一大半合用一行；它的检查点，以及导出的文件夹。"""
     model = random_model(config)
     used = np.arange(200, 5000, dtype=np.uint16)
-    assert share_row(model, used, newborn=True) is not None
+    assert tie_unused_rows(model, used, newborn=True) is not None
     path = save(root / "sft.pt", model, config=config)
     export(path, root / "hf")
     return SimpleNamespace(model=model, path=path, folder=root / "hf", used=used)
@@ -312,8 +316,8 @@ def test_rows_shared_before_are_shared_again(either, tmp_path):
     """否则导入之后的微调要给整张词表算打分，慢几倍。"""
     import_folder(either.folder, tmp_path / "sft.pt", Options())
     model, _, _ = load(tmp_path / "sft.pt", TOKENIZER)
-    before = share_row(either.model, either.used, newborn=False)
-    after = share_row(model, either.used, newborn=False)
+    before = tie_unused_rows(either.model, either.used, newborn=False)
+    after = tie_unused_rows(model, either.used, newborn=False)
     assert torch.equal(after.members, before.members)
 
 
@@ -390,7 +394,7 @@ def test_an_imported_model_is_not_an_empty_training(made, tmp_path, capsys):
     def begin(*args):
         argv = ["--out_dir", str(tmp_path), "--preset", "tiny", "--device", "cpu", *args]
         config, origins = load_config("sft", argv)
-        training = Folder("sft", config, origins, World())
+        training = RunFolder("sft", config, origins, World())
         try:
             return training.begin(config, origins, TOKENIZER)
         finally:

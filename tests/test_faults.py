@@ -11,20 +11,16 @@ import pytest
 import torch
 from scripts import REPO, listen_to_ctrl_c
 
-from checkpoint import Folder, Progress, Saver
-from config import Config, UserError, load_config
-from distributed import World
-from faults import (
-    Stop,
-    fit_batch,
-    memory_advice,
-    memory_needed,
-    out_of_memory,
-    skip_step,
-    too_many_skipped,
-)
+from config import Config, UserError
+from engine.checkpoint import Progress
+from engine.device import Device
+from engine.distributed import World
+from engine.guard import skip_step, too_many_skipped
+from engine.memory import fit_batch, memory_advice, memory_needed, out_of_memory
+from engine.run_folder import RunFolder, Saver
+from engine.stop import Stop
 from model import Transformer
-from training import Device
+from settings.resolve import load_config
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, seq_len=8,
@@ -86,7 +82,7 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(capfd):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_leaving_says_how_to_resume_with_the_code_of_the_signal(tmp_path, capsys, number, code):
     config, origins = load_config("pretrain", ["--out_dir", str(tmp_path / "我的 模型")])
-    folder = Folder("pretrain", config, origins, World())
+    folder = RunFolder("pretrain", config, origins, World())
     stop = Stop(World())
     stop.signal = number
     progress = Progress(step=3)

@@ -30,22 +30,19 @@ import config as config_module
 import dataset
 import download
 import pre_chat
-import readers
-import repl
 import sft_chat
-from config import SHAPE, Config, UserError, describe, field_types, load_config, option
-from dataset import SIDES, TokenFile, encode_conversations, encode_documents, prepare
+from chat import repl
+from chat.repl import Chat, ChatOptions, obey
+from config import SHAPE, Config, UserError, option
+from corpus import readers
+from corpus.readers import ReadLog
+from corpus.shapes import ROLES, Record, conversation_turns, read_conversations, read_documents
+from corpus.token_file import TokenFile, encode_conversations, encode_documents, tokenize_corpus
+from dataset import SIDES
 from generate import Choice, Sampling, make_speaker
 from model import Transformer
-from readers import (
-    ROLES,
-    ReadLog,
-    Record,
-    conversation_turns,
-    read_conversations,
-    read_documents,
-)
-from repl import Chat, ChatOptions, obey
+from settings.flags import field_types
+from settings.resolve import describe, load_config
 from tokenizer import CONTROL_TOKENS, Tokenizer
 
 TOKENIZER = Tokenizer()  # hypothesis 的测试用它：一个例子一个例子地取夹具太慢
@@ -428,14 +425,14 @@ def test_preparing_any_file_writes_only_below_data_dir(tmp_path_factory, stage, 
             patch.setattr(readers, "BAD_ROWS_ALLOWED", 1.0)  # 好让怪东西走到最后
         Path(name).write_bytes(data)
         try:
-            file = prepare(name, stage, TOKENIZER, Config(data_dir="d", val_fraction=0.3))
+            file = tokenize_corpus(name, stage, TOKENIZER, Config(data_dir="d", val_fraction=0.3))
         except UserError as error:
             assert "读写失败" not in str(error)  # 文件名再怪也不是用户的错
             written = files_below(Path("d"))
             assert written == []
         else:
             check_tokens(file, stage)
-            again = prepare(name, stage, TOKENIZER, Config(data_dir="d", val_fraction=0.3))
+            again = tokenize_corpus(name, stage, TOKENIZER, Config(data_dir="d", val_fraction=0.3))
             assert again.card == file.card
             written = files_below(Path("d"))
             assert len(written) == 5
@@ -450,7 +447,7 @@ def test_preparing_any_file_writes_only_below_data_dir(tmp_path_factory, stage, 
 def test_odd_paths_are_refused_in_one_sentence(path):
     """写错的路径、不是文件的路径：一句话，而不是回溯，也不是永远读下去。"""
     with pytest.raises(UserError):
-        prepare(path, "pretrain", TOKENIZER, Config())
+        tokenize_corpus(path, "pretrain", TOKENIZER, Config())
 
 
 # ---------- 3. 控制词元 ----------

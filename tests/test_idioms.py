@@ -9,11 +9,11 @@ from collections import Counter
 
 import pytest
 
-import idioms
 from config import Config, UserError
-from dataset import is_held_out
-from idioms import EXAMPLE, FOLLOW_UP, GREETINGS, MEANING, ORIGIN, WHICH, clean
-from readers import ReadLog
+from corpus import idioms
+from corpus.idioms import EXAMPLE, FOLLOW_UP, GREETINGS, MEANING, ORIGIN, WHICH, clean
+from corpus.readers import ReadLog
+from corpus.token_file import is_held_out
 
 LOG = ReadLog("builtin")
 

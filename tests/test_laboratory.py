@@ -15,17 +15,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config, UserError
 from dataset import Batch
+from engine.shared_row import tie_unused_rows
+from loss import loss_sum
 from model import Block, Transformer
-from tools.laboratory import Laboratory, Run, settings, smooth
-from tools.try_experts import DENSE, EXPERTS, already_seen
-from tools.try_experts import Options as ExpertOptions
-from tools.try_experts import shapes as expert_shapes
-from tools.try_residual import VARIANTS as TORN
-from tools.try_residual import Options as ResidualOptions
-from tools.try_residual import Result as TornResult
-from tools.try_residual import TornBlock, sentences, tear
-from tools.try_sampling import entropy
-from tools.try_shapes import (
+from tools.lab.laboratory import Laboratory, Run, settings, smooth
+from tools.lab.try_experts import DENSE, EXPERTS, already_seen
+from tools.lab.try_experts import Options as ExpertOptions
+from tools.lab.try_experts import shapes as expert_shapes
+from tools.lab.try_residual import VARIANTS as TORN
+from tools.lab.try_residual import Options as ResidualOptions
+from tools.lab.try_residual import Result as TornResult
+from tools.lab.try_residual import TornBlock, sentences, tear
+from tools.lab.try_sampling import entropy
+from tools.lab.try_shapes import (
     SHAPES,
     TALL,
     TALL_FLOPS,
@@ -35,10 +37,9 @@ from tools.try_shapes import (
     compare,
     training_flops,
 )
-from tools.try_shapes import Options as ShapeOptions
-from tools.try_shapes import Result as ShapeResult
-from tools.try_without import NO_ATTENTION, NO_ROPE, NOT_CAUSAL, WHOLE, take_out
-from training import loss_sum, share_row
+from tools.lab.try_shapes import Options as ShapeOptions
+from tools.lab.try_shapes import Result as ShapeResult
+from tools.lab.try_without import NO_ATTENTION, NO_ROPE, NOT_CAUSAL, WHOLE, take_out
 
 SMALL = Config(
     dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=48, max_len=32, vocab_size=97
@@ -195,7 +196,7 @@ def test_the_formula_counts_what_pytorch_counts(tiny_lab):
     """公式与 PyTorch 自己数的一致：前向加反向，词表里合用一行的只算一次。"""
     config = dataclasses.replace(tiny_lab.config, dim=64, n_heads=2, n_kv_heads=1)
     model = Transformer(config)
-    shared = share_row(model, tiny_lab.train_rows.tokens, newborn=True)
+    shared = tie_unused_rows(model, tiny_lab.train_rows.tokens, newborn=True)
     batch = tiny_lab.train_rows.get(range(2))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss_sum(model, batch, shared).backward()

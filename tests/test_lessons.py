@@ -22,12 +22,14 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # 直接运行这个文件时
 
-from config import Config, UserError, load_config  # noqa: E402
+from chat.repl import ChatOptions  # noqa: E402
+from config import Config, UserError  # noqa: E402
 from generate import make_speaker  # noqa: E402
 from model import Transformer  # noqa: E402
-from repl import ChatOptions  # noqa: E402
+from settings.resolve import load_config  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tools import draw, explain  # noqa: E402
+from tools.draw import __main__ as draw  # noqa: E402
+from tools.explain import __main__ as explain  # noqa: E402
 
 FOLDER = REPO / "docs" / "lessons"
 LESSONS = sorted(FOLDER.glob("[1-9]-*.md"))

@@ -12,17 +12,18 @@ from safetensors.torch import load_file, save_file
 from scripts import run
 from test_export import SMALL, random_model, save
 
-from checkpoint import load
 from config import N_TOKENS, Config, UserError
+from corpus.idioms import GREETINGS
+from corpus.readers import ReadLog
+from corpus.shapes import read_conversations
 from dataset import IGNORE
+from engine.checkpoint import load
 from examples import common
 from examples.common import answer_loss, load_folder, save_folder, sft_batches, write_answers
 from examples.lora import train as lora
-from idioms import GREETINGS
-from readers import ReadLog, read_conversations
-from tools.export import export
-from tools.import_hf import Options, import_folder
-from training import cross_entropy
+from loss import cross_entropy
+from tools.huggingface.export import export
+from tools.huggingface.import_hf import Options, import_folder
 
 peft = pytest.importorskip("peft", reason="没有安装 examples/lora/requirements.txt")
 

@@ -11,7 +11,7 @@ import model as model_module
 from config import PRESETS, Config
 from generate import KVCache
 from model import RotaryEmbedding, Transformer, attend, attend_by_hand
-from tools.huggingface import qwen3
+from tools.huggingface.shapes import qwen3
 
 # 小到一眨眼就算完；四个查询头共用两个键值头，才考得到分组。
 SMALL = Config(

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from config import Config
+from engine.device import Device
 from model import Transformer
 from optimizer import Muon, build_optimizers, learning_rate, orthogonalize, total_steps
-from training import Device
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, vocab_size=64,

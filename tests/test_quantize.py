@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import Config
+from engine.device import Device
+from engine.quantize import CompactLinear, compact
+from engine.speed import speed_up
 from experts import MixtureOfExperts
-from generate import Sampling, make_speaker, next_logits, prepare
+from generate import Sampling, make_speaker, next_logits
 from model import Transformer
-from quantize import CompactLinear, compact
 from tokenizer import Tokenizer
-from training import Device
 
 SMALL = Config(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, max_len=64, device="cpu",
@@ -32,8 +33,8 @@ def speaker_of(
         if p.ndim >= 2:
             torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
     place = Device(config)
-    model.to(place.torch)
-    return prepare(make_speaker(model, config, Tokenizer(), "sft"), place, quantize)
+    model.to(place.place)
+    return speed_up(make_speaker(model, config, Tokenizer(), "sft"), place, quantize)
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import readers
 from config import UserError
-from readers import ReadLog, read_conversations, read_documents, split_markers
+from corpus import readers
+from corpus.readers import ReadLog
+from corpus.shapes import read_conversations, read_documents, split_markers
 
 TEXTS = ["第一篇：守株待兔。", "第二篇，\n分两行。", "第三篇"]
 

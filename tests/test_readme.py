@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 import download
-from config import Config, load_config, parse_flags
-from repl import ChatOptions
-from tools import explain, import_hf, web
+from chat.repl import ChatOptions
+from config import Config
+from settings.flags import parse_flags
+from settings.resolve import load_config
+from tools.explain import __main__ as explain
+from tools.huggingface import import_hf
+from tools.web import __main__ as web
 
 REPO = Path(__file__).resolve().parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")

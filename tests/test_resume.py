@@ -21,7 +21,7 @@ from scripts import (
     run,
 )
 
-from checkpoint import read
+from engine.checkpoint import read
 
 
 def test_pretraining_survives_two_kills_a_ctrl_c_and_a_full_disk(trained, tmp_path):

@@ -15,10 +15,11 @@ from rote import learn_by_rote
 from scripts import REPO, Running, run
 
 from config import Config, UserError
-from generate import Sampling, load_for_chat
+from engine.device import Device
+from engine.speed import load_for_chat
+from generate import Sampling
 from sft_chat import ask
-from tools.export import export
-from training import Device
+from tools.huggingface.export import export
 
 missing = [n for n in ("openai", "fastapi", "uvicorn") if importlib.util.find_spec(n) is None]
 if missing:

@@ -8,22 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-import training
-from checkpoint import Progress
-from config import Config, UserError, load_config
+from config import Config, UserError
 from dataset import IGNORE, Batch
-from distributed import World
+from engine import device as training
+from engine.checkpoint import Progress
+from engine.device import Device, compile_if_possible
+from engine.distributed import World
+from engine.metrics import Metrics
+from engine.shared_row import tie_unused_rows
+from loss import evaluate, loss_sum
 from model import Transformer
 from optimizer import build_optimizers
-from training import (
-    Device,
-    Metrics,
-    compile_if_possible,
-    evaluate,
-    loss_sum,
-    repeat_flags,
-    share_row,
-)
+from settings.resolve import load_config, repeat_flags
 
 # 词表必须装得下分词器，其余尽量小。
 SMALL = Config(
@@ -94,7 +90,7 @@ def test_loss_is_the_mean_negative_log_probability_of_the_counted_targets(model)
 
 def shared_of(model, newborn=True):
     """语料只用到编号 0–199 的词表；batch_of 也只用这些。"""
-    return share_row(model, np.arange(200, dtype=np.uint16), newborn)
+    return tie_unused_rows(model, np.arange(200, dtype=np.uint16), newborn)
 
 
 def test_sharing_a_row_gives_the_loss_and_the_gradients_of_the_whole_softmax(model):
@@ -155,7 +151,7 @@ def test_training_with_a_shared_row_ends_where_training_every_row_ends(model, sc
 
 def test_fine_tuning_shares_only_the_rows_that_are_already_equal(model):
     assert shared_of(model, newborn=False) is None  # 每一行都不同，没有可以合用的
-    pretrained = share_row(model, np.arange(1000, dtype=np.uint16), newborn=True)
+    pretrained = tie_unused_rows(model, np.arange(1000, dtype=np.uint16), newborn=True)
     before = model.embedding.weight.detach().clone()
     shared = shared_of(model, newborn=False)
     assert set(shared.members.tolist()) <= set(pretrained.members.tolist())
@@ -165,7 +161,7 @@ def test_fine_tuning_shares_only_the_rows_that_are_already_equal(model):
 
 def test_a_corpus_that_uses_most_of_the_vocabulary_shares_nothing(model):
     before = model.embedding.weight.detach().clone()
-    assert share_row(model, np.arange(20000, dtype=np.uint16), newborn=True) is None
+    assert tie_unused_rows(model, np.arange(20000, dtype=np.uint16), newborn=True) is None
     assert torch.equal(model.embedding.weight, before)
 
 
@@ -217,7 +213,7 @@ def test_precision_follows_the_hardware(monkeypatch, device, capability, bf16, e
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(training, "cpu_has_bf16", lambda: bf16)
     chosen = Device(Config())
-    assert (chosen.torch.type, chosen.dtype) == (device, expected)
+    assert (chosen.place.type, chosen.dtype) == (device, expected)
     assert chosen.scaler.is_enabled() == (expected == torch.float16)
     assert any("float32" in note for note in chosen.notes) == (expected == torch.float32)
 
@@ -284,7 +280,7 @@ def test_compiled_bf16_loss_on_the_gpu_is_close_to_fp32(model):
     device = Device(Config(device="cuda"))
     fn = compile_if_possible(loss_sum, device)
     with device.autocast():
-        found = fn(model.cuda(), batch.to(device.torch)).item()
+        found = fn(model.cuda(), batch.to(device.place)).item()
     assert found == pytest.approx(expected, rel=0.02)
 
 

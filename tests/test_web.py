@@ -14,14 +14,14 @@ import pytest
 import torch
 from scripts import Running, run
 
+from chat.display import bits, percent
 from config import Config, UserError
-from display import bits, percent
 from generate import Sampling, make_speaker
 from microscope import leave_one_out, look
 from model import Transformer
 from tokenizer import Tokenizer
-from tools import explain
-from tools import web_actions as actions
+from tools.explain import __main__ as explain
+from tools.web import actions
 
 TOKENIZER = Tokenizer()
 SHAPE = Config(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=32, max_len=80)

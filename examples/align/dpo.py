@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from config import UserError, option, run_script
+from config import UserError, option
 from examples.align.measure import (
     Exam,
     frozen_copy,
@@ -28,7 +28,8 @@ from examples.align.measure import (
 )
 from examples.align.questions import Question, ask, score, training_entries
 from examples.common import check_installed, load_folder, read_options, save_folder, write_answers
-from tools.check_answers import unseen_entries
+from settings.flags import run_script
+from tools.lab.check_answers import unseen_entries
 
 
 @dataclass

@@ -12,12 +12,13 @@
 
 from dataclasses import dataclass
 
-from config import UserError, option, run_script
+from config import UserError, option
 from examples.align.measure import Exam, frozen_copy, still_a_model, tell_progress, trl_settings
 from examples.align.questions import Question, ask, score, training_entries
 from examples.common import check_installed, load_folder, read_options, save_folder
+from settings.flags import run_script
 from tokenizer import Tokenizer
-from tools.check_answers import unseen_entries
+from tools.lab.check_answers import unseen_entries
 
 
 @dataclass

@@ -15,12 +15,12 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-import idioms
 from config import UserError
-from dataset import is_held_out
+from corpus import idioms
+from corpus.readers import ReadLog
+from corpus.token_file import is_held_out
 from examples.common import Messages
-from readers import ReadLog
-from tools.check_answers import QUESTIONS
+from tools.lab.check_answers import QUESTIONS
 
 PAIRS = ("“”", "‘’", "《》", "（）")
 LOOP = re.compile(r"(.{2,})\1\1|(.)\2\2")  # 两个字以上的一段连说三遍，或一个字连写三遍

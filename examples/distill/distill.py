@@ -27,13 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pre_train
-from checkpoint import load, summary
-from config import Config, UserError, help_text, load_config, option, parse_flags, run_script
+from config import Config, UserError, option
 from dataset import IGNORE, Batch
-from distributed import World
+from engine.checkpoint import load, summary
+from engine.device import Device
+from engine.distributed import World
+from engine.shared_row import SharedRow
+from loss import cross_entropy, loss_sum
 from model import Transformer
+from settings.flags import help_text, parse_flags, run_script
+from settings.resolve import load_config
 from tokenizer import Tokenizer
-from training import Device, SharedRow, cross_entropy, loss_sum
 
 PROGRAM = "examples.distill.distill"
 
@@ -210,7 +214,7 @@ def main() -> None:
         with suppress(UserError):  # 没有的、坏了的，pre_train.py 会说
             _, student, _ = load(Path(config.out_dir) / "pretrain.pt", Tokenizer())
     model = load_teacher(Path(options.teacher), student)
-    teacher = Teacher(model.to(Device(config, World()).torch), options)
+    teacher = Teacher(model.to(Device(config, World()).place), options)
     print(
         f"损失：{1 - options.alpha:g} · 交叉熵 + {options.alpha:g} · τ² · KL，"
         f"温度 τ = {options.temperature:g}"

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import yaml
 
-import idioms
-from config import Config, UserError, help_text, is_text, option, parse_flags, run_script
-from dataset import is_held_out
-from readers import ReadLog
+from config import Config, UserError, option
+from corpus import idioms
+from corpus.readers import ReadLog
+from corpus.token_file import is_held_out
+from settings.flags import help_text, is_text, parse_flags, run_script
 from tokenizer import CONTROL_TOKENS, Tokenizer
 
 N_CHOICES = 4

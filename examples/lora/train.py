@@ -22,9 +22,10 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-import readers
-from config import Config, UserError, option, run_script
-from dataset import IGNORE, SFTBatches, is_held_out, rows_of_step
+from config import Config, UserError, option
+from corpus import readers
+from corpus.token_file import is_held_out
+from dataset import IGNORE, SFTBatches, rows_of_step
 from examples.common import (
     Messages,
     answer_loss,
@@ -37,6 +38,7 @@ from examples.common import (
     write_answers,
 )
 from optimizer import learning_rate
+from settings.flags import run_script
 from tokenizer import Tokenizer
 
 SHOWN = ["你是谁？", "画蛇添足是什么意思？"]  # 本来会答的，练之前与之后各问一遍

@@ -12,7 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from config import UserError, help_text, is_text, option, parse_flags, run_script
+from config import UserError, option
+from settings.flags import help_text, is_text, parse_flags, run_script
 
 if TYPE_CHECKING:
     import openai

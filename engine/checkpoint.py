@@ -1,0 +1,342 @@
+"""TODO"""
+
+import math
+import os
+import platform
+import shlex
+import zipfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from config import PER_PRESET, PRESETS, STEPS_OR_EPOCHS, Config, UserError
+from engine.distributed import shard_like, whole
+from model import Transformer
+from settings.check import check_types, check_values
+from tokenizer import Tokenizer
+
+FORMAT = 2
+SCRIPTS = {"pretrain": "pre_train.py", "sft": "sft_train.py"}
+NAMES = {"pretrain": "预训练", "sft": "微调"}
+IMPORTED = "是导入的"
+
+
+class Damaged(UserError):
+    """检查点不完整，或者内容变了。"""
+
+
+@dataclass
+class Progress:
+    """训练走到了哪里。"""
+
+    step: int = 0  # 已经走完的步数
+    tokens: int = 0  # 已经学过的目标数
+    skipped: int = 0  # 因为损失或梯度不是有限的数而没有更新的步数
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0  # 训练用去的时间，含检验与保存，不含中断的时候
+    saving_seconds: float = 0.0  # 其中保存用去的
+    val_loss: float = math.inf  # 最近一次检验
+    val_bpc: float = math.inf
+    best_val_loss: float = math.inf  # 各次检验里最好的，以及它在第几步
+    best_step: int = 0
+
+    def checked(self, val_loss: float, val_bpc: float, everything: bool) -> None:
+        """记下一次检验的结果；最后那次检验的数据多，不与平时的比高低。"""
+        self.val_loss, self.val_bpc = val_loss, val_bpc
+        if val_loss < self.best_val_loss and not everything:
+            self.best_val_loss, self.best_step = val_loss, self.step
+
+
+def write(path: Path, checkpoint: dict[str, Any], keep_previous: bool = True) -> None:
+    """写检查点，原有的一个改名留着。任何时刻断电，磁盘上都至少有一个完好的。
+
+    Args:
+        keep_previous: 假时直接换掉原有的。
+    Raises:
+        UserError: 写不进去；原有的不受影响。
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())  # 先确定内容到了磁盘上，再改名
+        if keep_previous and path.exists():
+            previous = previous_of(path)
+            try:  # 旧的多一个名字，原来的名字一刻也不空着
+                previous.unlink(missing_ok=True)
+                os.link(path, previous)
+            except OSError:  # 有的文件系统不能一个文件两个名字
+                os.replace(path, previous)
+        os.replace(part, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # 写到一半磁盘满了，torch 报的是 RuntimeError
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or "写到一半写不下去，多半是磁盘满了"
+        raise UserError(f"写不了检查点 {path}（{reason}）；请腾出空间或检查权限") from error
+
+
+def previous_of(path: Path) -> Path:
+    """前一个检查点的路径：pretrain.pt -> pretrain.previous.pt。"""
+    return path.with_name(f"{path.stem}.previous.pt")
+
+
+def sync_folder(folder: Path) -> None:
+    """改名也要落盘。Windows 不能打开目录，也不需要。"""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # 有的网络文件系统不支持；文件本身已经写好了
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """读检查点，核对它完好，并且是这个程序认识的。
+
+    检查点是一个 zip 文件，每一块都有 CRC-32。PyTorch 自己不核对它，翻转一个比特也照读不误，
+    所以先用 zipfile 核对一遍。`weights_only=True`：文件里夹带的程序不会运行。
+
+    Args:
+        mmap: 真时用到哪块才读哪块，适合只要参数、马上就放手的。
+    Raises:
+        Damaged: 不完整，或者内容变了。
+        UserError: 没有权限，或者是更新的程序写的。
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (broken := archive.testzip()) is not None:
+                raise Damaged(f"{path} 不是完好的检查点（{broken} 的校验和不符）")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (PermissionError, FileNotFoundError) as error:
+        raise UserError(f"读不了 {path}（{error.strerror}）；请检查路径与权限") from error
+    except (Damaged, MemoryError):
+        raise
+    except Exception as error:  # 坏文件引起的异常种类繁多，没有共同的基类
+        raise Damaged(f"{path} 不是完好的检查点（{type(error).__name__}）") from error
+    kinds = {"stage": str, "config": dict, "tokenizer": str, "model": dict, "progress": dict,
+             "max_steps": int, "data": dict, "versions": dict, "device": str, "optimizers": list,
+             "scaler": dict, "rng": dict}  # fmt: skip
+    if not isinstance(checkpoint, dict) or type(checkpoint.get("format")) is not int:
+        raise Damaged(f"{path} 不是 mini-llm 的检查点")
+    if (found := checkpoint["format"]) != FORMAT:
+        todo = "是更新的程序写的，请更新程序" if found > FORMAT else "是旧程序写的，请重新训练"
+        raise UserError(f"{path} {todo}（它的格式是 {found}，这个程序认识的是 {FORMAT}）")
+    wrong = [k for k, kind in kinds.items() if not isinstance(checkpoint.get(k), kind)]
+    if not isinstance(checkpoint.get("shared_row", ""), dict | None):
+        wrong.append("shared_row")
+    progress = checkpoint.get("progress")
+    if not wrong and any(type(progress.get(k)) is not type(v) for k, v in vars(Progress()).items()):
+        wrong = ["progress"]
+    if wrong:
+        raise Damaged(f"{path} 不是完好的检查点（{'、'.join(wrong)} 不对）")
+    return checkpoint
+
+
+def capture(
+    stage: str, config: Config, tokenizer: Tokenizer, model, optimizers, device, progress: Progress,
+    shared, max_steps: int, rows: tuple[int, int], card: dict,
+) -> dict[str, Any]:  # fmt: skip
+    """把训练的全部状态收进一个字典；模型分开放时，要全体进程一起调用。
+
+    Args:
+        device: `training.Device`。
+        shared: `training.SharedRow` 或 None。
+        max_steps: 全程的步数；学习率的曲线由它和 config 决定。
+        rows: (每步的行数, 一遍的行数)，由此知道读到了第几遍的第几行。
+        card: 词元文件的卡片。
+    """
+    epoch, row = divmod(progress.step * rows[0], rows[1])
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "format": FORMAT,
+        "stage": stage,
+        "config": asdict(config),
+        "tokenizer": tokenizer.fingerprint(),
+        "versions": versions(),
+        "device": device.describe(),
+        "model": whole(model.state_dict()),
+        "optimizers": [whole(optimizer.state_dict()) for optimizer in optimizers],
+        "scaler": device.scaler.state_dict(),
+        "shared_row": shared and whole(shared._asdict()),
+        "progress": asdict(progress),
+        "max_steps": max_steps,
+        "data": data_identity(card) | {"epoch": epoch, "row": row},
+        "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+    }
+
+
+def versions() -> dict[str, str]:
+    """会影响结果末位的：软件的版本，处理器的线程与指令集。"""
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "numpy": np.__version__, "线程": str(torch.get_num_threads()),
+            "指令集": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
+
+
+def imported(checkpoint: dict[str, Any]) -> bool:
+    """是 tools.import_hf 写的：只有参数，没有优化器、随机数等训练的状态。"""
+    return not checkpoint["optimizers"]
+
+
+def summary(checkpoint: dict[str, Any]) -> str:
+    """一句话说明来历，例如「微调 150 步，检验 5.245 比特每字」。"""
+    stage, progress = NAMES[checkpoint["stage"]], checkpoint["progress"]
+    if imported(checkpoint):
+        return f"{stage}过，导入的"
+    step, bpc = progress["step"], progress["val_bpc"]
+    result = f"检验 {bpc:.3f} 比特每字"
+    if step < checkpoint["max_steps"]:
+        result = f"最近一次{result}" if math.isfinite(bpc) else "还没有检验过"
+        return f"{stage}只练了 {step}/{checkpoint['max_steps']} 步，{result}"
+    return f"{stage} {step} 步，{result}"
+
+
+def data_identity(card: dict) -> dict[str, Any]:
+    """训练与检验的词元各是哪些：内容的散列，与文件放在哪里无关。"""
+    return {name: card[name] for name in ("train_sha256", "val_sha256")}
+
+
+def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[str, Any]]:
+    """读检查点，建好模型（在 CPU 上）。形状取自检查点，一个参数都不许对不上。
+
+    Returns:
+        (model, config, checkpoint)
+    Raises:
+        UserError: 文件不存在、已损坏，或与这个程序、这个分词器不配。
+    """
+    if path.is_dir():
+        found = "、".join(sorted(map(str, path.glob("*.pt")))) or "它里面没有检查点"
+        raise UserError(f"{path} 是目录；请写出检查点的文件名：{found}")
+    if not path.is_file():
+        raise UserError(f"找不到检查点 {path}；{what_to_do_without(path)}")
+    try:
+        checkpoint = read(path, mmap=True)
+    except Damaged as error:
+        previous = previous_of(path)
+        todo = f"前一个是 {previous}，可以改用它" if previous.is_file() else "请重新训练"
+        raise Damaged(f"{error}；{todo}") from error
+    config = config_of(checkpoint, path, tokenizer)
+    return build_model(config, checkpoint, path), config, checkpoint
+
+
+# 早先的检查点没有记下这几项，那时用的是这些值。
+NOT_RECORDED = {"muon_momentum": 0.95, "adam_beta1": 0.9, "adam_beta2": 0.95,
+                "n_experts": 0, "n_active": 0, "router_scale": 1.0}  # fmt: skip
+
+
+def config_of(checkpoint: dict, path: Path, tokenizer: Tokenizer) -> Config:
+    """检查点里的配置。Raises UserError：分词器不同，或者有不可能的值。"""
+    if checkpoint["tokenizer"] != tokenizer.fingerprint():
+        raise UserError(f"{path} 是用另一个分词器训练的；请换回当时的 tokenizer.py，或重新训练")
+    names = {f.name for f in fields(Config)}
+    saved = NOT_RECORDED | {k: v for k, v in checkpoint["config"].items() if v is not None}
+    config = Config(**{k: v for k, v in saved.items() if k in names})
+    problems: list[str] = []
+    wrong = check_types(config, problems)
+    optional = {name for pair in STEPS_OR_EPOCHS for name in pair}
+    problems += [f"缺少 {n}" for n in sorted(PER_PRESET - optional) if getattr(config, n) is None]
+    if not problems:
+        check_values(config, problems, wrong)
+    if problems:
+        raise UserError(f"{path} 里的配置不对：{'；'.join(problems)}")
+    return config
+
+
+def build_model(config: Config, checkpoint: dict, path: Path) -> Transformer:
+    """照配置建模型，装上检查点里的参数。Raises UserError：对不上。"""
+    state = checkpoint["model"]
+    n_layers = len({name.split(".")[1] for name in state if str(name).startswith("blocks.")})
+    try:
+        if n_layers != config.n_layers:  # 先看层数：写着一亿层的，不要真的去建
+            raise ValueError(f"参数有 {n_layers} 层，配置是 {config.n_layers} 层")
+        if tuple(state["embedding.weight"].shape) != (config.vocab_size, config.dim):
+            raise ValueError("词嵌入的形状不同")
+        routers = [name for name in state if name.endswith(".router.weight")]
+        if config.n_experts != (len(state[routers[0]]) if routers else 0):  # 专家的数目也是
+            raise ValueError(f"专家不是 {config.n_experts} 位")
+        model = Transformer(config)
+        model.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[min(1, len(str(error).splitlines()) - 1)].strip()
+        raise UserError(f"{path} 的参数与它的配置对不上（{reason}）") from error
+    return model
+
+
+def what_to_do_without(path: Path) -> str:
+    """缺了这个检查点，下一步该做什么：先训练，还是指定已有的另一个。"""
+    if (previous := previous_of(path)).is_file():
+        return f"前一个还在：{previous}，可以指定它"
+    if path.name not in ("pretrain.pt", "sft.pt"):  # 训练脚本写不出这个名字：多半是打错了
+        found = "、".join(sorted(map(str, Path("out").glob("*/*.pt")))) or "还没有检查点"
+        return f"请检查路径，out 里现有的：{found}"
+    others = "、".join(sorted(map(str, Path("out").glob(f"*/{path.name}"))))
+    usual = path.parent in [Path("out") / preset for preset in PRESETS]
+    here = "" if usual else f" --out_dir {shlex.quote(str(path.parent))}"
+    if path.name == "sft.pt":
+        return (
+            f"现有的是 {others}，请用 --checkpoint 指定"
+            if others
+            else (f"请先运行 python sft_train.py{here}（之前还要 python pre_train.py{here}）")
+        )
+    if others:
+        return f"现有的是 {others}，请用 --checkpoint（微调时用 --init_from）指定"
+    return f"请先运行 python pre_train.py{here}"
+
+
+def restore(
+    checkpoint: dict[str, Any], card: dict, optimizers, device, folder, max_steps: int
+) -> Progress:
+    """接着练：核对语料，装回优化器、scaler 与随机数的状态，返回上次走到了哪里。
+
+    Raises:
+        UserError: 语料变了，或者要的步数比走完的还少。
+        Damaged: 里面的状态与这个程序对不上。
+    """
+    if data_identity(card) != {k: checkpoint["data"].get(k) for k in data_identity(card)}:
+        raise UserError(
+            f"语料与 {folder.path} 训练时的不同，接不上；请换回原来的语料，"
+            f"或用 --out_dir 换一个目录从头练"
+        )
+    try:
+        _restore_optimizers(checkpoint, optimizers)
+        if checkpoint["scaler"]:  # 上次不是 fp16 的，没有什么可装
+            device.scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        for i, state in enumerate(checkpoint["rng"]["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, i)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise Damaged(f"{folder.path} 里优化器或随机数的状态不对（{error}）") from error
+
+    saved = checkpoint["progress"]
+    progress = Progress(**{name: saved[name] for name in vars(Progress())})
+    now = {"设备": device.describe(), **versions()}
+    before = {"设备": checkpoint["device"], **checkpoint["versions"]}
+    if differ := [f"{k} {before.get(k)} → {now[k]}" for k in now if before.get(k) != now[k]]:
+        print(f"（与上次不同：{'；'.join(differ)}。结果相近，但不保证逐位相同）")
+    if progress.step > max_steps:
+        raise UserError(f"已经走完 {progress.step} 步，比现在要的 {max_steps} 步还多；请加大步数")
+    print(f"接着 {folder.root} 里的检查点练：已经走完 {progress.step} 步，共 {max_steps} 步")
+    return progress
+
+
+def _restore_optimizers(checkpoint: dict[str, Any], optimizers) -> None:
+    """装回优化器的状态；模型分开放的，状态也照样分开。"""
+    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {}
+        for index, entry in saved["state"].items():
+            p = parameters[index]
+            state[index] = {
+                name: shard_like(v, p) if v.shape == p.shape else v for name, v in entry.items()
+            }
+        # 学习率等取自现在的配置：--allow_changes 时会与存下的不同。
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})

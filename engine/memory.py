@@ -1,0 +1,128 @@
+"""TODO"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+
+from config import Config, UserError
+from dataset import Batch
+from engine.device import Device
+from engine.expert_load import expert_loads
+from loss import loss_sum
+from model import Transformer
+from settings.flags import is_out_of_memory
+
+
+@contextmanager
+def memory_advice(config: Config, model: Transformer, size: int):
+    """这里面如果内存不够，换成一句话：哪个设置占了多少，改成多少能省多少。
+
+    Args:
+        size: 这个进程一次前向的行数。
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(config, model, size) from error
+
+
+def out_of_memory(config: Config, model: Transformer, size: int) -> UserError:
+    """内存不够时该说的话；大小是估计的，见 `memory_needed`。"""
+    fixed, per_row = memory_needed(config, model)
+    rows, gb = config.batch_size * config.grad_accum, 1 / 1e9
+    sentence = (
+        f"内存不够：参数、梯度与优化器约占 {fixed * gb:.1f} GB，"
+        f"一次前向的 {size} 行约占 {size * per_row * gb:.1f} GB（估计）。"
+    )
+    smaller = [n for n in range(1, size // 2 + 1) if rows % n == 0]
+    if smaller:
+        same = f"--batch_size {smaller[-1]} --grad_accum {rows // smaller[-1]}"
+        saved = (size - smaller[-1]) * per_row * gb
+        sentence += f"请加上 {same}，约省 {saved:.1f} GB，结果相同"
+    if not config.resume:  # 接着练时，长度与预设都不能改
+        saved = size * per_row / 2 * gb
+        sentence += (
+            f"；或者 --seq_len {max(1, config.seq_len // 2)}，约省 {saved:.1f} GB，"
+            f"但模型学不到那么长；或者换一个小些的 --preset"
+        )
+    return UserError(sentence)
+
+
+def memory_needed(config: Config, model: Transformer) -> tuple[int, int]:
+    """估计训练要多少内存，单位字节：(与批次无关的, 每行的)。
+
+    与批次无关的：参数、梯度，加上优化器的状态——Muon 管的矩阵一份，AdamW 管的两份。
+    每行的：各层留给反向用的中间结果，加上整张词表的打分、概率与梯度。系数是在 CPU 上量出来的
+    （fp32，不编译，与实际相差两三成，见 docs/lab-notes.md）；半精度与编译过的用得少些。
+    """
+    n_parameters = sum(p.numel() for p in model.parameters())
+    n_matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim >= 2)
+    fixed = 4 * (2 * n_parameters + n_matrices + 2 * (n_parameters - n_matrices))
+    per_layer = 4 * (16 * config.dim + 6 * config.active_width())
+    per_token = config.n_layers * per_layer + 16 * config.vocab_size
+    return fixed, config.seq_len * per_token
+
+
+def fit_batch(rows: int, attempt: Callable[[int], None]) -> int:
+    """找出放得下的最大的小批：从整个大批起，逐个试它的约数。
+
+    Args:
+        rows: 一个大批归这个进程的行数；小批乘以累积的次数始终等于它，结果因此不变。
+        attempt: 用这么多行走一次前向与反向；放不下就抛出内存不够的异常。
+    Raises:
+        UserError: 一行也放不下。
+    """
+    for size in (n for n in range(rows, 0, -1) if rows % n == 0):
+        try:
+            attempt(size)
+            return size
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+    raise UserError("一行也放不下；请减小 --seq_len，或换一个小些的 --preset")
+
+
+def auto_batch(config: Config, model: Transformer, device: Device) -> None:
+    """``batch_size=auto``：在显卡上试出放得下的小批，就地改写 batch_size 与 grad_accum。
+
+    试的时候先占住优化器将来要用的显存，再多留一成余地；不编译，编译过的只会更省。
+    """
+    rows = config.batch_size * config.grad_accum
+    if device.place.type != "cuda":
+        print(f"（batch_size=auto 只在显卡上试；这里用预设的 {config.batch_size}）")
+        return
+    optimizer_bytes = memory_needed(config, model)[0] - 8 * sum(
+        p.numel() for p in model.parameters()
+    )
+    total = torch.cuda.get_device_properties(device.place).total_memory
+
+    def attempt(size: int) -> None:
+        """用 size 行假的数据走一次前向与反向。"""
+        torch.cuda.empty_cache()
+        reserved = torch.empty(
+            int(optimizer_bytes + total * 0.1), dtype=torch.uint8, device=device.place
+        )
+        shape = (size, config.seq_len)
+        ids = torch.zeros(shape, dtype=torch.long, device=device.place)
+        segments = ids if config.isolate_documents else None
+        try:
+            with device.autocast():
+                loss = loss_sum(model, Batch(ids, ids, None, segments))
+            loss.backward()
+        finally:
+            model.zero_grad(set_to_none=True)
+            del reserved
+
+    share = rows // device.world.size
+    sizes = device.world.gather(fit_batch(share, attempt))
+    config.batch_size = min(sizes)
+    config.grad_accum = rows // config.batch_size
+    expert_loads(model, device.world)  # 试的时候数下的专家的负载，不算
+    torch.cuda.empty_cache()
+    print(
+        f"（batch_size=auto：一次前向 {config.batch_size} 行，累积成每步 {rows} 行，"
+        f"结果与这样的划分无关）"
+    )

@@ -1,0 +1,77 @@
+"""TODO"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset import used_ids
+from engine.device import Device
+from model import Transformer
+
+
+class SharedRow(NamedTuple):
+    """语料里从没出现过的词元合用词嵌入的一行：算的仍是整张词表的 softmax，重复的部分只算一次。
+
+    没出现过的词元从来不是答案，每一步受到的推力一模一样；起点相同，便一直相同。n 个相同的打分
+
+        n · exp(s) = exp(s + ln n)
+
+    于是只算其中一个，加上 ln n。内置语料只用到词表的四分之一，词表那一层的运算也就只剩四分之一。
+
+    Fields:
+        rows: 要算打分的 R 个编号 (R,)，最后一个代表所有合用的。
+        column: 每个编号的打分在第几列 (V,)，取值 0 … R-1。
+        bias: 加在各列上的数 (R,)：最后一列是 ln n，其余是 0。
+        members: 合用一行的 n 个编号 (n,)。
+    """
+
+    rows: Tensor
+    column: Tensor
+    bias: Tensor
+    members: Tensor
+
+    @torch.no_grad()
+    def spread(self, table: Tensor) -> None:
+        """把代表的那一行抄给其余的：训练只更新它，词嵌入 (V, C) 于是与逐个训练的一样。"""
+        table[self.members] = table[self.rows[-1]].clone()
+
+    def spread_state(self, table: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """优化器里那一行的状态也照抄：以后不合用了（例如改用 FSDP），也接得上。"""
+        for state in optimizer.state.get(table, {}).values():
+            if state.shape == table.shape:
+                self.spread(state)
+
+
+@torch.no_grad()
+def tie_unused_rows(model: Transformer, tokens: np.ndarray, newborn: bool) -> SharedRow | None:
+    """找出可以合用一行的词元；语料用到了一大半的词表时不值得，返回 None。
+
+    Args:
+        tokens: 训练要用的全部编号，一维 uint16。
+        newborn: 模型刚出生，没出现过的词元可以从同一个起点出发；否则（微调）只合并起点已经相同的，
+            预训练时见过的词元各有各的行。
+    """
+    weight = model.embedding.weight
+    unused = torch.from_numpy(~used_ids(tokens, len(weight))).to(weight.device)
+    if not newborn:
+        unused &= (weight == weight[-1]).all(dim=1)  # 末尾是补齐词表用的，哪份语料里都没有
+    order = unused.int().argsort(stable=True)  # 单独一行的在前
+    n_rows = -(-(len(weight) - int(unused.sum()) + 1) // 128) * 128  # 128 的倍数，GPU 算得快
+    if n_rows > len(weight) // 2:
+        return None
+    bias = torch.zeros(n_rows, device=weight.device)
+    bias[-1] = math.log(len(weight) - n_rows + 1)
+    column = torch.empty_like(order)
+    column[order] = torch.arange(len(weight), device=weight.device).clamp(max=n_rows - 1)
+    shared = SharedRow(order[:n_rows], column, bias, order[n_rows - 1 :])
+    shared.spread(weight)
+    return shared
+
+
+def shared_before(checkpoint: dict, device: Device) -> SharedRow | None:
+    """接着练时，合用的与上次的相同；上次没有合用的（例如 FSDP），这次也不合用。"""
+    saved = checkpoint["shared_row"]
+    return saved and SharedRow(**{k: v.to(device.place) for k, v in saved.items()})

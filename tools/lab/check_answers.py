@@ -1,0 +1,83 @@
+"""微调之后，问几十个从没见过的成语：回答的样子对不对？
+
+    python -m tools.check_answers                                     默认的 out/tiny/sft.pt
+    python -m tools.check_answers --checkpoint out/wide/sft.pt --n 200
+
+只看样子（问意思答释义，问出处答书名，按意思找成语答成语），不看对错：这些成语模型没有见过。
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import Config, UserError, option
+from corpus import idioms
+from corpus.readers import ReadLog
+from corpus.token_file import is_held_out
+from engine.device import Device
+from engine.speed import load_for_chat
+from generate import Sampling, Speaker
+from settings.flags import help_text, parse_flags, run_script
+
+QUESTIONS = {  # 种类: (问法, 回答应有的样子)
+    "意思": ("{word}是什么意思？", r"(?!出自|例如)[^《》]{3,}。"),
+    "出处": ("{word}出自哪里？", r"出自[^《]*《[^》]+》.*"),
+    "找成语": ("哪个成语的意思是：{explanation}", r"[一-鿿，]{3,15}。"),
+}
+
+
+@dataclass
+class Options:
+    """命令行参数。"""
+
+    checkpoint: str = option("out/tiny/sft.pt", "微调后的检查点")
+    n: int = option(50, "问多少个成语", "个")
+    show: int = option(5, "打印前几个的回答", "个")
+
+
+def main() -> None:
+    """逐个提问，数一数样子对的有多少。"""
+    if "--help" in sys.argv:
+        print(help_text(Options, "用法：python -m tools.check_answers [--参数 值 …]"))
+        return
+    problems: list[str] = []
+    options = Options(**parse_flags(Options, sys.argv[1:], problems))
+    if options.n < 1:
+        problems.append(f"--n 必须是正数，得到的是 {options.n}")
+    if problems:
+        raise UserError("；".join(problems))
+    speaker = load_for_chat(Path(options.checkpoint), Device(Config(compile=False)))
+    if speaker.stage != "sft":
+        raise UserError(f"{options.checkpoint} 还没有微调过；请先运行 python sft_train.py")
+    entries = unseen_entries(options.n, speaker.config.val_fraction)
+    right = count_right(speaker, entries, options.show)
+    for kind, count in right.items():
+        print(f"问{kind}：{len(entries)} 个没见过的成语，{count} 个回答的样子对")
+
+
+def unseen_entries(n: int, fraction: float) -> list[dict]:
+    """大约 n 个留作检验的词条，均匀地取自整部词典。"""
+    entries = idioms.read_entries(idioms.dictionary_file(), ReadLog("builtin"))
+    unseen = [e for e in entries if is_held_out(e["explanation"], fraction)]
+    return unseen[:: max(1, len(unseen) // n)][:n]
+
+
+def count_right(speaker: Speaker, entries: list[dict], show: int = 0) -> dict[str, int]:
+    """每种问题有几个回答的样子对；打印前 show 个词条的回答。"""
+    tokenizer, right = speaker.tokenizer, dict.fromkeys(QUESTIONS, 0)
+    for number, entry in enumerate(entries):
+        for kind, (question, form) in QUESTIONS.items():
+            asked = question.format(**entry)
+            ids = tokenizer.question_ids(asked)
+            greedy = Sampling(temp=0, penalty=1.1, max=150)
+            answer = tokenizer.decode(speaker.generate(ids, greedy))
+            fits = re.fullmatch(form, answer, re.S) is not None
+            right[kind] += fits
+            if number < show:
+                print(f"{'✓' if fits else '✗'} {asked}\n    {answer}")
+    return right
+
+
+if __name__ == "__main__":
+    run_script(main)

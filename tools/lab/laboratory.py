@@ -1,0 +1,270 @@
+"""实验台：tools/try_*.py 共用的几件事，每个实验的故事在它自己的文件里。
+
+    LabOptions     每个实验都有的命令行参数；DataOptions 是用到语料的
+    Laboratory     同样的语料、次序、步数与学习率，训练任何一种改装过的模型
+    new_picture    一张空的图；save_picture 把它写成 SVG
+    conclude       打印三句话：这一次的数说明了什么
+
+改装都在外面做：先照常造一个 Transformer，再换掉其中的零件；model.py 一个字也不改。
+一律用 fp32、不编译：模型小，快慢差不多，换一台机器结果也相近。
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from config import Config, UserError, option
+from corpus.token_file import tokenize_corpus
+from dataset import IGNORE, PretrainBatches, rows_of_step
+from engine.device import Device
+from engine.expert_load import ExpertLoad, expert_loads, rebalance
+from engine.shared_row import tie_unused_rows
+from generate import Sampling, make_speaker
+from loss import evaluate, loss_sum
+from model import Transformer
+from optimizer import build_optimizers, learning_rate, set_learning_rate
+from settings.flags import check_choices, help_text, parse_flags
+from settings.resolve import load_config
+from tokenizer import Tokenizer
+from tools.draw.svg import SVG, quiet_about_fonts
+
+# ---------- 1. 命令行 ----------
+
+
+@dataclass
+class LabOptions:
+    """每个实验都有的命令行参数。"""
+
+    out: str = option("out/lab", "图写在哪个目录")
+
+
+@dataclass
+class DataOptions(LabOptions):
+    """用到语料的实验，另有这些。"""
+
+    data_dir: str = option("data", "词元文件放在哪里")
+    device: str = option("auto", "设备", choices=("auto", "cuda", "mps", "cpu"))
+    eval_tokens: int = option(32768, "检验时最多用多少词元", "词元")
+
+
+def read_options(cls: type, program: str):
+    """解析命令行；--help 时打印说明并结束。
+
+    Args:
+        cls: LabOptions 的子类；其中的数都须是正数。
+        program: 程序名，例如 "try_residual"。
+    Raises:
+        UserError: 有看不懂的参数或不能用的值，一次列出。
+    """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(cls, f"用法：python -m tools.{program} [--参数 值 …]"))
+        raise SystemExit(0)
+    problems: list[str] = []
+    options = cls(**parse_flags(cls, sys.argv[1:], problems))
+    for f in fields(cls):
+        value = getattr(options, f.name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not 0 < value < math.inf:
+            problems.append(f"--{f.name} 必须是正数，得到的是 {value}")
+    check_choices(options, problems)
+    if problems:
+        raise UserError("；".join(problems))
+    Path(options.out).mkdir(parents=True, exist_ok=True)  # 写不了，现在就知道，不必等到练完
+    return options
+
+
+def settings(options: DataOptions, **changes) -> Config:
+    """tiny 预设，内置语料，fp32，不编译；changes 是要改的字段。"""
+    fixed = {"preset": "tiny", "data": "builtin", "dtype": "float32", "compile": False}
+    names = ("data_dir", "device", "eval_tokens")
+    given = {name: getattr(options, name) for name in names}
+    flags = [f"--{name}={value}" for name, value in (fixed | given | changes).items()]
+    return load_config("pretrain", flags)[0]
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str, as_question: bool, max_len: int) -> list[int]:
+    """一句话的编号，后面就轮到模型写：当作提问，或当作一篇文档的开头。
+
+    Raises:
+        UserError: 是空的，或者长过模型的上下文。
+    """
+    if as_question:
+        ids = tokenizer.question_ids(prompt)
+    else:
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    if not prompt.strip() or len(ids) >= max_len:
+        raise UserError(f"--prompt 要有文字，并且少于 {max_len} 个词元，现在是 {len(ids)} 个")
+    return ids
+
+
+# ---------- 2. 训练 ----------
+
+
+@dataclass
+class Run:
+    """一次训练的记录。"""
+
+    losses: list[float] = field(default_factory=list)  # 每一步的训练损失（奈特每词元）
+    held_out: float = math.inf  # 练完之后在留出词条上的损失；中途死了便没有
+    died: int = 0  # 第几步出现了不是有限数的损失或梯度；0 表示没有
+    load: ExpertLoad | None = None  # 专家混合：在留出词条上，各位专家的负载
+
+
+class Laboratory:
+    """语料、设备与训练的规矩；几种模型在同一张台上练，差别便只在模型。
+
+    Args:
+        config: 用到 seq_len、batch_size、max_steps、eval_tokens，以及优化器的各项。
+    """
+
+    def __init__(self, config: Config):
+        self.config, self.device, self.tokenizer = config, Device(config), Tokenizer()
+        data = tokenize_corpus("builtin", "pretrain", self.tokenizer, config)
+        start = self.tokenizer.bos_id  # 与 tiny 预设一样，同一行里的几条互相看不见
+        self.train_rows, self.val_rows = (
+            PretrainBatches(data.tokens[side], config.seq_len, start) for side in ("train", "val")
+        )
+
+    def build(self, seed: int, config: Config | None = None) -> Transformer:
+        """原样的模型；同样的种子与形状，得到同样的参数。"""
+        torch.manual_seed(seed)
+        return Transformer(config or self.config).to(self.device.place)
+
+    def rows_scored(self) -> int:
+        """训练时真正算打分的词元数：没出现过的合用一行（training.SharedRow）。"""
+        shared = tie_unused_rows(self.build(seed=0), self.train_rows.tokens, newborn=True)
+        return len(shared.rows) if shared else self.config.vocab_size
+
+    def train(
+        self,
+        model: Transformer,
+        name: str,
+        lr: float,
+        seed: int = 1,
+        watch: Callable[[int, Transformer], None] | None = None,
+    ) -> Run:
+        """与 pre_train.py 同样的一步，去掉了检查点、记录与容错；数坏了就停下，不再往下练。
+
+        Args:
+            model: 就地训练。
+            name: 写在进度条上。
+            lr: 最高学习率，升温与下降的曲线照预设。
+            seed: 决定读语料的次序。
+            watch: 每步反向之后、截短梯度之前调用：watch(第几步（从 0 数）, model)。
+        """
+        config, run = self.config, Run()
+        shared = tie_unused_rows(model, self.train_rows.tokens, newborn=True)
+        optimizers = build_optimizers(model, config, self.device, lr)
+        bar = tqdm(range(config.max_steps), desc=name, unit="步", dynamic_ncols=True)
+        for step in bar:
+            factor = learning_rate(step, config.max_steps, config.warmup, config.decay)
+            set_learning_rate(optimizers, factor)
+            rows = rows_of_step(step, config.batch_size, self.train_rows.n_rows, seed)
+            batch = self.train_rows.get(rows)
+            n_targets = (batch.targets != IGNORE).sum().item()
+            loss = loss_sum(model, batch.to(self.device.place), shared) / n_targets
+            loss.backward()
+            run.losses.append(loss.item())
+            if watch:
+                watch(step, model)
+            norm = clip_grad_norm_(model.parameters(), config.grad_clip).item()
+            if not (math.isfinite(run.losses[-1]) and math.isfinite(norm)):
+                run.died = step + 1
+                bar.close()
+                return run
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if shared:
+                shared.spread(model.embedding.weight)
+            if load := expert_loads(model, self.device.world):
+                rebalance(model, load)
+            bar.set_postfix_str(f"损失 {run.losses[-1]:.3f}")
+        run.held_out = self.held_out_loss(model)
+        run.load = expert_loads(model, self.device.world)
+        return run
+
+    def held_out_loss(self, model: Transformer) -> float:
+        """留出词条上每个词元的平均损失（奈特），整张词表的 softmax。"""
+        c = self.config
+        return evaluate(loss_sum, model, self.val_rows, c.batch_size, c.eval_tokens, self.device)
+
+    def frequency_loss(self) -> float:
+        """只会按词频猜的损失：不看前文，每个词元的概率就是它在训练语料里的比例。"""
+        V = self.config.vocab_size
+        counts = 1.0 + np.bincount(self.train_rows.tokens, minlength=V)  # 加一，没见过的也有份
+        logs = np.log(counts / counts.sum())
+        return float(-logs[self.val_rows.tokens].mean())
+
+    def write(self, model: Transformer, prompt: str, length: int = 40) -> str:
+        """接着 prompt 往下写，每次选最可能的。
+
+        每个词元都从头算一遍，不用缓存：缓存假定前文的键与值不因后文而变，改装过的未必如此。
+        """
+        speaker = make_speaker(model.eval(), self.config, self.tokenizer, "pretrain")
+        ids = prompt_ids(self.tokenizer, prompt, False, self.config.max_len)
+        greedy = Sampling(temp=0, penalty=1, max=length)
+        written = list(speaker.generate(ids, greedy, use_cache=False))
+        model.train()
+        return self.tokenizer.decode(written)
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """每一点与它前面的 window - 1 点平均：曲线少些毛刺；点数不变。"""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+
+
+# ---------- 3. 图与结论 ----------
+
+# 色盲也分得开的颜色（Okabe 与 Ito 的一套），再用线型与记号分一遍：黑白打印也看得清。
+STYLES = [
+    {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    {"color": "#009E73", "linestyle": "-.", "marker": "^"},
+    {"color": "#CC79A7", "linestyle": ":", "marker": "D"},
+]
+
+
+def new_picture(title: str, n_rows: int, n_columns: int, size: tuple[float, float]):
+    """一张空的图，里面 n_rows × n_columns 个小图；返回 (figure, 二维的 axes)。"""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(SVG | {
+        "font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 11,
+        "lines.markersize": 4,
+    })  # fmt: skip
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=size, layout="constrained", squeeze=False
+    )
+    figure.suptitle(title, fontsize=13)
+    return figure, axes
+
+
+def save_picture(figure, options: LabOptions, program: str) -> Path:
+    """写成 SVG；同样的数每次写出同样的文件。"""
+    path = Path(options.out) / f"{program}.svg"
+    with quiet_about_fonts():
+        figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def conclude(path: Path, sentences: list[str]) -> None:
+    """三句话，都由这一次的数得出；再说图在哪里。"""
+    assert len(sentences) == 3, "不多不少三句"
+    print("\n这一次看到的：")
+    for number, sentence in enumerate(sentences, start=1):
+        print(f"  {number}. {sentence}")
+    print(f"图：{path}")
