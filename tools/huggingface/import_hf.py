@@ -22,7 +22,8 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from config import N_TOKENS, PRESETS, SHAPE, Config, UserError, option
-from engine.checkpoint import FORMAT, SCRIPTS, Progress, build_model, versions, write
+from engine.checkpoint import FORMAT, SCRIPTS, build_model, versions, write
+from engine.progress import Progress
 from model import Transformer
 from settings.check import check_types, check_values
 from settings.flags import run_script
