@@ -38,14 +38,9 @@ from engine.shared_row import SharedRow
 from engine.stepper import Stepper
 from engine.stop import Stop
 from model import Transformer
+from settings.defaults import eval_interval
 from settings.flags import is_out_of_memory
-from settings.resolve import (
-    Origin,
-    eval_interval,
-    inherit,
-    load_config,
-    save_config,
-)
+from settings.resolve import Origin, inherit, load_config, save_config
 from tokenizer import Tokenizer
 
 

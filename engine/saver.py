@@ -11,6 +11,7 @@ from config import UserError
 from engine.checkpoint import write
 from engine.progress import Progress
 from engine.run_folder import RunFolder
+from settings.defaults import save_interval
 
 
 class Saver:
@@ -31,7 +32,7 @@ class Saver:
 
     def due(self) -> bool:
         """该存了没有；别的进程听第 0 个的。"""
-        wait = max(60, 50 * self.cost) if self.every is None else self.every
+        wait = save_interval(self.every, self.cost)
         return self.folder.world.rank == 0 and time.monotonic() - self.last >= wait
 
     def save(

@@ -18,7 +18,7 @@ from engine.device import Device, compile_if_possible
 from engine.distributed import Parallel, gather, shard_like
 from engine.expert_load import expert_loads, rebalance
 from engine.shared_row import SharedRow, tie_unused_rows
-from settings.resolve import total_steps
+from settings.defaults import total_steps
 from tokenizer import Tokenizer
 
 
