@@ -6,6 +6,7 @@
 import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,12 +145,15 @@ def check_module(module: str, args: list[str]) -> None:
         return
     if tool and not tool.isascii():  # 「tools.名字」：说的是哪一个都行
         return
+    subjects = []
     while args and not args[0].startswith("--"):
-        args.pop(0)
+        subjects.append(args.pop(0))
     if room == "tools":
         problems: list[str] = []
-        parse_flags(options_of(tool), args, problems)
+        parse_flags(options := options_of(tool), args, problems)
         assert not problems
+        if tool == "bench":
+            assert set(subjects) <= set(sys.modules[options.__module__].SECTIONS)
     else:  # 示例的包不一定装了，只读源码，不导入
         assert room == "examples"
         known = option_names(read(REPO / (module.replace(".", "/") + ".py")))
