@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from chat.numbers import file_size
 from config import UserError
 from corpus.readers import sha256
 from settings.flags import run_script
@@ -35,15 +36,6 @@ SOURCES = {
     "wiki": Source("ngxc11/mini-llm-dataset", "wiki_zh_texts_filtered.json", "pre_train.py --data"),
     "sft": Source("gongjy/minimind_dataset", "sft_t2t_mini.jsonl", "sft_train.py --sft_data"),
 }
-
-
-def readable(size):
-    """字节数 -> “1.6 GB”。"""
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 @contextlib.contextmanager
@@ -78,7 +70,7 @@ def choose_file(files, name, dataset):
         raise UserError(f"数据集 {dataset} 没有列出任何文件；请到网页上确认它还在、并且公开")
     if name not in by_name:
         nearest = difflib.get_close_matches(name, by_name, n=1, cutoff=0)[0]
-        listing = "、".join(f"{path}（{readable(i.size)}）" for path, i in by_name.items())
+        listing = "、".join(f"{path}（{file_size(i.size)}）" for path, i in by_name.items())
         raise UserError(
             f"数据集 {dataset} 里没有文件 {name}，最接近的是 {nearest}；"
             f"请用 --file 指定其中一个：{listing}"
@@ -109,13 +101,13 @@ def check_space(target, info):
     partial = target.with_name(target.name + ".incomplete")
     done = partial.stat().st_size if partial.exists() else 0
     free = shutil.disk_usage(target.parent).free
-    print(f"下载 {info.path}（{readable(info.size)}）到 {target}；磁盘剩余 {readable(free)}")
+    print(f"下载 {info.path}（{file_size(info.size)}）到 {target}；磁盘剩余 {file_size(free)}")
     if done:
-        print(f"上次已经下载 {readable(done)}，从那里接着下载")
+        print(f"上次已经下载 {file_size(done)}，从那里接着下载")
     if info.size - done > free:
         raise UserError(
-            f"磁盘空间不够：还要下载 {readable(info.size - done)}，{target.parent} 只剩 "
-            f"{readable(free)}；请腾出空间，或用 --data_dir 换一个位置"
+            f"磁盘空间不够：还要下载 {file_size(info.size - done)}，{target.parent} 只剩 "
+            f"{file_size(free)}；请腾出空间，或用 --data_dir 换一个位置"
         )
 
 

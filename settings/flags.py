@@ -59,6 +59,30 @@ def check_choices(options: Any, problems: list[str]) -> None:
             problems.append(f"--{f.name} 只能是 {'、'.join(choices)}，得到的是 {value!r}")
 
 
+def read_options(cls: type, argv: list[str], usage: str, **defaults: Any) -> Any:
+    """命令行 -> 一个 cls；--help 时印出说明并结束。
+
+    Args:
+        cls: 带 `option` 字段的 dataclass；有 `problems()` 方法的，再问它哪些值不能用。
+        argv: 命令行参数，不含程序名。
+        usage: 说明的第一行。
+        defaults: 换掉 cls 里的默认值。
+    Raises:
+        UserError: 有看不懂的参数或不能用的值，一次列出。
+    """
+    if {"--help", "-h"} & {*argv}:
+        print(help_text(cls, usage))
+        raise SystemExit(0)
+    problems: list[str] = []
+    options = cls(**defaults | parse_flags(cls, argv, problems))
+    check_choices(options, problems)
+    if hasattr(options, "problems"):
+        problems += options.problems()
+    if problems:
+        raise UserError("；".join(problems))
+    return options
+
+
 def field_types(cls: type) -> dict[str, type]:
     """每个字段的类型，``int | None`` 记作 int。"""
     hints = get_type_hints(cls)

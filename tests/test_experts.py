@@ -20,7 +20,7 @@ from experts import MixtureOfExperts, Routing, has_grouped_mm, mix_by_hand, mix_
 from loss import evaluate, loss_sum
 from model import FeedForward, Transformer
 from settings.resolve import load_config
-from tools.bench.contestants import Ours
+from tools.bench.ours import Ours
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, n_experts=5, n_active=2,

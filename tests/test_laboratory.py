@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,11 @@ from dataset import Batch
 from engine.shared_row import tie_unused_rows
 from loss import loss_sum
 from model import Block, Transformer
-from tools.lab.laboratory import Laboratory, Run, settings, smooth
+from tools.bench.flops import training_flops
+from tools.lab.laboratory import Laboratory, Run
+from tools.lab.showing import smooth
 from tools.lab.try_experts import DENSE, EXPERTS, already_seen
 from tools.lab.try_experts import Options as ExpertOptions
-from tools.lab.try_experts import shapes as expert_shapes
 from tools.lab.try_residual import VARIANTS as TORN
 from tools.lab.try_residual import Options as ResidualOptions
 from tools.lab.try_residual import Result as TornResult
@@ -35,7 +35,6 @@ from tools.lab.try_shapes import (
     WIDE,
     block_parameters,
     compare,
-    training_flops,
 )
 from tools.lab.try_shapes import Options as ShapeOptions
 from tools.lab.try_shapes import Result as ShapeResult
@@ -207,11 +206,11 @@ def test_the_formula_counts_what_pytorch_counts(tiny_lab):
 @pytest.fixture(scope="module")
 def tiny_lab(builtin_config, builtin_pretrain) -> Laboratory:
     """一张很小的实验台，语料用整场测试备好的。"""
-    options = ShapeOptions(data_dir=builtin_config.data_dir, device="cpu")
+    options = ShapeOptions(data_dir=builtin_config.data_dir, device="cpu", eval_tokens=256)
     return Laboratory(
-        settings(
-            options, dim=32, n_layers=2, n_heads=1, n_kv_heads=1, hidden_dim=64, max_len=64,
-            seq_len=32, batch_size=2, max_steps=3, eval_tokens=256,
+        options.tiny(
+            dim=32, n_layers=2, n_heads=1, n_kv_heads=1, hidden_dim=64, max_len=64, seq_len=32,
+            batch_size=2, max_steps=3,
         )
     )  # fmt: skip
 
@@ -281,7 +280,7 @@ def test_entropy_counts_questions():
 
 def test_the_two_models_of_try_experts_differ_only_where_it_says(tmp_path):
     """每个词元经过的前馈一样宽，学习率、每步的词元也一样。"""
-    kinds = expert_shapes(ExpertOptions(data_dir=str(tmp_path)))
+    kinds = ExpertOptions(data_dir=str(tmp_path)).shapes()
     assert kinds[EXPERTS].active_width() == kinds[DENSE].hidden_dim
     same = [(c.dim, c.n_layers, c.n_heads, c.lr, c.batch_size, c.seq_len) for c in kinds.values()]
     assert len({*same}) == 1
@@ -310,9 +309,14 @@ SHORT = {  # 程序: (参数, 图里该有的字)
 SLOW = ("try_residual", "try_shapes", "try_without")  # 平时走过的三个，已经用到每一样共用的
 
 
+def main_of(program: str):
+    """一个实验的 main。"""
+    return importlib.import_module(f"tools.lab.{program}").main
+
+
 def experiment(folder: Path, program: str, *args: str, code: int = 0):
     """在 folder 里运行一个实验；返回 (stdout, stderr)。"""
-    stdout, stderr = run(folder, f"tools.{program}", *args, code=code)
+    stdout, stderr = run(folder, f"tools.lab.{program}", *args, code=code)
     assert "Warning" not in stderr
     assert "findfont" not in stderr
     return stdout, stderr
@@ -355,9 +359,8 @@ BAD = [
 def test_a_bad_flag_is_one_clear_sentence(program, args, sentence, tmp_path, monkeypatch):
     """在同一个进程里，免得每条都等导入；退出码与印成一句话，由下面两条走真的命令行。"""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [program, *args.split()])
     with pytest.raises(UserError, match=re.escape(sentence)) as error:
-        importlib.import_module(f"tools.{program}").main()
+        main_of(program)(args.split())
     assert "\n" not in str(error.value)
 
 
@@ -375,18 +378,17 @@ def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("program", SHORT)
-def test_help_lists_the_flags(program, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [program, "--help"])
+def test_help_lists_the_flags(program, capsys):
     with pytest.raises(SystemExit):
-        importlib.import_module(f"tools.{program}").main()
-    assert f"用法：python -m tools.{program} " in (shown := capsys.readouterr().out)
+        main_of(program)(["--help"])
+    assert f"用法：python -m tools.lab.{program} " in (shown := capsys.readouterr().out)
     assert "--out" in shown
 
 
 def test_every_experiment_is_documented_with_its_picture():
     text = (REPO / "docs/experiments.md").read_text(encoding="utf-8")
-    for path in (REPO / "tools").glob("try_*.py"):
-        assert f"`python -m tools.{path.stem}`" in text
+    for path in (REPO / "tools/lab").glob("try_*.py"):
+        assert f"`python -m tools.lab.{path.stem}`" in text
         assert f"(pictures/{path.stem}.svg)" in text
         picture = (REPO / f"docs/pictures/{path.stem}.svg").read_text(encoding="utf-8")
         assert SHORT[path.stem][1] in picture
