@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from chat.numbers import file_size
 from config import UserError, option
 from corpus.readers import sha256
 from settings.flags import read_options, run_script, word
@@ -50,15 +51,6 @@ class Options:
     )
     file: str | None = option(None, "数据集里的另一个文件；名字不对会列出全部文件")
     data_dir: str = option("data", "放在哪个目录")
-
-
-def readable(size):
-    """字节数 -> “1.6 GB”。"""
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 @contextlib.contextmanager
@@ -93,7 +85,7 @@ def choose_file(files, name, dataset):
         raise UserError(f"数据集 {dataset} 没有列出任何文件；请到网页上确认它还在、并且公开")
     if name not in by_name:
         nearest = difflib.get_close_matches(name, by_name, n=1, cutoff=0)[0]
-        listing = "、".join(f"{path}（{readable(i.size)}）" for path, i in by_name.items())
+        listing = "、".join(f"{path}（{file_size(i.size)}）" for path, i in by_name.items())
         raise UserError(
             f"数据集 {dataset} 里没有文件 {name}，最接近的是 {nearest}；"
             f"请用 --file 指定其中一个：{listing}"
@@ -124,13 +116,13 @@ def check_space(target, info):
     partial = target.with_name(target.name + ".incomplete")
     done = partial.stat().st_size if partial.exists() else 0
     free = shutil.disk_usage(target.parent).free
-    print(f"下载 {info.path}（{readable(info.size)}）到 {target}；磁盘剩余 {readable(free)}")
+    print(f"下载 {info.path}（{file_size(info.size)}）到 {target}；磁盘剩余 {file_size(free)}")
     if done:
-        print(f"上次已经下载 {readable(done)}，从那里接着下载")
+        print(f"上次已经下载 {file_size(done)}，从那里接着下载")
     if info.size - done > free:
         raise UserError(
-            f"磁盘空间不够：还要下载 {readable(info.size - done)}，{target.parent} 只剩 "
-            f"{readable(free)}；请腾出空间，或用 --data_dir 换一个位置"
+            f"磁盘空间不够：还要下载 {file_size(info.size - done)}，{target.parent} 只剩 "
+            f"{file_size(free)}；请腾出空间，或用 --data_dir 换一个位置"
         )
 
 

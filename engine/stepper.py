@@ -32,7 +32,10 @@ class Stepper:
     Fields:
         n_steps: 一共走几步。
         n_targets: 这一步的大批里有多少目标，各进程的合起来。
+        newborn: 一步还没有走过，开始之前要先检验一次。
     """
+
+    newborn = False
 
     def __init__(self, stage: str, config: Config, device: Device, tokenizer: Tokenizer):
         self.stage, self.config, self.tokenizer = stage, config, tokenizer

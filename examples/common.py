@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -178,7 +179,7 @@ def sft_batches(source: str, config: Config, seed: int) -> dict[str, SFTBatches]
 
 
 def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """这一批里助手的话的负对数概率之和，单位奈特；同 `training.loss_sum`。
+    """这一批里助手的话的负对数概率之和，单位奈特；同 loss.py 的 `Loss`。
 
     不给 attention_mask、也不用缓存，transformers 就从 positions 认出一行里拼着几段（位置又从 0
     数起的地方），使它们互相看不见。
@@ -194,7 +195,7 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 def held_out_loss(model: PreTrainedModel, held_out: SFTBatches, max_tokens: int) -> float:
     """留出的问答上每个目标的平均损失，奈特；最多用 max_tokens 个词元。"""
     device = Device(Config(device="cpu", dtype="float32", compile=False))
-    return evaluate(answer_loss, model.eval(), held_out, ROWS, max_tokens, device)
+    return evaluate(partial(answer_loss, model.eval()), held_out, ROWS, max_tokens, device)
 
 
 # ---------- 3. 成批地回答 ----------

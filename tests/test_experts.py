@@ -21,7 +21,7 @@ from experts import MixtureOfExperts, Routing, has_grouped_mm, mix_by_hand, mix_
 from loss import Loss, evaluate
 from model import FeedForward, Transformer
 from settings.resolve import load_config
-from tools.bench.contestants import Ours
+from tools.bench.ours import Ours
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, n_experts=5, n_active=2,
@@ -360,13 +360,14 @@ def test_compiled_evaluation_on_a_gpu_is_the_eager_one(builtin_config, builtin_p
     trainer = Ours(config)
     for _ in range(150):
         trainer.step(1.0)
+    exam, plain = trainer.loop.exam, Loss(trainer.model).eval()
     losses = [
-        evaluate(fn, trainer.model, trainer.val, config.batch_size, 40960, trainer.device)
-        for fn in (trainer.loss_fn, loss_sum)
+        evaluate(loss.eval(), exam.batches, config.batch_size, 40960, trainer.device)
+        for loss in (exam.loss, plain)
     ]
     assert trainer.device.compile
     trainer.device.dtype = torch.float32
-    by_hand = evaluate(loss_sum, trainer.model, trainer.val, 8, 40960, trainer.device)
+    by_hand = evaluate(plain, exam.batches, 8, 40960, trainer.device)
     assert losses == pytest.approx([by_hand] * 2, abs=0.01)
 
 

@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -726,20 +725,18 @@ def test_mistakes_end_with_code_two(tmp_path):
      (export_module, ["a.pt", "hf", "more"], "多余的参数 'more'"),
      (import_module, ["nope", "a.pt", "--stage", "rl"], "stage 只能是 auto、pretrain、sft")],
 )  # fmt: skip
-def test_mistakes_are_one_sentence(monkeypatch, tool, args, said):
-    monkeypatch.setattr(sys, "argv", ["tool", *args])
+def test_mistakes_are_one_sentence(tool, args, said):
     with pytest.raises(UserError, match=re.escape(said)):
-        tool.main()
+        tool.main(args)
 
 
 @pytest.mark.parametrize(
     ("tool", "flags"),
     [(export_module, ["overwrite"]), (import_module, ["stage", "preset", "overwrite"])],
 )
-def test_help_names_every_flag(monkeypatch, capsys, tool, flags):
-    monkeypatch.setattr(sys, "argv", ["tool", "--help"])
+def test_help_names_every_flag(capsys, tool, flags):
     with pytest.raises(SystemExit) as leaving:
-        tool.main()
+        tool.main(["--help"])
     assert leaving.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith("用法：python -m tools.")
