@@ -52,7 +52,10 @@ def option_names(source: str) -> set[str]:
 
 def options_of(tool: str) -> type:
     """tools 里的一个程序用来读命令行的类。"""
-    for place in (f"tools.{tool}.__main__", f"tools.huggingface.{tool}", f"tools.{tool}"):
+    for place in (
+        f"tools.{tool}.options", f"tools.{tool}.__main__", f"tools.huggingface.{tool}",
+        f"tools.{tool}",
+    ):  # fmt: skip
         path = REPO / (place.replace(".", "/") + ".py")
         if path.is_file() and hasattr(module := importlib.import_module(place), "Options"):
             return module.Options
