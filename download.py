@@ -10,20 +10,20 @@ download() 按顺序做五件事：列出数据集里的文件 → 选中一个 
 这里只决定下载什么、放到哪里，并把它的异常翻译成一句看得懂的话。
 """
 
-import argparse
 import contextlib
 import difflib
 import logging
 import shlex
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from chat.numbers import file_size
-from config import UserError
+from config import UserError, option
 from corpus.readers import sha256
-from settings.flags import run_script
+from settings.flags import read_options, run_script, word
 
 
 class Source(NamedTuple):
@@ -36,6 +36,21 @@ SOURCES = {
     "wiki": Source("ngxc11/mini-llm-dataset", "wiki_zh_texts_filtered.json", "pre_train.py --data"),
     "sft": Source("gongjy/minimind_dataset", "sft_t2t_mini.jsonl", "sft_train.py --sft_data"),
 }
+USAGE = "用法：python download.py wiki|sft [--参数 值 …]"
+
+
+@dataclass
+class Options:
+    """命令行参数。"""
+
+    source: str = word(
+        "要下载的",
+        "请写要下载哪一个：python download.py wiki（预训练语料），"
+        "或 python download.py sft（对话数据）",
+        choices=tuple(SOURCES),
+    )
+    file: str | None = option(None, "数据集里的另一个文件；名字不对会列出全部文件")
+    data_dir: str = option("data", "放在哪个目录")
 
 
 @contextlib.contextmanager
@@ -137,14 +152,10 @@ def download(dataset, name, data_dir):
 
 def main():
     """读命令行，下载，告诉用户接下来运行什么。"""
-    parser = argparse.ArgumentParser(description="从 ModelScope 下载完整的训练数据")
-    parser.add_argument("source", choices=SOURCES, help="wiki：预训练语料；sft：对话数据")
-    parser.add_argument("--file", help="数据集里的另一个文件；名字不对会列出全部文件")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="放在哪个目录")
-    args = parser.parse_args()
-    source = SOURCES[args.source]
+    options = read_options(Options, sys.argv[1:], USAGE)
+    source = SOURCES[options.source]
     try:
-        target = download(source.dataset, args.file or source.file, args.data_dir)
+        target = download(source.dataset, options.file or source.file, Path(options.data_dir))
     except KeyboardInterrupt:
         print("\n已中断；再次运行同一条命令，会从中断的地方接着下载", file=sys.stderr)
         sys.exit(130)

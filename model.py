@@ -174,11 +174,11 @@ class Transformer(nn.Module):
         self.max_len = config.max_len
         self.reset_parameters(config.router_scale)
 
-    def reset_parameters(self, router_scale: float) -> None:
+    def reset_parameters(self, router_scale: float | None) -> None:
         """词嵌入取小的随机数；各层按输入宽度缩放；每条残差支路的最后一个投影从零开始。
 
         于是刚出生的每一层都是「什么也不做」，模型对所有词元几乎一视同仁，损失约为 ln V。
-        路由器可以再小几倍（router_scale），它对各位专家也就几乎一视同仁。
+        路由器可以再小几倍（router_scale；没有专家的是 None），它对各位专家也就几乎一视同仁。
         """
         nn.init.normal_(self.embedding.weight, std=0.02)
         for module in self.modules():

@@ -36,7 +36,7 @@ from loss import bits_per_character, evaluate, loss_sum
 from model import Transformer
 from optimizer import build_optimizers, learning_rate, set_learning_rate, total_steps
 from settings.flags import run_script
-from settings.resolve import describe, load_config, repeat_flags, save_config
+from settings.resolve import Origin, describe, load_config, repeat_flags, save_config
 from tokenizer import Tokenizer
 
 
@@ -60,7 +60,7 @@ def main(
     checkpoint = folder.begin(config, origins, tokenizer)  # --resume：上次的全部状态
     device = Device(config, world)
     print(f"预训练 · {device.describe()}\n{describe(config, origins)}")
-    if origins["preset"] == "自动":
+    if origins["preset"] is Origin.AUTO:
         print("（想换一种大小：--preset wide 矮胖，--preset deep 瘦高，--preset tiny 小而快）")
     if config.data == "builtin":
         print("（用的是内置成语词典；想用维基百科：python download.py wiki）")
@@ -87,7 +87,7 @@ def main(
         shared = shared_before(checkpoint, device)
     else:
         shared = tie_unused_rows(model, train.tokens, newborn=True)
-    if origins["batch_size"] == "auto":
+    if origins["batch_size"] is Origin.TRIED:
         auto_batch(config, model, device)
     n_params = sum(p.numel() for p in model.parameters())
     parallel = Parallel(model, compile_if_possible(loss_sum, device), world, config.parallel)

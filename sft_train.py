@@ -33,7 +33,7 @@ from generate import Sampling, make_speaker
 from loss import bits_per_character, evaluate, loss_sum
 from optimizer import build_optimizers, learning_rate, set_learning_rate, total_steps
 from settings.flags import run_script
-from settings.resolve import describe, inherit, load_config, save_config
+from settings.resolve import Origin, describe, inherit, load_config, save_config
 from tokenizer import Tokenizer
 
 
@@ -81,7 +81,7 @@ def main() -> None:
         shared = shared_before(checkpoint, device)
     else:
         shared = tie_unused_rows(model, train.tokens, newborn=False)
-    if origins["batch_size"] == "auto":
+    if origins["batch_size"] is Origin.TRIED:
         auto_batch(config, model, device)
     n_params = sum(p.numel() for p in model.parameters())
     parallel = Parallel(model, compile_if_possible(loss_sum, device), world, config.parallel)

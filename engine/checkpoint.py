@@ -229,7 +229,7 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[st
 
 # 早先的检查点没有记下这几项，那时用的是这些值。
 NOT_RECORDED = {"muon_momentum": 0.95, "adam_beta1": 0.9, "adam_beta2": 0.95,
-                "n_experts": 0, "n_active": 0, "router_scale": 1.0}  # fmt: skip
+                "n_experts": 0, "n_active": 0}  # fmt: skip
 
 
 def config_of(checkpoint: dict, path: Path, tokenizer: Tokenizer) -> Config:
@@ -238,10 +238,12 @@ def config_of(checkpoint: dict, path: Path, tokenizer: Tokenizer) -> Config:
         raise UserError(f"{path} 是用另一个分词器训练的；请换回当时的 tokenizer.py，或重新训练")
     names = {f.name for f in fields(Config)}
     saved = NOT_RECORDED | {k: v for k, v in checkpoint["config"].items() if v is not None}
+    if saved["n_experts"]:  # 没有专家的，没有路由器
+        saved = {"router_scale": 1.0} | saved
     config = Config(**{k: v for k, v in saved.items() if k in names})
     problems: list[str] = []
     wrong = check_types(config, problems)
-    optional = {name for pair in STEPS_OR_EPOCHS for name in pair}
+    optional = {"router_scale", *(name for pair in STEPS_OR_EPOCHS for name in pair)}
     problems += [f"缺少 {n}" for n in sorted(PER_PRESET - optional) if getattr(config, n) is None]
     if not problems:
         check_values(config, problems, wrong)

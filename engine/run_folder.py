@@ -26,7 +26,7 @@ from engine.checkpoint import (
     write,
 )
 from engine.distributed import World
-from settings.resolve import adopt
+from settings.resolve import Origins, adopt
 from tokenizer import Tokenizer
 
 
@@ -43,7 +43,7 @@ class RunFolder:
     """
 
     def __init__(
-        self, stage: str, config: Config, origins: dict[str, str], world: World, program: str = ""
+        self, stage: str, config: Config, origins: Origins, world: World, program: str = ""
     ):
         self.stage, self.world = stage, world
         self.root = Path(config.out_dir)
@@ -71,7 +71,7 @@ class RunFolder:
                 ) from error
 
     def begin(
-        self, config: Config, origins: dict[str, str], tokenizer: Tokenizer
+        self, config: Config, origins: Origins, tokenizer: Tokenizer
     ) -> dict[str, Any] | None:
         """从头练时返回 None；接着练时返回检查点，配置也改成检查点里的。
 

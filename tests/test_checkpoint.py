@@ -31,7 +31,7 @@ from engine.distributed import World
 from engine.run_folder import RunFolder, Saver
 from model import Transformer
 from optimizer import build_optimizers
-from settings.resolve import inherit, load_config
+from settings.resolve import Origin, inherit, load_config
 from tokenizer import Tokenizer
 
 SMALL = Config(
@@ -127,7 +127,7 @@ def test_an_earlier_one_keeps_the_values_it_was_trained_with(tokenizer, tmp_path
     write(path, snap)
     _, config, _ = load(path, tokenizer)
     assert (config.muon_momentum, config.adam_beta1, config.adam_beta2) == (0.95, 0.9, 0.95)
-    assert config.router_scale == 1.0
+    assert config.router_scale is None  # 没有专家，也就没有路由器
     muon, adamw = build_optimizers(Transformer(config), config, Device(config), 0.01)
     assert muon.param_groups[0]["momentum"] == 0.95
     assert adamw.param_groups[0]["betas"] == (0.9, 0.95)
@@ -436,7 +436,9 @@ def test_resume_takes_every_setting_from_the_checkpoint(out, tokenizer):
     write(Path("out/x/pretrain.pt"), snapshot(tokenizer, source))
     _, config, origins = out("--resume")
     assert config == replace(source, resume=True)
-    assert (origins["seed"], origins["out_dir"]) == ("检查点", "命令行")
+    assert (origins["seed"], origins["out_dir"]) == (
+        Origin.CHECKPOINT, Origin.FLAG,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -566,7 +568,9 @@ def test_sft_takes_its_shape_from_the_checkpoint():
     source = Config(**{**vars(SMALL), **changed, "lr": 0.1})
     config, origins = load_config("sft", ["--preset", "tiny"])
     inherit(config, origins, source, "x.pt")
-    assert (config.n_layers, config.dim, origins["dim"]) == (5, 64, "检查点")
+    assert (config.n_layers, config.dim, origins["dim"]) == (
+        5, 64, Origin.CHECKPOINT,
+    )  # fmt: skip
     assert config.val_fraction == 0.1  # 预训练没见过的，微调也不许见
     own, own_origins = load_config("sft", ["--data", "my.jsonl", "--val_fraction", "0.2"])
     own.preset = "tiny"

@@ -26,7 +26,6 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-import config as config_module
 import dataset
 import download
 import pre_chat
@@ -41,6 +40,7 @@ from corpus.token_file import TokenFile, encode_conversations, encode_documents,
 from dataset import SIDES
 from generate import Choice, Sampling, make_speaker
 from model import Transformer
+from settings import resolve
 from settings.flags import field_types
 from settings.resolve import describe, load_config
 from tokenizer import CONTROL_TOKENS, Tokenizer
@@ -563,7 +563,7 @@ def check_config(config: Config) -> None:
 def test_any_configuration_is_valid_or_refused(stage, argv, edits):
     """命令行上写什么、config.py 里改成什么都一样：要么每个值都能用，要么一句话。"""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(config_module, "has_cuda", lambda: False)
+        patch.setattr(resolve, "has_cuda", lambda: False)
         try:
             config, origins = load_config(stage, argv, Config(**edits))
         except UserError as error:
@@ -583,7 +583,7 @@ def test_a_mistake_in_config_py_is_one_sentence_in_the_chat_too(monkeypatch):
     class Edited(Config):
         preset: str = option("huge", "", choices=fields(Config)[0].metadata["choices"])
 
-    monkeypatch.setattr(config_module, "Config", Edited)
+    monkeypatch.setattr(resolve, "Config", Edited)
     monkeypatch.setattr(repl, "Config", Edited, raising=False)
     with pytest.raises(UserError, match="preset 只能是"):
         repl.start("sft", [])

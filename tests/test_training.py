@@ -19,7 +19,7 @@ from engine.shared_row import tie_unused_rows
 from loss import evaluate, loss_sum
 from model import Transformer
 from optimizer import build_optimizers
-from settings.resolve import load_config, repeat_flags
+from settings.resolve import Origin, load_config, repeat_flags
 
 # 词表必须装得下分词器，其余尽量小。
 SMALL = Config(
@@ -53,7 +53,9 @@ def test_the_next_command_repeats_what_it_needs():
     assert repeat_flags(config, origins) == " --preset tiny --out_dir 'out/my run' --no-compile"
     assert repeat_flags(*load_config("pretrain", ["--device", "cpu"])) == " --device cpu"
     config, origins = load_config("pretrain", ["--out_dir", "out/x"])
-    config.preset, origins["preset"], origins["device"] = "deep", "检查点", "检查点"
+    config.preset, origins["preset"], origins["device"] = (
+        "deep", Origin.CHECKPOINT, Origin.CHECKPOINT,
+    )  # fmt: skip
     assert repeat_flags(config, origins) == " --preset deep --out_dir out/x"  # 接着练的
 
 

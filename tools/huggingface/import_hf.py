@@ -25,11 +25,12 @@ from config import N_TOKENS, PRESETS, SHAPE, Config, UserError, option
 from engine.checkpoint import FORMAT, SCRIPTS, Progress, build_model, versions, write
 from model import Transformer
 from settings.check import check_types, check_values
+from settings.flags import read_options
 from settings.resolve import fill_in
 from tokenizer import Tokenizer
 from tools.huggingface.export import KEY
 from tools.huggingface.shapes import (
-    arguments,
+    TwoPaths,
     check_finite,
     our_shape,
     quiet,
@@ -37,7 +38,7 @@ from tools.huggingface.shapes import (
     to_ours,
 )
 
-USAGE = "python -m tools.import_hf 文件夹 检查点.pt [--参数 值 …]"
+USAGE = "用法：python -m tools.import_hf 文件夹 检查点.pt [--参数 值 …]"
 KINDS = ((["Qwen3ForCausalLM"], "qwen3"), (["Qwen3MoeForCausalLM"], "qwen3_moe"))
 # 两边必须一样的：写着别的值，它算的就不是我们的模型。形状取自它，不必比。
 SAME = ("vocab_size", "head_dim", "hidden_act", "attention_bias", "sliding_window", "layer_types",
@@ -48,7 +49,7 @@ UNKNOWN = "没有记下"
 
 
 @dataclass
-class Options:
+class Options(TwoPaths):
     """命令行参数。"""
 
     stage: str = option(
@@ -66,8 +67,9 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """读命令行，导入，说接下来做什么。"""
-    folder, path, options = arguments(Options, sys.argv[1:] if argv is None else argv, USAGE)
-    stage = import_folder(folder, path, options)
+    options = read_options(Options, sys.argv[1:] if argv is None else argv, USAGE)
+    path = Path(options.target)
+    stage = import_folder(Path(options.source), path, options)
     chat = {"pretrain": "pre_chat.py", "sft": "sft_chat.py"}[stage]
     where = shlex.quote(str(path))
     print(
