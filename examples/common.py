@@ -41,10 +41,10 @@ from tools.huggingface.export import check_target, save_tokenizer, written_whole
 from tools.huggingface.import_hf import Options as ImportOptions
 from tools.huggingface.import_hf import (
     check_tokenizer,
-    last_line,
     our_config,
     read_config,
     read_model,
+    unreadable,
 )
 from tools.huggingface.shapes import TwoPaths, quiet
 
@@ -101,11 +101,8 @@ def load_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, C
     add_in_fixed_order()  # 同样的种子，同样的结果
     theirs, noted = read_config(path)
     check_tokenizer(path, Tokenizer())
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    except Exception as error:  # 坏文件引起的异常种类繁多，没有共同的基类
-        raise UserError(f"{path} 的分词器读不出来（{last_line(error)}）；请重新导出") from error
+    with unreadable(f"{path} 的分词器读不出来"), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.chat_template is None:
         raise UserError(
             f"{path} 还没有微调过，不会回答；请先运行 python sft_train.py，再导出 sft.pt"

@@ -12,6 +12,8 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -133,11 +135,22 @@ def read_config(folder: Path) -> tuple[Any, dict]:
         raise UserError(f"{folder} 的权重有 {n} 层，与 config.json 的 num_hidden_layers 不同")
     from transformers import AutoConfig  # 导入要几秒，路径不对的不必等
 
+    with unreadable(f"{path} 里有不对的值"), quiet():
+        return AutoConfig.from_pretrained(folder, local_files_only=True), raw.get(KEY) or {}
+
+
+@contextmanager
+def unreadable(what: str) -> Iterator[None]:
+    """读别人写的文件：transformers、tokenizers、safetensors 抛出的异常种类繁多，没有共同的基类。
+
+    Raises:
+        UserError: what，后面是英文异常的最后一行。
+    """
     try:
-        with quiet():
-            return AutoConfig.from_pretrained(folder, local_files_only=True), raw.get(KEY) or {}
-    except Exception as error:  # 值不对时，transformers 抛出的异常种类繁多
-        raise UserError(f"{path} 里有不对的值（{last_line(error)}）；请重新导出") from error
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:150]
+        raise UserError(f"{what}（{reason}）；请重新导出") from error
 
 
 def count_layers(folder: Path) -> int:
@@ -147,12 +160,8 @@ def count_layers(folder: Path) -> int:
         raise UserError(f"{folder} 里没有 safetensors 的权重；请用 save_pretrained 存成这一种")
     names: list[str] = []
     for path in paths:
-        try:
-            with safe_open(path, "pt") as file:
-                names += file.keys()
-        except Exception as error:  # 坏文件、读不了的文件
-            reason = last_line(error)
-            raise UserError(f"{path} 不是完好的 safetensors（{reason}）；请重新导出") from error
+        with unreadable(f"{path} 不是完好的 safetensors"), safe_open(path, "pt") as file:
+            names += file.keys()
     return len({m[1] for name in names if (m := re.match(r"model\.layers\.(\d+)\.", name))})
 
 
@@ -167,20 +176,13 @@ def parse(path: Path) -> dict:
     return raw
 
 
-def last_line(error: Exception) -> str:
-    """英文异常的最后一行，太长就截短。"""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:150]
-
-
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """文件夹里的分词器与我们的相同：同样的文字得到同样的编号。"""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder} 里没有 tokenizer.json，无从知道词表是不是这里的；请一并存下")
-    try:
+    with unreadable(f"{path} 读不出来"):
         found = Backend.from_file(str(path))
-    except Exception as error:  # tokenizers 抛出的就是 Exception
-        raise UserError(f"{path} 读不出来（{last_line(error)}）；请重新导出") from error
     theirs, ours = found.get_vocab(), tokenizer.backend.get_vocab()
     if differ := sorted(f"{t!r}" for t, _ in theirs.items() ^ ours.items()):
         raise UserError(
@@ -265,14 +267,11 @@ def read_model(folder: Path, theirs):
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        with quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                folder, config=theirs, dtype=torch.float32, local_files_only=True,
-                use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-            )  # fmt: skip
-    except Exception as error:  # 同 checkpoint.read：坏文件引起的异常种类繁多
-        raise UserError(f"{folder} 的权重读不出来（{last_line(error)}）；请重新导出") from error
+    with unreadable(f"{folder} 的权重读不出来"), quiet():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, config=theirs, dtype=torch.float32, local_files_only=True,
+            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
     problems = [f"{what}{first(found[key])}" for key, what in WRONG.items() if found[key]]
     if problems:
         raise UserError(f"{folder} 的参数与 config.json 对不上：{'；'.join(problems)}")
