@@ -36,7 +36,10 @@ SOURCES = {
     "wiki": Source("ngxc11/mini-llm-dataset", "wiki_zh_texts_filtered.json", "pre_train.py --data"),
     "sft": Source("gongjy/minimind_dataset", "sft_t2t_mini.jsonl", "sft_train.py --sft_data"),
 }
-USAGE = "用法：python download.py wiki|sft [--参数 值 …]"
+USAGE = """\
+用法：python download.py wiki|sft [--参数 值 …]
+  wiki    预训练语料
+  sft     对话数据"""
 
 
 @dataclass

@@ -38,7 +38,7 @@ class Origin(Enum):
 
 
 Origins = dict[str, Origin]  # {字段名: 来历}
-# download.py 下载的；有它就用它。
+# download.py 下载的，有它就用它
 DOWNLOADED = {"data": "wiki_zh_texts_filtered.json", "sft_data": "sft_t2t_mini.jsonl"}
 
 
