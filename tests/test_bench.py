@@ -53,7 +53,7 @@ def test_our_contestant_trains_as_the_script_does(trained, here):
 def test_experts_compete_too(kind, here):
     """专家混合也能上场；我们的那一方，负载在每一步之后交给下一步。"""
     shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 32}
-    experts = {"n_experts": 4, "n_active": 2}
+    experts = {"n_experts": 4, "n_active": 2, "router_scale": 1.0}
     made = trainer(
         kind, "tiny", **here, **shape, **experts, batch_size=8, seq_len=64, max_len=128, lr=0.01
     )
