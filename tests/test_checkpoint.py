@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from config import Config, UserError
-from engine import checkpoint
+from engine import checkpoint, run_folder
 from engine.checkpoint import (
     Damaged,
     Progress,
@@ -514,7 +514,7 @@ def test_restoring_gives_back_the_optimizers_the_generator_and_the_place(tokeniz
 
 def test_saving_takes_at_most_two_percent_of_the_time(tmp_path, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
     folder = SimpleNamespace(path=tmp_path / "m.pt", world=World())
     saver = Saver(folder, None, Progress())
 
@@ -522,7 +522,7 @@ def test_saving_takes_at_most_two_percent_of_the_time(tmp_path, monkeypatch):
         nonlocal now
         now += 10
 
-    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(run_folder, "write", slow)
     saves = 0
     while now < 20000:
         now += 1  # 一步一秒

@@ -27,14 +27,13 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import config as config_module
-import dataset
 import download
 import pre_chat
 import sft_chat
 from chat import repl
 from chat.repl import Chat, ChatOptions, obey
 from config import SHAPE, Config, UserError, option
-from corpus import readers
+from corpus import readers, token_file
 from corpus.readers import ReadLog
 from corpus.shapes import ROLES, Record, conversation_turns, read_conversations, read_documents
 from corpus.token_file import TokenFile, encode_conversations, encode_documents, tokenize_corpus
@@ -420,7 +419,7 @@ def test_preparing_any_file_writes_only_below_data_dir(tmp_path_factory, stage, 
     """什么样的文件、什么样的文件名都一样：要么备好，要么一句话；除了 data_dir，哪里也不写。"""
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(dataset, "code_fingerprint", lambda: "")  # 每次都算要慢得多
+        patch.setattr(token_file, "code_fingerprint", lambda: "")  # 每次都算要慢得多
         if not strict:
             patch.setattr(readers, "BAD_ROWS_ALLOWED", 1.0)  # 好让怪东西走到最后
         Path(name).write_bytes(data)
