@@ -181,6 +181,7 @@ def log_likelihood(model, before: list[int], after: list[int]) -> float:
 
 
 @pytest.mark.doors
+@pytest.mark.slow
 @pytest.mark.parametrize("form", make_task.FORMS)
 def test_lm_eval_scores_exactly_the_intended_tokens(tokenizer, questions, scores, form):
     found, model = scores
@@ -203,6 +204,7 @@ def test_the_swapped_tasks_only_change_the_idiom(tmp_path):
 
 
 @pytest.mark.doors
+@pytest.mark.slow
 @pytest.mark.parametrize("form", make_task.FORMS)
 def test_whoever_knows_the_answers_gets_full_marks(scores, form):
     found, _ = scores
