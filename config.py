@@ -1,6 +1,11 @@
-"""全部配置：一个 Config 类，几套预设，以及把命令行覆盖在上面的规则。
+"""全部配置：能改什么，各是什么意思，几套预设。
 
-一个值从哪里来，按先后：命令行 > 在本文件里改过的 > 预设 > 自动判断。
+    UserError    用户能改正的错误
+    option       一个配置项：默认值、说明、单位
+    Config       全部配置；最常改的几项在最前面
+    PRESETS      几套预设
+
+一个值从哪里来，按先后：命令行 > 在本文件里改过的 > 预设 > 自动判断（怎样判断，见 settings/）。
 每个字段都是一个命令行参数：``python pre_train.py --preset deep --lr 3e-4 --no-compile``。
 """
 
@@ -22,7 +27,10 @@ def option(
 
 @dataclass
 class Config:
-    """训练与模型的全部配置。值为 None 的字段由预设决定；改成别的值，就以你的为准。"""
+    """训练与模型的全部配置。
+
+    值为 None 的字段由预设决定，预设里没有的照 settings/defaults.py 算；改成别的值，就以你的为准。
+    """
 
     # ===================== 改这里：最常改的几项 =====================
     preset: str = option(
@@ -36,11 +44,11 @@ class Config:
     )
     sft_data: str = option("auto", "微调对话：builtin 或文件路径；auto：有下载好的就用它")
     lr: float | None = option(None, "预训练的最高学习率（Muon 管的矩阵）")
-    sft_lr: float | None = option(None, "微调的最高学习率；默认是 lr 的五分之一")
+    sft_lr: float | None = option(None, "微调的最高学习率")
     max_steps: int | None = option(None, "预训练的步数；与 epochs 二选一", "步")
-    epochs: float | None = option(None, "预训练把语料读几遍；默认四遍，一亿词元以上一遍", "遍")
+    epochs: float | None = option(None, "预训练把语料读几遍", "遍")
     sft_max_steps: int | None = option(None, "微调的步数；与 sft_epochs 二选一", "步")
-    sft_epochs: float | None = option(None, "微调把对话读几遍；默认两遍", "遍")
+    sft_epochs: float | None = option(None, "微调把对话读几遍", "遍")
     # ================================================================
 
     # 模型的形状
@@ -99,17 +107,13 @@ class Config:
     # 数据与记录
     val_fraction: float = option(0.03, "留出多大比例的文档不训练，只用来检验")
     eval_tokens: int = option(16384, "每次检验最多用多少词元；最后一次用十倍", "词元")
-    eval_every: int | None = option(
-        None, "每隔多少步检验并采样一次；默认全程十次，至多隔 500 步", "步"
-    )
-    save_every: float | None = option(
-        None, "每隔多少秒保存一次；默认 60，磁盘慢就自动少存，保存占用的时间不超过 2%", "秒"
-    )
+    eval_every: int | None = option(None, "每隔多少步检验并采样一次", "步")
+    save_every: float | None = option(None, "每隔多少秒保存一次", "秒")
     prompt: str = option("守株待兔：", "预训练时用来采样的固定开头")
     sft_prompt: str = option("守株待兔是什么意思？", "微调时用来采样的固定问题")
     data_dir: str = option("data", "下载的数据与词元文件放在哪里")
-    out_dir: str | None = option(None, "检查点与记录放在哪里；默认 out/预设名")
-    init_from: str | None = option(None, "从哪个预训练检查点开始微调；默认 out_dir/pretrain.pt")
+    out_dir: str | None = option(None, "检查点与记录放在哪里")
+    init_from: str | None = option(None, "从哪个预训练检查点开始微调")
     resume: bool = option(False, "接着 out_dir 里最新的检查点练；其余设置取自检查点，不必再写")
     allow_changes: bool = option(
         False, "接着练时允许改学习率、步数等；结果与不中断的那一次不再相同"
@@ -132,37 +136,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         dim=192, n_layers=4, n_heads=3, n_kv_heads=1, hidden_dim=576, n_experts=0, n_active=0,
         max_len=512,
-        batch_size=8, seq_len=256, grad_accum=1, lr=0.02, muon_momentum=0.9, router_scale=1.0,
+        batch_size=8, seq_len=256, grad_accum=1, lr=0.02, muon_momentum=0.9,
         isolate_documents=True,
         max_steps=1000, sft_max_steps=150,
     ),
     "wide": dict(  # 矮胖
         dim=512, n_layers=8, n_heads=8, n_kv_heads=2, hidden_dim=1664, n_experts=0, n_active=0,
         max_len=1024,
-        batch_size=32, seq_len=512, grad_accum=1, lr=0.01, muon_momentum=0.95, router_scale=0.2,
+        batch_size=32, seq_len=512, grad_accum=1, lr=0.01, muon_momentum=0.95,
         isolate_documents=False,
     ),
     "deep": dict(  # 瘦高
         dim=512, n_layers=24, n_heads=8, n_kv_heads=2, hidden_dim=1664, n_experts=0, n_active=0,
         max_len=1024,
-        batch_size=16, seq_len=512, grad_accum=2, lr=0.005, muon_momentum=0.95, router_scale=0.2,
+        batch_size=16, seq_len=512, grad_accum=2, lr=0.005, muon_momentum=0.95,
         isolate_documents=False,
     ),
 }  # fmt: skip
 # 专家混合：挑中的几位合起来，与不分专家的那一套一样宽，每个词元用到的参数也就一样多。
-PRESETS["tiny-moe"] = PRESETS["tiny"] | dict(hidden_dim=144, n_experts=16, n_active=4)
-PRESETS["moe"] = PRESETS["wide"] | dict(hidden_dim=416, n_experts=16, n_active=4)
+PRESETS["tiny-moe"] = PRESETS["tiny"] | dict(
+    hidden_dim=144, n_experts=16, n_active=4, router_scale=1.0
+)
+PRESETS["moe"] = PRESETS["wide"] | dict(hidden_dim=416, n_experts=16, n_active=4, router_scale=0.2)
 
 PER_PRESET = {name for preset in PRESETS.values() for name in preset}
-
-
-# ---------- 1. 命令行：参数名就是字段名 ----------
-
-
-# ---------- 2. 定值：命令行 > 改过的默认值 > 预设 > 自动 ----------
-
-
-# ---------- 3. 检查：所有问题一起报告，什么都还没加载 ----------
-
-
-# ---------- 4. 说给用户听，留给以后看 ----------

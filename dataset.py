@@ -1,11 +1,12 @@
-"""数据：原始文件 -> 磁盘上的词元文件 -> 一批批训练数据。
+"""数据：磁盘上的词元文件 -> 一批批训练数据。
 
-    prepare           读一遍、分词一遍，写成词元文件；内容没变就直接用上次的
     PretrainBatches   文档首尾相接，切成等长的行
     SFTBatches        几段对话拼成一行，互相看不见，只在助手的话上算损失
+    rows_of_step      第几步用哪几行：只由种子与步数决定，随时接得上
 
-词元文件是 uint16 的一维数组（两万多个编号，16 位足够），旁边有一张 JSON 卡片写明来历。
-训练与检验按文档分开：每篇由自己的键散列决定去哪边，重复的文档因此总在同一边。
+词元文件是一串编号，由 corpus/token_file.py 从原始文件写成；这里只管怎样把它切成行、拼成批。
+
+图例：B 批次（行数），T 每行的词元数，V 词表大小。
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,11 +23,7 @@ from tokenizer import Tokenizer
 IGNORE = -100  # 不算损失的目标
 SIDES = ("train", "val")
 
-
-# ---------- 1. 词元文件 ----------
-
-
-# ---------- 2. 批 ----------
+# ---------- 1. 一批 ----------
 
 
 class Batch(NamedTuple):
@@ -58,6 +55,9 @@ def used_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     for _, piece in slices(tokens):
         used[piece] = True
     return used
+
+
+# ---------- 2. 预训练的行 ----------
 
 
 class PretrainBatches:
@@ -92,6 +92,9 @@ class PretrainBatches:
         return Batch(ids, targets, positions, begins.cumsum(1))
 
 
+# ---------- 3. 微调的行 ----------
+
+
 class SFTBatches:
     """几段对话拼成一行，互相看不见，位置各自从 0 数起；损失只算助手的话与它的 <|im_end|>。
 
@@ -123,6 +126,15 @@ class SFTBatches:
             raise UserError(f"没有一段对话在 {seq_len} 个词元之内出现助手的话；请调大 --seq_len")
         self.rows = pack(self.lengths, usable, seq_len, np.random.default_rng(seed))
         self.n_rows = len(self.rows)
+
+    def left_out(self) -> list[str]:
+        """没有用上的，一件事一句话；都用上了，就是空的。"""
+        sentences = []
+        if self.skipped:
+            sentences.append(f"{self.skipped} 段对话在 {self.seq_len} 个词元之内没有助手的话，不用")
+        if self.cut:
+            sentences.append(f"{self.cut} 段对话超过 {self.seq_len} 个词元，末尾截掉了")
+        return sentences
 
     def _conversation(self, index: int) -> np.ndarray:
         """第 index 段对话的编号，截到 T + 1 个。"""
@@ -186,6 +198,9 @@ def pack(
         with_room[room - n].append(row)
         rooms |= 1 << (room - n)
     return [rows[i] for i in rng.permutation(len(rows))]
+
+
+# ---------- 4. 次序 ----------
 
 
 @lru_cache(maxsize=2)

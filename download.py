@@ -10,19 +10,20 @@ download() 按顺序做五件事：列出数据集里的文件 → 选中一个 
 这里只决定下载什么、放到哪里，并把它的异常翻译成一句看得懂的话。
 """
 
-import argparse
 import contextlib
 import difflib
 import logging
 import shlex
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError
+from chat.numbers import file_size
+from config import UserError, option
 from corpus.readers import sha256
-from settings.flags import run_script
+from settings.flags import read_options, run_script, word
 
 
 class Source(NamedTuple):
@@ -35,15 +36,24 @@ SOURCES = {
     "wiki": Source("ngxc11/mini-llm-dataset", "wiki_zh_texts_filtered.json", "pre_train.py --data"),
     "sft": Source("gongjy/minimind_dataset", "sft_t2t_mini.jsonl", "sft_train.py --sft_data"),
 }
+USAGE = """\
+用法：python download.py wiki|sft [--参数 值 …]
+  wiki    预训练语料
+  sft     对话数据"""
 
 
-def readable(size):
-    """字节数 -> “1.6 GB”。"""
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+@dataclass
+class Options:
+    """命令行参数。"""
+
+    source: str = word(
+        "要下载的",
+        "请写要下载哪一个：python download.py wiki（预训练语料），"
+        "或 python download.py sft（对话数据）",
+        choices=tuple(SOURCES),
+    )
+    file: str | None = option(None, "数据集里的另一个文件；名字不对会列出全部文件")
+    data_dir: str = option("data", "放在哪个目录")
 
 
 @contextlib.contextmanager
@@ -78,7 +88,7 @@ def choose_file(files, name, dataset):
         raise UserError(f"数据集 {dataset} 没有列出任何文件；请到网页上确认它还在、并且公开")
     if name not in by_name:
         nearest = difflib.get_close_matches(name, by_name, n=1, cutoff=0)[0]
-        listing = "、".join(f"{path}（{readable(i.size)}）" for path, i in by_name.items())
+        listing = "、".join(f"{path}（{file_size(i.size)}）" for path, i in by_name.items())
         raise UserError(
             f"数据集 {dataset} 里没有文件 {name}，最接近的是 {nearest}；"
             f"请用 --file 指定其中一个：{listing}"
@@ -109,13 +119,13 @@ def check_space(target, info):
     partial = target.with_name(target.name + ".incomplete")
     done = partial.stat().st_size if partial.exists() else 0
     free = shutil.disk_usage(target.parent).free
-    print(f"下载 {info.path}（{readable(info.size)}）到 {target}；磁盘剩余 {readable(free)}")
+    print(f"下载 {info.path}（{file_size(info.size)}）到 {target}；磁盘剩余 {file_size(free)}")
     if done:
-        print(f"上次已经下载 {readable(done)}，从那里接着下载")
+        print(f"上次已经下载 {file_size(done)}，从那里接着下载")
     if info.size - done > free:
         raise UserError(
-            f"磁盘空间不够：还要下载 {readable(info.size - done)}，{target.parent} 只剩 "
-            f"{readable(free)}；请腾出空间，或用 --data_dir 换一个位置"
+            f"磁盘空间不够：还要下载 {file_size(info.size - done)}，{target.parent} 只剩 "
+            f"{file_size(free)}；请腾出空间，或用 --data_dir 换一个位置"
         )
 
 
@@ -145,14 +155,10 @@ def download(dataset, name, data_dir):
 
 def main():
     """读命令行，下载，告诉用户接下来运行什么。"""
-    parser = argparse.ArgumentParser(description="从 ModelScope 下载完整的训练数据")
-    parser.add_argument("source", choices=SOURCES, help="wiki：预训练语料；sft：对话数据")
-    parser.add_argument("--file", help="数据集里的另一个文件；名字不对会列出全部文件")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="放在哪个目录")
-    args = parser.parse_args()
-    source = SOURCES[args.source]
+    options = read_options(Options, sys.argv[1:], USAGE)
+    source = SOURCES[options.source]
     try:
-        target = download(source.dataset, args.file or source.file, args.data_dir)
+        target = download(source.dataset, options.file or source.file, Path(options.data_dir))
     except KeyboardInterrupt:
         print("\n已中断；再次运行同一条命令，会从中断的地方接着下载", file=sys.stderr)
         sys.exit(130)

@@ -4,9 +4,8 @@
     mix_by_hand        逐位专家算的，看得懂的一份；mix_grouped 是快的一份
     MixtureOfExperts   代替 model.py 里 FeedForward 的一层
     Routing            训练时收集各层的负载均衡损失
-    expert_loads          各位专家各忙了多少
 
-图例：N 词元数（B × T），C 宽度，L 层数，E 专家数，A 每个词元交给几位，I 专家的中间宽度。
+图例：N 词元数（B × T），C 宽度，E 专家数，A 每个词元交给几位，I 专家的中间宽度。
 """
 
 from collections.abc import Callable
@@ -104,7 +103,7 @@ class MixtureOfExperts(nn.Module):
     工（arXiv 2501.11873）；这里用的是上一步整个大批的 f，于是怎样累积、几个进程，结果都一样。
 
     概率已经是零的专家，均衡损失也救不回来。所以宽的模型，路由器的初值与学习率都小
-    （config.router_scale，用在 model.py 与 optimizer.py 里）：开头几步，别的层还在乱走，
+    （router_scale；学习率由 optimizer.py 照它缩小）：开头几步，别的层还在乱走，
     它不急着偏心（测量见 docs/lab-notes.md）。
     """
 
@@ -112,6 +111,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         E, C, I = config.n_experts, config.dim, config.hidden_dim  # noqa: E741
         self.n_active, self.balance_coef = config.n_active, config.balance_coef
+        self.router_scale = config.router_scale  # 路由器的初值与学习率，是别的矩阵的几倍
         self.router = nn.Linear(C, E, bias=False)
         # 起点与稠密的前馈一样：按输入宽度缩放，最后一个投影是零，什么也不往残差流里加。
         self.gate = nn.Parameter(torch.randn(E, I, C) * C**-0.5)
@@ -137,6 +137,10 @@ class MixtureOfExperts(nn.Module):
             y = mix_by_hand(rows, weights, chosen, self.expert)
         return y.view(x.shape).type_as(x)
 
+    def start_from_nothing(self) -> None:
+        """专家的最后一个投影生来就是零；路由器再小几倍，它对各位专家也就几乎一视同仁。"""
+        self.router.weight.data.mul_(self.router_scale)
+
     def expert(self, e: int, rows: Tensor) -> Tensor:
         """第 e 位专家，就是一个窄的 SwiGLU：(n, C) -> (n, C)。"""
         hidden = F.silu(F.linear(rows, self.gate[e])) * F.linear(rows, self.up[e])  # (n, I)
@@ -150,6 +154,3 @@ class MixtureOfExperts(nn.Module):
             self.tally += torch.stack([(sent * counted).sum(0), (probs * counted).sum(0)])
         penalty = self.balance_coef * probs.size(1) * (self.load * probs * counted).sum()
         routing.penalty = penalty if routing.penalty is None else routing.penalty + penalty
-
-
-# ---------- 3. 各忙了多少 ----------

@@ -92,12 +92,12 @@ def attention_weights(attention: nn.Module, seen: dict[nn.Module, tuple]) -> Ten
 
     融合的算子不交出权重，所以用它的输入再算一遍 `attend_by_hand`。
     """
-    (_, cos, sin, mask, causal, *_), _ = seen[attention]
+    (_, context), _ = seen[attention]
     q, k = (
-        RotaryEmbedding.rotate(seen[norm][1], cos, sin)
+        RotaryEmbedding.rotate(seen[norm][1], context.cos, context.sin)
         for norm in (attention.query_norm, attention.key_norm)
     )  # (1, H, T, D), (1, K, T, D)
-    _, weights = attend_by_hand(q, k, torch.zeros_like(k), mask, causal)
+    _, weights = attend_by_hand(q, k, torch.zeros_like(k), context.mask, context.causal)
     return weights[0].float()
 
 

@@ -4,7 +4,7 @@
 
     RMSNorm            把向量的长度归一
     RotaryEmbedding    用旋转表示位置（RoPE）
-    attend             注意力：按相关程度，从前文取信息（快的一份；attend_by_hand 是看得懂的一份）
+    attend_by_hand     注意力：按相关程度，从前文取信息（看得懂的一份；attend 是快的一份）
     Attention          产生查询、键、值的一层注意力
     FeedForward        逐个位置做的非线性变换（SwiGLU）
     Block              注意力 + 前馈（或者 experts.py 的专家混合），各自加在残差流上
@@ -14,6 +14,8 @@
 
 图例：B 批次，T 词元数，S 可见的键的个数，C 宽度，H 头数，K 键值头数，D 头宽，V 词表大小。
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,10 +61,21 @@ class RotaryEmbedding(nn.Module):
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """注意力，快的一份：交给 PyTorch 的融合算子，不在内存里写出 T × S 的权重表。
+class AttentionContext(NamedTuple):
+    """一层注意力除了 x 还要知道的：每个词元在哪里，看得见谁，前文的键与值在哪里。各层用同一份。"""
 
-    在 CPU 上编译 bf16 时例外：编译器把 `attend_by_hand` 融合得比那个算子快，见 docs/lab-notes.md。
+    cos: Tensor  # (B 或 1, 1, T, D/2)，按位置旋转的角度
+    sin: Tensor
+    mask: Tensor | None  # 布尔 (B 或 1, 1, T, S)，真表示可以看
+    causal: bool  # 没有 mask 时，只许看自己与前文
+    positions: Tensor  # (B, T) 或 (T,)
+    cache: Any  # `generate.KVCache` 或 None
+
+
+def attend_by_hand(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """注意力，看得懂的一份：按查询与键有多像，把值加权平均起来。
 
     Args:
         q: 查询 (B, H, T, D)。
@@ -70,7 +83,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
         mask: 布尔 (B 或 1, 1, T, S)，真表示可以看；None 表示不另设限制。
         causal: 只许看自己与前文（T = S 时用，与 mask 二选一）。
     Returns:
-        (B, H, T, D)
+        (B, H, T, D)，以及权重 (B, H, T, S)，每行之和为 1。
+    """
+    groups = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # K -> H
+    scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5  # (B, H, T, S)
+    if causal:
+        mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(dim=-1)
+    return weights @ v, weights
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """注意力，快的一份：参数同 `attend_by_hand`，不交出权重，返回 (B, H, T, D)。
+
+    交给 PyTorch 的融合算子，不在内存里写出 T × S 的权重表。在 CPU 上编译 bf16 时例外：
+    编译器把 `attend_by_hand` 融合得比那个算子快，见 docs/lab-notes.md。
     """
     if q.size(2) == 1 and not causal:  # 只有一个新词元：同组的 H/K 个头当作 H/K 行，键值只读一遍
         rows = q.view(q.size(0), k.size(1), -1, q.size(3))  # (B, K, H/K, D)
@@ -83,26 +113,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
     )
 
 
-def attend_by_hand(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """注意力，看得懂的一份：参数同 `attend`，另外交出权重 (B, H, T, S)，每行之和为 1。"""
-    groups = q.size(1) // k.size(1)
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # K -> H
-    scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5  # (B, H, T, S)
-    if causal:
-        mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(dim=-1)
-    return weights @ v, weights
-
-
 class Attention(nn.Module):
     """分组查询注意力，查询与键先归一（QK-norm，arXiv 2302.05442），训练因此更稳。"""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
+        self.layer = layer  # 第几层，从 0 数：缓存里各层有各层的一份
         dim, self.head_dim = config.dim, config.dim // config.n_heads
         self.query = nn.Linear(dim, config.n_heads * self.head_dim, bias=False)
         self.key = nn.Linear(dim, config.n_kv_heads * self.head_dim, bias=False)
@@ -111,17 +127,17 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps)
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos, sin, mask, causal: bool, cache, layer: int, positions):
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C)。有缓存时，新的键与值写进去，前文的取自其中。"""
         B, T, _ = x.shape
         q = self.query(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.key(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.value(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q = RotaryEmbedding.rotate(self.query_norm(q), cos, sin)
-        k = RotaryEmbedding.rotate(self.key_norm(k), cos, sin)
-        if cache is not None:
-            k, v = cache.update(layer, positions, k, v)  # (B, K, S, D)
-        y = attend(q, k, v, mask, causal)  # (B, H, T, D)
+        q = RotaryEmbedding.rotate(self.query_norm(q), context.cos, context.sin)
+        k = RotaryEmbedding.rotate(self.key_norm(k), context.cos, context.sin)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, context.positions, k, v)  # (B, K, S, D)
+        y = attend(q, k, v, context.mask, context.causal)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -134,24 +150,30 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.down = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, routing=None) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)；routing 只有专家混合才用。"""
         return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    def start_from_nothing(self) -> None:
+        """最后一个投影归零：刚出生时，什么也不往残差流里加。"""
+        nn.init.zeros_(self.down.weight)
 
 
 class Block(nn.Module):
     """一层：先归一再变换，结果加回残差流。残差流从词嵌入直通输出，梯度因此传得到底。"""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = (MixtureOfExperts if config.n_experts else FeedForward)(config)
 
-    def forward(self, x: Tensor, routing: Routing | None, *attention_inputs) -> Tensor:
+    def forward(
+        self, x: Tensor, context: AttentionContext, routing: Routing | None = None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
-        x = x + self.attention(self.attention_norm(x), *attention_inputs)
+        x = x + self.attention(self.attention_norm(x), context)
         return x + self.feed_forward(self.feed_forward_norm(x), routing)
 
 
@@ -169,16 +191,15 @@ class Transformer(nn.Module):
         self.rotary = RotaryEmbedding(
             config.dim // config.n_heads, config.max_len, config.rope_theta
         )
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.max_len = config.max_len
-        self.reset_parameters(config.router_scale)
+        self.reset_parameters()
 
-    def reset_parameters(self, router_scale: float) -> None:
+    def reset_parameters(self) -> None:
         """词嵌入取小的随机数；各层按输入宽度缩放；每条残差支路的最后一个投影从零开始。
 
         于是刚出生的每一层都是「什么也不做」，模型对所有词元几乎一视同仁，损失约为 ln V。
-        路由器可以再小几倍（router_scale），它对各位专家也就几乎一视同仁。
         """
         nn.init.normal_(self.embedding.weight, std=0.02)
         for module in self.modules():
@@ -186,10 +207,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
         for block in self.blocks:
             nn.init.zeros_(block.attention.out.weight)
-            if isinstance(block.feed_forward, FeedForward):  # 专家混合的，生来就是零
-                nn.init.zeros_(block.feed_forward.down.weight)
-            else:
-                block.feed_forward.router.weight.data.mul_(router_scale)
+            block.feed_forward.start_from_nothing()
 
     def forward(self, ids: Tensor, positions=None, segments=None, cache=None) -> Tensor:
         """下一个词元的打分（未归一的对数概率）：(B, T) -> (B, T, V)，参数同 `hidden`。"""
@@ -235,7 +253,7 @@ class Transformer(nn.Module):
         causal = mask is None
 
         x = self.embedding(ids)  # (B, T, C)
-        cos, sin = self.rotary(positions)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, routing, cos, sin, mask, causal, cache, layer, positions)
+        context = AttentionContext(*self.rotary(positions), mask, causal, positions, cache)
+        for block in self.blocks:
+            x = block(x, context, routing)
         return self.norm(x)

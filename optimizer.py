@@ -2,18 +2,17 @@
 
 learning_rate     学习率曲线：升温、平稳、下降
 Muon              给矩阵用的优化器
-build_optimizers  哪些参数归 Muon，哪些归 AdamW
+MuonAdamW         循环里用的那一个：矩阵归 Muon，其余归 AdamW
+build_optimizer   照配置造它
 """
 
-import math
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from config import Config
-from engine.device import Device
-from engine.distributed import is_sharded, shard_like
 from experts import MixtureOfExperts
 from model import Transformer
 
@@ -28,11 +27,6 @@ def learning_rate(step: int, max_steps: int, warmup: float, decay: float) -> flo
     rising = (step + 1) / max(1, warmup * max_steps)  # 1. 从 0 线性升到 1
     falling = (max_steps - step) / max(1, decay * max_steps)  # 3. 最后线性降到 0
     return min(1.0, rising, falling)  # 2. 中间保持 1
-
-
-def total_steps(max_steps: int | None, epochs: float, n_rows: int, rows_per_step: int) -> int:
-    """这次训练共多少步：指定了步数就用它，否则由遍数算出。"""
-    return max_steps or max(1, math.ceil(epochs * n_rows / rows_per_step))
 
 
 # ---------- 2. Muon ----------
@@ -51,6 +45,8 @@ class Muon(torch.optim.Optimizer):
         weight_decay: 解耦的权重衰减。
         dtype: 正交化时的精度。
         pace: 步子与别的不同的参数：{参数: 几倍}。
+        gather, scatter: 几个进程把参数分开放时（FSDP）用：正交化要整个的矩阵，gather 凑齐它，
+            scatter(更新, 参数) 再各取各的；不分开放就什么也不用做。
     """
 
     def __init__(
@@ -61,9 +57,12 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         dtype: torch.dtype,
         pace: dict[Tensor, float] | None = None,
+        gather: Callable[[Tensor], Tensor] = lambda update: update,
+        scatter: Callable[[Tensor, Tensor], Tensor] = lambda update, p: update,
     ):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype, self.pace = dtype, pace or {}
+        self.gather, self.scatter = gather, scatter
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -81,15 +80,13 @@ class Muon(torch.optim.Optimizer):
                         state["momentum"] = torch.zeros_like(p)
                     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov
-                # 模型分开放时（FSDP），正交化要先把矩阵凑齐；结果各取各的。
-                updates = [u.full_tensor() if is_sharded(u) else u for u in updates]
                 size = 0.2 * max(shape[-2:]) ** 0.5  # 使更新的均方根与 AdamW 的相当
-                matrices = torch.stack(updates).view(-1, *shape[-2:])
+                matrices = torch.stack([self.gather(u) for u in updates]).view(-1, *shape[-2:])
                 updates = orthogonalize(matrices, self.dtype).view(-1, *shape)
                 for p, update in zip(params, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     step = group["lr"] * size * self.pace.get(p, 1.0)
-                    p.add_(shard_like(update, p), alpha=-step)
+                    p.add_(self.scatter(update, p), alpha=-step)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
@@ -112,36 +109,89 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tenso
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-# ---------- 3. 分工 ----------
+# ---------- 3. 合成一个 ----------
 
 
-def build_optimizers(model: Transformer, config: Config, device: Device, lr: float):
-    """各层的矩阵归 Muon；词嵌入与归一化的增益归 AdamW，它们没有「方向」可以正交化。
+class MuonAdamW(torch.optim.Optimizer):
+    """两个优化器合成一个：各层的矩阵归 Muon，词嵌入与归一化的增益归 AdamW。
 
-    专家混合的路由器也归 Muon，学习率另乘 router_scale：走得太急，几步之内就有专家再也轮不到。
+    后者没有「方向」可以正交化。循环只管 `set_lr`、`step`、`zero_grad`；检查点只管
+    `state_dict` 与 `load_state_dict`。
+
+    Args:
+        muon, adamw: 两部分；构造时的学习率就是各自的最高值。
+    """
+
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
+        self.muon, self.adamw = muon, adamw
+        for group in (*muon.param_groups, *adamw.param_groups):
+            group["max_lr"] = group["lr"]
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})  # 同一些组，不是副本
+
+    def set_lr(self, factor: float) -> None:
+        """每组参数的学习率 = 它的最高值 × factor。"""
+        for group in self.param_groups:
+            group["lr"] = group["max_lr"] * factor
+
+    @property
+    def lr(self) -> float:
+        """Muon 现在的学习率：写进记录的是它。"""
+        return self.muon.param_groups[0]["lr"]
+
+    def step(self, closure=None) -> None:
+        """按已经算好的梯度更新一次。"""
+        self.muon.step()
+        self.adamw.step()
+
+    def state_dict(self) -> list[dict]:
+        """两部分各自的状态。"""
+        return [self.muon.state_dict(), self.adamw.state_dict()]
+
+    def load_state_dict(self, saved: list[dict]) -> None:
+        """装回两部分的状态；学习率等取自现在的配置，接着练时它可以与存下的不同。
+
+        Raises:
+            ValueError, KeyError, IndexError, TypeError, AttributeError: 存下的与参数对不上。
+        """
+        for part, old in zip((self.muon, self.adamw), saved, strict=True):
+            params = [p for group in part.param_groups for p in group["params"]]
+            state = {
+                i: {
+                    name: self.muon.scatter(x, params[i]) if x.shape == params[i].shape else x
+                    for name, x in entry.items()
+                }
+                for i, entry in old["state"].items()
+            }
+            groups = part.state_dict()["param_groups"]
+            part.load_state_dict({"state": state, "param_groups": groups})
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+
+def build_optimizer(
+    model: Transformer, config: Config, lr: float, dtype: torch.dtype = torch.float32, **sharding
+) -> MuonAdamW:
+    """照配置造优化器。
+
+    专家混合的路由器也归 Muon，学习率另乘它的 router_scale：走得太急，几步之内就有专家再也轮不到。
+
+    Args:
+        lr: 最高学习率。
+        dtype: 前向用的精度；是 bfloat16 时，正交化也用它。
+        sharding: 模型分开放时的 gather 与 scatter，见 `Muon`。
     """
     matrices = [p for p in model.blocks.parameters() if p.ndim >= 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    dtype = torch.bfloat16 if device.dtype == torch.bfloat16 else torch.float32
+    dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     experts = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
-    pace = {m.router.weight: config.router_scale for m in experts}
-    muon = Muon(matrices, lr, config.muon_momentum, config.weight_decay, dtype, pace)
+    pace = {m.router.weight: m.router_scale for m in experts}
+    momentum, decay = config.muon_momentum, config.weight_decay
+    muon = Muon(matrices, lr, momentum, decay, dtype, pace, **sharding)
     adamw = torch.optim.AdamW(
         rest,
         lr * config.embed_lr_scale,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=0.0,
-        fused=device.place.type != "mps",
+        fused=rest[0].device.type != "mps",
     )
-    for optimizer in (muon, adamw):
-        for group in optimizer.param_groups:
-            group["max_lr"] = group["lr"]
-    return muon, adamw
-
-
-def set_learning_rate(optimizers, factor: float) -> None:
-    """每组参数的学习率 = 它的最高值 × factor。"""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["max_lr"] * factor
+    return MuonAdamW(muon, adamw)

@@ -4,242 +4,65 @@
     python sft_train.py --sft_data data/my.jsonl          用自己的对话
     python sft_train.py --resume                          接着上次中断的地方
 
-循环与 pre_train.py 逐节相同；不同的只有数据（问答，只学答）与起点（预训练的检查点）。
+循环与 pre_train.py 的一字不差；不同的只有三处，都标着「不同」：数据是问答，只学答；
+起点是预训练的检查点；学习率小得多，轻轻推一把。
 """
 
 import math
-import shlex
-import sys
-import time
-from pathlib import Path
-
-import torch
-from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from corpus.token_file import tokenize_corpus
-from dataset import IGNORE, SFTBatches, rows_of_step
-from engine.checkpoint import Progress, build_model, capture, load, restore, summary
-from engine.device import Device, compile_if_possible
-from engine.distributed import Parallel, World, whole
-from engine.expert_load import expert_loads, rebalance
-from engine.guard import diverged, skip_step, too_many_skipped
-from engine.memory import auto_batch, memory_advice
-from engine.metrics import Metrics
-from engine.run_folder import RunFolder, Saver
-from engine.shared_row import shared_before, tie_unused_rows
-from engine.stop import Stop
-from generate import Sampling, make_speaker
-from loss import bits_per_character, evaluate, loss_sum
-from optimizer import build_optimizers, learning_rate, set_learning_rate, total_steps
+from dataset import SIDES, SFTBatches
+from engine.run import Run
+from generate import make_speaker
+from loss import Exam, Loss
+from optimizer import build_optimizer, learning_rate
 from settings.flags import run_script
-from settings.resolve import describe, inherit, load_config, save_config
-from tokenizer import Tokenizer
 
 
-def main() -> None:
-    """读配置、取回预训练的模型、备数据，然后一步一步地训练。"""
-    # ---------- 1. 配置、设备、输出目录、起点 ----------
-    config, origins = load_config("sft", sys.argv[1:])
-    world = World()
-    tokenizer = Tokenizer()
-    folder = RunFolder("sft", config, origins, world)
-    checkpoint = folder.begin(config, origins, tokenizer)  # --resume：上次的全部状态
-    start, path = checkpoint, folder.path
-    if not checkpoint:
-        path = Path(config.init_from)
-        _, source, start = load(path, tokenizer)
-        inherit(config, origins, source, config.init_from)
-    model = build_model(config, start, path)  # 形状是检查点的，其余照这一次的配置
-    device = Device(config, world)
-    print(f"微调 · {device.describe()}\n{describe(config, origins)}")
-    if not checkpoint:
-        print(f"起点：{config.init_from}（{summary(start)}）")
-    for note in device.notes:
-        print(f"（{note}）")
+def main(argv: list[str] | None = None, run: Run | None = None) -> None:
+    """备对话，取回预训练的模型，然后一步一步地训练；参数同 `pre_train.main`。"""
+    with run or Run("sft", argv) as run:  # 参数、设备、输出目录；--resume 时还有上次的状态
+        config, device = run.config, run.device
 
-    # ---------- 2. 数据：一个词元文件，几段对话拼成一行 ----------
-    data = tokenize_corpus(config.sft_data, "sft", tokenizer, config, wait=world.local_rank > 0)
-    train, val = (
-        SFTBatches(data.tokens[side], data.starts[side], config.seq_len, tokenizer, config.seed)
-        for side in ("train", "val")
-    )
-    if train.skipped:
-        print(f"（{train.skipped} 段对话在 {config.seq_len} 个词元之内没有助手的话，不用）")
-    if train.cut:
-        print(f"（{train.cut} 段对话超过 {config.seq_len} 个词元，末尾截掉了）")
-    rows_per_step = config.batch_size * config.grad_accum
-    max_steps = total_steps(
-        config.sft_max_steps, config.sft_epochs or 2, train.n_rows, rows_per_step
-    )
-
-    # ---------- 3. 模型与优化器 ----------
-    world.connect(device.place, rows_per_step)
-    torch.manual_seed(config.seed)
-    model.to(device.place)
-    if checkpoint:
-        shared = shared_before(checkpoint, device)
-    else:
-        shared = tie_unused_rows(model, train.tokens, newborn=False)
-    if origins["batch_size"] == "auto":
-        auto_batch(config, model, device)
-    n_params = sum(p.numel() for p in model.parameters())
-    parallel = Parallel(model, compile_if_possible(loss_sum, device), world, config.parallel)
-    loss_fn, shared = parallel.loss_fn, None if parallel.sharded else shared
-    optimizers = build_optimizers(model, config, device, config.sft_lr)
-    progress, fresh = Progress(), checkpoint is None
-    if checkpoint:
-        progress = restore(checkpoint, data.card, optimizers, device, folder, max_steps)
-        checkpoint = None  # 用完就放手，不占内存
-    speaker = make_speaker(model, config, tokenizer, "sft")
-    eval_every = config.eval_every or min(500, math.ceil(max_steps / 10))
-    print(
-        f"模型：{n_params / 1e6:.1f} M 参数；共 {max_steps} 步，"
-        f"每步 {rows_per_step * config.seq_len} 个词元，"
-        f"合计读 {max_steps * rows_per_step / train.n_rows:.2g} 遍"
-    )
-    if shared:
-        n = len(shared.members)
-        print(f"（词表里有 {n} 个词元这份语料从没用过：合用词嵌入的一行，打分只算一次）")
-
-    def check(everything: bool) -> dict:
-        """检验，再采样一段给人看；返回写进记录的几项。"""
-        limit = config.eval_tokens * (10 if everything else 1)
-        with memory_advice(config, model, config.batch_size):
-            loss = evaluate(loss_fn, model, val, config.batch_size, limit, device)
-        bpc = bits_per_character(loss, data.card)
-        busy = expert_loads(model, world)  # 专家混合：留出的回答上，各位专家的负载
-        progress.checked(loss, bpc, everything)
-        prompt = tokenizer.question_ids(config.sft_prompt)
-        written = []
-        if math.isfinite(loss):
-            with parallel.gathered():
-                written = list(speaker.generate(prompt, Sampling(seed=config.seed + 1, max=60)))
-        sample = tokenizer.decode(written)
-        shown = sample.replace("\n", "\n    ")
-        tqdm.write(
-            f"第 {progress.step} 步 · 检验损失 {loss:.3f} · 每字 {bpc:.3f} 比特"
-            f"{f' · {busy}' if busy else ''}\n"
-            f"    问：{config.sft_prompt}  答：{shown}"
+        # ---------- 1. 数据（不同）：几段对话拼成一行，互相看不见，只在助手的话上算损失 ----------
+        wait = run.world.local_rank > 0  # 同一台机器上只由第 0 个进程分词
+        data = tokenize_corpus(config.sft_data, "sft", run.tokenizer, config, wait)
+        train, val = (
+            SFTBatches(data.tokens[s], data.starts[s], config.seq_len, run.tokenizer, config.seed)
+            for s in SIDES
         )
-        experts = {"val_load": busy.rounded()} if busy else {}
-        return {"val_loss": loss, "val_bpc": bpc, "sample": sample, **experts}
+        for sentence in train.left_out():
+            print(f"（{sentence}）")
+        run.plan(train, data.card)  # 一共走几步
 
-    def state() -> dict:
-        """此刻的全部状态：存进检查点，接着练的结果便与不中断的逐位相同。"""
-        metrics.sync()
-        progress.seconds = metrics.seconds()
-        if shared:
-            shared.spread_state(model.embedding.weight, optimizers[1])
-        return capture(
-            "sft", config, tokenizer, model, optimizers, device, progress, shared, max_steps,
-            (rows_per_step, train.n_rows), data.card,
-        )  # fmt: skip
+        # ---------- 2. 模型、损失、优化器、检验 ----------
+        model = run.model()  # 不同：预训练过的，形状也是它的
+        loss = run.parallel(Loss(model))  # 编译；几个进程时，梯度在它们之间求和
+        optimizer = run.optimizer(build_optimizer, config.sft_lr)  # 不同：默认是 lr 的五分之一
+        speaker = make_speaker(model, config, run.tokenizer, "sft")
+        exam = Exam(loss, val, data.card, speaker, config.sft_prompt, device)
+        if run.newborn:
+            before, blind = run.first_check(exam, config.eval_tokens), math.log(config.vocab_size)
+            print(f"微调之前，对助手的话的损失是 {before:.2f}（全凭瞎猜是 ln V = {blind:.2f}）")
 
-    # ---------- 4. 训练 ----------
-    world.agree("起点（步数与语料）", f"{progress.step} {data.card['train_sha256'][:8]}")
-    folder.settle(fresh)
-    if world.rank == 0:
-        save_config(config, folder.root / "sft" / "config.json")
-    metrics = Metrics(folder.root / "sft", world, progress)
-    saver = Saver(folder, config.save_every, progress)
-    stop = Stop(world)
-    print("第一步之前要编译，约一分钟……" if device.compile else "开始训练……")
-    if progress.step == 0:
-        saver.save(state, must=True)  # 现在就知道存不存得下，不必等到一小时以后
-        result = check(everything=False)
-        print(
-            f"微调之前，对助手的话的损失是 {result['val_loss']:.2f}（全凭瞎猜是 ln V = "
-            f"{math.log(config.vocab_size):.2f}）"
-        )
-        metrics.write(step=0, tokens=0, **result)
-    bar = tqdm(
-        total=max_steps, initial=progress.step, unit="步", dynamic_ncols=True, smoothing=0.1,
-        disable=world.rank > 0,
-    )  # fmt: skip
-    for step in range(progress.step, max_steps):
-        started = time.monotonic()
+        # ---------- 3. 训练：检验、记录、保存、叫停都在两步之间 ----------
+        for step in run.steps(exam):
+            # 3.1 这一步的学习率
+            optimizer.set_lr(learning_rate(step, run.n_steps, config.warmup, config.decay))
 
-        # 4.1 这一步的学习率
-        factor = learning_rate(step, max_steps, config.warmup, config.decay)
-        set_learning_rate(optimizers, factor)
+            # 3.2 前向与反向：几个小批的梯度累积成一大批，按整个大批的目标数求平均
+            losses = []
+            for batch in run.batches(step):
+                with device.autocast():
+                    part = loss(batch) / run.n_targets
+                run.backward(part)
+                losses.append(part.detach())
 
-        # 4.2 前向与反向，几个小批的梯度累积成一大批；按整个大批的目标数求平均
-        rows = rows_of_step(step, rows_per_step, train.n_rows, config.seed)
-        micro_rows = world.my_share(rows, config.batch_size)  # 几个进程分着读
-        batches = [train.get(some) for some in micro_rows]
-        (n_targets,) = world.sum(sum(int((b.targets != IGNORE).sum()) for b in batches))
-        losses = []
-        with memory_advice(config, model, len(micro_rows[0])):
-            for i, batch in enumerate(batches, start=1):
-                with parallel.accumulate(last=i == len(batches)):
-                    with device.autocast():
-                        part = loss_fn(model, batch.to(device.place), shared) / n_targets
-                    # DDP 在各进程间求梯度的平均，要的是和：先乘上进程数。
-                    device.scaler.scale(part * world.size).backward()
-                losses.append(part.item())
-        loss, stopping, saving = world.sum(sum(losses), stop.signal > 0, saver.due())
-
-        # 4.3 梯度太长就截短
-        for optimizer in optimizers:
-            device.scaler.unscale_(optimizer)
-        norm = whole(clip_grad_norm_(model.parameters(), config.grad_clip)).item()
-
-        # 4.4 更新参数；损失或梯度有一个不是有限的数，就不更新
-        notes = {}
-        if math.isfinite(loss) and math.isfinite(norm):
-            progress.skipped_in_a_row = 0
-            with memory_advice(config, model, len(micro_rows[0])):
-                for optimizer in optimizers:
-                    device.scaler.step(optimizer)
-            if shared:
-                shared.spread(model.embedding.weight)
-        else:
-            epoch = step * rows_per_step // train.n_rows
-            notes = skip_step(progress, loss, micro_rows, losses, epoch, device)
-        device.scaler.update()
-        if busy := expert_loads(model, world):  # 专家混合：下一步按它求均衡
-            rebalance(model, busy)
-            notes |= busy.row()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
-        # 4.5 记录
-        progress.step, progress.tokens = step + 1, progress.tokens + int(n_targets)
-        speed = n_targets / (time.monotonic() - started)
-        bar.update()
-        bar.set_postfix_str(f"损失 {loss:.3f}，{speed:.0f} 个回答的词元/秒")
-        row = {
-            "step": step + 1, "tokens": progress.tokens, "train_loss": loss,
-            "lr": config.sft_lr * factor, "grad_norm": norm, "tokens_per_second": speed, **notes,
-        }  # fmt: skip
-
-        # 4.6 每隔一段：检验、采样；每隔一分钟：保存
-        last = step + 1 == max_steps
-        if last or (step + 1) % eval_every == 0:
-            row |= check(everything=last)
-        metrics.write(**row)
-        if too_many_skipped(progress, device.scaler):
-            raise diverged(state(), folder, progress, "--lr", config.sft_lr)
-        if last or saving or stopping:
-            saver.save(state, must=last, leaving=stopping)
-        if stopping and not last:
-            bar.close()
-            stop.leave(saver, progress, max_steps)
-        stop.watch()
-    bar.close()
-
-    # ---------- 5. 收尾 ----------
-    metrics.draw()
-    print(
-        f"完成，用时 {metrics.seconds() / 60:.1f} 分钟，"
-        f"其中保存 {progress.saving_seconds:.1f} 秒。\n"
-        f"  检查点    {folder.path}\n"
-        f"  损失曲线  {metrics.picture}\n"
-        f"  记录      {metrics.path}\n"
-        f"接下来：\n  python sft_chat.py --checkpoint {shlex.quote(str(folder.path))}"
-    )
-    world.disconnect()
+            # 3.3 梯度太长就截短；都是有限的数，才更新参数
+            norm = run.clip(optimizer, config.grad_clip)
+            if run.finite(losses, norm):
+                run.update(optimizer)
+            optimizer.zero_grad()
 
 
 if __name__ == "__main__":

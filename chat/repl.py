@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chat import display
-from config import UserError, option
+from config import Config, UserError, option
 from engine.device import Device
 from engine.speed import load_for_chat
 from generate import CALM, Choice, Sampling, Speaker, is_looping, probabilities
-from settings.flags import check_choices, convert, field_types, help_text, parse_flags
-from settings.resolve import load_config
+from settings.flags import convert, field_types, read_options
+from settings.resolve import default_checkpoint
 
 HELP = """\
   /help              这份说明；下面的数是举例，只写名字就说出现在的值
@@ -60,25 +60,17 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
     Raises:
         UserError: 参数有问题，或检查点不能用。
     """
-    if "--help" in argv or "-h" in argv:
-        script = {"pretrain": "pre_chat.py", "sft": "sft_chat.py"}[stage]
-        print(help_text(ChatOptions, f"用法：python {script} [--参数 值 …]"))
-        raise SystemExit(0)
-    problems: list[str] = []
-    options = ChatOptions(**CALM.get(stage, {}) | parse_flags(ChatOptions, argv, problems))
-    problems = problems or options.problems()
-    check_choices(options, problems)
-    if problems:
-        raise UserError("；".join(problems))
-    config, _ = load_config(stage, [])
-    config.device, config.compile = options.device, options.compile
-    path = Path(options.checkpoint or f"{config.out_dir}/{stage}.pt")
+    script = {"pretrain": "pre_chat.py", "sft": "sft_chat.py"}
+    usage = f"用法：python {script[stage]} [--参数 值 …]"
+    options = read_options(ChatOptions, argv, usage, **CALM.get(stage, {}))
+    usual = default_checkpoint(stage)  # 用不到也问一声：config.py 改错了，这时就说
+    path = Path(options.checkpoint or usual)
     options.checkpoint = str(path)
-    device = Device(config)
+    device = Device(Config(device=options.device, compile=options.compile))
     speaker = load_for_chat(path, device, options.quantize)
     if speaker.stage != stage:
-        script = {"pretrain": "pre_chat.py", "sft": "sft_chat.py"}[speaker.stage]
-        raise UserError(f"{path} 是 {speaker.stage} 阶段的检查点；请改用 python {script}")
+        right = script[speaker.stage]
+        raise UserError(f"{path} 是 {speaker.stage} 阶段的检查点；请改用 python {right}")
     if options.compile:
         for note in device.notes:
             notify(f"（{note}）")

@@ -1,4 +1,9 @@
-"""TODO"""
+"""一条条数据 -> 一篇篇文档，或一段段对话：认得各种项目的写法。
+
+文档        字符串，或有 text / content（可另有 title）的对象
+minimind    正文里写着 <|im_start|>…<|im_end|> 或 <s>…</s>，每一对里是一篇
+对话        {"conversations": [{"role", "content"}, …]}，或 instruction/input/output
+"""
 
 import re
 import reprlib

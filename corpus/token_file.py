@@ -1,4 +1,11 @@
-"""TODO"""
+"""词元文件：原始文件读一遍、分词一遍，写到磁盘上；内容没变就直接用上次的。
+
+    tokenize_corpus   原始文件 -> 词元文件
+    is_held_out       一篇文档归训练还是检验
+
+词元文件是 uint16 的一维数组（两万多个编号，16 位足够），旁边有一张 JSON 卡片写明来历。
+训练与检验按文档分开：每篇由自己的键散列决定去哪边，重复的文档因此总在同一边。
+"""
 
 import glob
 import hashlib
@@ -18,7 +25,7 @@ from tqdm import tqdm
 
 import tokenizer as tokenizer_module
 from config import Config, UserError
-from corpus import idioms, readers
+from corpus import idioms, readers, shapes
 from corpus.readers import ReadLog
 from corpus.shapes import Record
 from dataset import SIDES
@@ -109,7 +116,7 @@ def only_one(lock_file: Path) -> Iterator[None]:
 
 def code_fingerprint() -> str:
     """决定词元文件内容的那些代码的指纹：改了其中任何一处，词元文件就要重做。"""
-    pieces = (idioms, readers, tokenizer_module, encode_documents, encode_conversations)
+    pieces = (idioms, readers, shapes, tokenizer_module, encode_documents, encode_conversations)
     return hashlib.sha256("".join(map(inspect.getsource, pieces)).encode()).hexdigest()[:16]
 
 
@@ -145,7 +152,7 @@ def _map(path: str, dtype: type, length: int) -> np.ndarray:
 def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None:
     """分词并写盘。先写临时文件，最后才写卡片：中途断电，下次只是重做。"""
     Path(f"{base}.json").unlink(missing_ok=True)
-    module = idioms if identity["source"] == "builtin" else readers
+    module = idioms if identity["source"] == "builtin" else shapes
     log = ReadLog(identity["source"])
     read, encode = {
         "pretrain": (module.read_documents, encode_documents),

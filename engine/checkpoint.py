@@ -1,4 +1,12 @@
-"""TODO"""
+"""检查点：训练的全部状态。写得不会坏，坏了认得出。
+
+    write / read       一个文件，断电时要么是旧的，要么是新的；读的时候逐块核对
+    capture / restore  各部分的状态 <-> 检查点
+    load               读出模型，给聊天与微调用
+    summary            一句话说明来历
+
+什么时候存、存在哪个目录，见 saver.py 与 run_folder.py。
+"""
 
 import math
 import os
@@ -6,7 +14,7 @@ import platform
 import shlex
 import zipfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +22,8 @@ import numpy as np
 import torch
 
 from config import PER_PRESET, PRESETS, STEPS_OR_EPOCHS, Config, UserError
-from engine.distributed import shard_like, whole
+from engine.distributed import whole
+from engine.progress import Progress
 from model import Transformer
 from settings.check import check_types, check_values
 from tokenizer import Tokenizer
@@ -25,30 +34,13 @@ NAMES = {"pretrain": "预训练", "sft": "微调"}
 IMPORTED = "是导入的"
 
 
+# 检查点的各部分，以及没有它时记下的。
+PARTS: dict[str, Any] = {"model": {}, "optimizers": [], "scaler": {}, "shared_row": None,
+                         "progress": {}, "rng": {}}  # fmt: skip
+
+
 class Damaged(UserError):
     """检查点不完整，或者内容变了。"""
-
-
-@dataclass
-class Progress:
-    """训练走到了哪里。"""
-
-    step: int = 0  # 已经走完的步数
-    tokens: int = 0  # 已经学过的目标数
-    skipped: int = 0  # 因为损失或梯度不是有限的数而没有更新的步数
-    skipped_in_a_row: int = 0
-    seconds: float = 0.0  # 训练用去的时间，含检验与保存，不含中断的时候
-    saving_seconds: float = 0.0  # 其中保存用去的
-    val_loss: float = math.inf  # 最近一次检验
-    val_bpc: float = math.inf
-    best_val_loss: float = math.inf  # 各次检验里最好的，以及它在第几步
-    best_step: int = 0
-
-    def checked(self, val_loss: float, val_bpc: float, everything: bool) -> None:
-        """记下一次检验的结果；最后那次检验的数据多，不与平时的比高低。"""
-        self.val_loss, self.val_bpc = val_loss, val_bpc
-        if val_loss < self.best_val_loss and not everything:
-            self.best_val_loss, self.best_step = val_loss, self.step
 
 
 def write(path: Path, checkpoint: dict[str, Any], keep_previous: bool = True) -> None:
@@ -142,36 +134,46 @@ def read(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def capture(
-    stage: str, config: Config, tokenizer: Tokenizer, model, optimizers, device, progress: Progress,
-    shared, max_steps: int, rows: tuple[int, int], card: dict,
+    parts: dict[str, Any], *, stage: str, config: Config, tokenizer: Tokenizer, device: str,
+    max_steps: int, data: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """把训练的全部状态收进一个字典；模型分开放时，要全体进程一起调用。
+    """训练的全部状态，就是各部分的状态之和，加上几样说明；模型分开放时，要全体进程一起调用。
 
     Args:
-        device: `training.Device`。
-        shared: `training.SharedRow` 或 None。
+        parts: {名字: 有 state_dict 的一部分}，名字见 `PARTS`；没有的写空的（导入的没有优化器）。
+        device: 在什么设备上练的，`Device.describe()`。
         max_steps: 全程的步数；学习率的曲线由它和 config 决定。
-        rows: (每步的行数, 一遍的行数)，由此知道读到了第几遍的第几行。
-        card: 词元文件的卡片。
+        data: 语料的身份（`data_identity`），以及读到了第几遍的第几行。
     """
-    epoch, row = divmod(progress.step * rows[0], rows[1])
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    states = {
+        name: whole(parts[name].state_dict()) if parts.get(name) is not None else empty
+        for name, empty in PARTS.items()
+    }
     return {
         "format": FORMAT,
         "stage": stage,
         "config": asdict(config),
         "tokenizer": tokenizer.fingerprint(),
         "versions": versions(),
-        "device": device.describe(),
-        "model": whole(model.state_dict()),
-        "optimizers": [whole(optimizer.state_dict()) for optimizer in optimizers],
-        "scaler": device.scaler.state_dict(),
-        "shared_row": shared and whole(shared._asdict()),
-        "progress": asdict(progress),
+        "device": device,
         "max_steps": max_steps,
-        "data": data_identity(card) | {"epoch": epoch, "row": row},
-        "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        "data": data,
+        **states,
     }
+
+
+def restore(checkpoint: dict[str, Any], parts: dict[str, Any], path: Path) -> None:
+    """各部分取回自己的状态；上次没有的（例如不是 fp16，就没有 scaler 的），不动。
+
+    Raises:
+        Damaged: 里面的状态与这个程序对不上。
+    """
+    try:
+        for name, part in parts.items():
+            if checkpoint[name]:
+                part.load_state_dict(checkpoint[name])
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise Damaged(f"{path} 里优化器或随机数的状态不对（{error}）") from error
 
 
 def versions() -> dict[str, str]:
@@ -229,7 +231,7 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[st
 
 # 早先的检查点没有记下这几项，那时用的是这些值。
 NOT_RECORDED = {"muon_momentum": 0.95, "adam_beta1": 0.9, "adam_beta2": 0.95,
-                "n_experts": 0, "n_active": 0, "router_scale": 1.0}  # fmt: skip
+                "n_experts": 0, "n_active": 0}  # fmt: skip
 
 
 def config_of(checkpoint: dict, path: Path, tokenizer: Tokenizer) -> Config:
@@ -238,10 +240,12 @@ def config_of(checkpoint: dict, path: Path, tokenizer: Tokenizer) -> Config:
         raise UserError(f"{path} 是用另一个分词器训练的；请换回当时的 tokenizer.py，或重新训练")
     names = {f.name for f in fields(Config)}
     saved = NOT_RECORDED | {k: v for k, v in checkpoint["config"].items() if v is not None}
+    if saved["n_experts"]:  # 没有专家的，没有路由器
+        saved = {"router_scale": 1.0} | saved
     config = Config(**{k: v for k, v in saved.items() if k in names})
     problems: list[str] = []
     wrong = check_types(config, problems)
-    optional = {name for pair in STEPS_OR_EPOCHS for name in pair}
+    optional = {"router_scale", *(name for pair in STEPS_OR_EPOCHS for name in pair)}
     problems += [f"缺少 {n}" for n in sorted(PER_PRESET - optional) if getattr(config, n) is None]
     if not problems:
         check_values(config, problems, wrong)
@@ -289,54 +293,3 @@ def what_to_do_without(path: Path) -> str:
     if others:
         return f"现有的是 {others}，请用 --checkpoint（微调时用 --init_from）指定"
     return f"请先运行 python pre_train.py{here}"
-
-
-def restore(
-    checkpoint: dict[str, Any], card: dict, optimizers, device, folder, max_steps: int
-) -> Progress:
-    """接着练：核对语料，装回优化器、scaler 与随机数的状态，返回上次走到了哪里。
-
-    Raises:
-        UserError: 语料变了，或者要的步数比走完的还少。
-        Damaged: 里面的状态与这个程序对不上。
-    """
-    if data_identity(card) != {k: checkpoint["data"].get(k) for k in data_identity(card)}:
-        raise UserError(
-            f"语料与 {folder.path} 训练时的不同，接不上；请换回原来的语料，"
-            f"或用 --out_dir 换一个目录从头练"
-        )
-    try:
-        _restore_optimizers(checkpoint, optimizers)
-        if checkpoint["scaler"]:  # 上次不是 fp16 的，没有什么可装
-            device.scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["rng"]["cpu"])
-        for i, state in enumerate(checkpoint["rng"]["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, i)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise Damaged(f"{folder.path} 里优化器或随机数的状态不对（{error}）") from error
-
-    saved = checkpoint["progress"]
-    progress = Progress(**{name: saved[name] for name in vars(Progress())})
-    now = {"设备": device.describe(), **versions()}
-    before = {"设备": checkpoint["device"], **checkpoint["versions"]}
-    if differ := [f"{k} {before.get(k)} → {now[k]}" for k in now if before.get(k) != now[k]]:
-        print(f"（与上次不同：{'；'.join(differ)}。结果相近，但不保证逐位相同）")
-    if progress.step > max_steps:
-        raise UserError(f"已经走完 {progress.step} 步，比现在要的 {max_steps} 步还多；请加大步数")
-    print(f"接着 {folder.root} 里的检查点练：已经走完 {progress.step} 步，共 {max_steps} 步")
-    return progress
-
-
-def _restore_optimizers(checkpoint: dict[str, Any], optimizers) -> None:
-    """装回优化器的状态；模型分开放的，状态也照样分开。"""
-    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        state = {}
-        for index, entry in saved["state"].items():
-            p = parameters[index]
-            state[index] = {
-                name: shard_like(v, p) if v.shape == p.shape else v for name, v in entry.items()
-            }
-        # 学习率等取自现在的配置：--allow_changes 时会与存下的不同。
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})

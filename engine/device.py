@@ -1,4 +1,8 @@
-"""TODO"""
+"""这次运行用的设备：哪一个、什么精度、能不能编译。
+
+Device                显卡、苹果的芯片或处理器
+compile_if_possible   torch.compile，编译不了就用原来的
+"""
 
 import ctypes
 import platform

@@ -1,8 +1,8 @@
 """几个进程一起训练：各读各的行，梯度相加，结果与一个进程的相同。
 
-    World         我是第几个进程，一共几个；几个数在各进程间求和
-    parallelize   数据并行：DDP 每个进程一份完整的模型，FSDP 把模型也分开放
-    whole         分开放的张量 -> 完整的一份
+    World        我是第几个进程，一共几个；几个数在各进程间求和
+    Parallel     数据并行：DDP 每个进程一份完整的模型，FSDP 把模型也分开放
+    gather       分开放的张量 -> 完整的一份；shard_like 反过来
 
 进程由 torchrun 启动，身份写在环境变量里；不用 torchrun 时，就是第 0 个，一共一个。
 全局的一大批有多少行只由配置决定，与进程数无关：进程多，只是每个进程分到的少，算得快。
@@ -11,7 +11,7 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,68 +108,52 @@ class World:
 # ---------- 数据并行 ----------
 
 
-class Loss(nn.Module):
-    """把损失函数包成模块：DDP 与 FSDP 从模块的 forward 进来，才知道何时该通信。"""
-
-    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor]):
-        super().__init__()
-        self.model, self.loss_fn = model, loss_fn
-
-    def forward(self, batch, shared=None) -> Tensor:
-        """这一批的损失之和。"""
-        return self.loss_fn(self.model, batch, shared)
-
-
 class Parallel:
-    """训练用的损失函数 `loss_fn(model, batch, shared)`，反向时自动在各进程间求梯度的平均。
+    """几个进程一起练：`loss` 反向时自动在各进程间求梯度的平均；一个进程时，就是原来的那个。
 
     Args:
-        model: 各进程相同的模型；FSDP 会把它的参数换成分开放的，优化器要在这之后建。
-        loss_fn: 一个进程里的损失函数。
+        loss: 损失的模块，它的 `model` 各进程相同；FSDP 会把其中的参数换成分开放的，
+            优化器要在这之后建。DDP 与 FSDP 从模块的 forward 进来，才知道何时该通信。
         kind: "ddp" 或 "fsdp"。
     """
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor], world: World, kind: str):
-        self.sharded = world.size > 1 and kind == "fsdp"
-        self.module: nn.Module | None = None
-        self.plain = loss_fn
+    def __init__(self, loss: nn.Module, world: World, kind: str):
+        self.loss, self.sharded = loss, world.size > 1 and kind == "fsdp"
         if self.sharded:  # 一层一组：算到哪一层，才把哪一层凑齐
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard  # 导入要一秒，用到才导入
 
             mesh = init_device_mesh(world.device.type, (world.size,))
-            self.module = Loss(model, loss_fn)
-            for block in model.blocks:
+            for block in loss.model.blocks:
                 fully_shard(block, mesh=mesh)
-            fully_shard(self.module, mesh=mesh)
+            fully_shard(loss, mesh=mesh)
         elif world.size > 1:
-            self.module = DistributedDataParallel(Loss(model, loss_fn), forward_sync_buffers=False)
-
-    def loss_fn(self, model: nn.Module, batch, shared=None) -> Tensor:
-        """这一批的损失之和。"""
-        return (
-            self.plain(model, batch, shared) if self.module is None else self.module(batch, shared)
-        )
+            self.loss = DistributedDataParallel(loss, forward_sync_buffers=False)
 
     @contextmanager
     def accumulate(self, last: bool):
         """梯度累积时，DDP 只在最后一个小批之后通信；FSDP 每次都通信，不必存一份完整的梯度。"""
-        if isinstance(self.module, DistributedDataParallel) and not last:
-            with self.module.no_sync():
+        if isinstance(self.loss, DistributedDataParallel) and not last:
+            with self.loss.no_sync():
                 yield
         else:
             yield
 
     @contextmanager
     def gathered(self):
-        """不经过 loss_fn 而直接用模型时（采样），先把不属于任何一层的参数凑齐。"""
+        """不经过 loss 而直接用模型时（采样），先把不属于任何一层的参数凑齐。"""
         if self.sharded:
-            self.module.unshard()
+            self.loss.unshard()
         try:
             yield
         finally:
             if self.sharded:
-                self.module.reshard()
+                self.loss.reshard()
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """分开放的张量凑成完整的一份，要全体进程一起调用；没有分开放的，原样返回。"""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def whole(state: Any) -> Any:
@@ -178,9 +162,7 @@ def whole(state: Any) -> Any:
         return {key: whole(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
         return [whole(value) for value in state]
-    if is_sharded(state):
-        state = state.full_tensor()
-    return state.detach().cpu() if isinstance(state, Tensor) else state
+    return gather(state).detach().cpu() if isinstance(state, Tensor) else state
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -1,4 +1,7 @@
-"""TODO"""
+"""专家混合的负载：各位专家这一步各忙了多少，交给下一步求均衡。
+
+图例：L 层数，E 专家数。
+"""
 
 import math
 from typing import NamedTuple

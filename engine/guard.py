@@ -1,4 +1,4 @@
-"""TODO"""
+"""损失或梯度不是有限的数：这一步不更新；接连几步都不是，就另存现场，结束。"""
 
 import itertools
 import math
@@ -7,8 +7,9 @@ import torch
 from tqdm import tqdm
 
 from config import UserError
-from engine.checkpoint import Progress, write
+from engine.checkpoint import write
 from engine.device import Device
+from engine.progress import Progress
 from engine.run_folder import RunFolder
 
 

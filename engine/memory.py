@@ -1,32 +1,20 @@
-"""TODO"""
+"""内存不够：该改哪个设置、能省多少；在显卡上试出放得下的小批。
+
+out_of_memory   内存不够时该说的话
+auto_batch      ``--batch_size auto``
+"""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from config import Config, UserError
 from dataset import Batch
 from engine.device import Device
 from engine.expert_load import expert_loads
-from loss import loss_sum
 from model import Transformer
 from settings.flags import is_out_of_memory
-
-
-@contextmanager
-def memory_advice(config: Config, model: Transformer, size: int):
-    """这里面如果内存不够，换成一句话：哪个设置占了多少，改成多少能省多少。
-
-    Args:
-        size: 这个进程一次前向的行数。
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise out_of_memory(config, model, size) from error
 
 
 def out_of_memory(config: Config, model: Transformer, size: int) -> UserError:
@@ -85,12 +73,15 @@ def fit_batch(rows: int, attempt: Callable[[int], None]) -> int:
     raise UserError("一行也放不下；请减小 --seq_len，或换一个小些的 --preset")
 
 
-def auto_batch(config: Config, model: Transformer, device: Device) -> None:
+def auto_batch(config: Config, loss: nn.Module, device: Device) -> None:
     """``batch_size=auto``：在显卡上试出放得下的小批，就地改写 batch_size 与 grad_accum。
 
     试的时候先占住优化器将来要用的显存，再多留一成余地；不编译，编译过的只会更省。
+
+    Args:
+        loss: 损失的模块，还没有编译、没有并行；试的时候算整张词表。
     """
-    rows = config.batch_size * config.grad_accum
+    rows, model = config.batch_size * config.grad_accum, loss.model
     if device.place.type != "cuda":
         print(f"（batch_size=auto 只在显卡上试；这里用预设的 {config.batch_size}）")
         return
@@ -110,14 +101,16 @@ def auto_batch(config: Config, model: Transformer, device: Device) -> None:
         segments = ids if config.isolate_documents else None
         try:
             with device.autocast():
-                loss = loss_sum(model, Batch(ids, ids, None, segments))
-            loss.backward()
+                part = loss(Batch(ids, ids, None, segments))
+            part.backward()
         finally:
             model.zero_grad(set_to_none=True)
             del reserved
 
+    loss.eval()
     share = rows // device.world.size
     sizes = device.world.gather(fit_batch(share, attempt))
+    loss.train()
     config.batch_size = min(sizes)
     config.grad_accum = rows // config.batch_size
     expert_loads(model, device.world)  # 试的时候数下的专家的负载，不算

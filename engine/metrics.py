@@ -1,4 +1,4 @@
-"""TODO"""
+"""训练的记录：逐步写进 metrics.jsonl，结束时画成 loss.png。"""
 
 import json
 import math
@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from engine.checkpoint import Progress
 from engine.distributed import World
+from engine.progress import Progress
 
 
 class Metrics:

@@ -1,16 +1,16 @@
-"""TODO"""
+"""一次训练的输出目录：上锁，不盖掉别人的，找到该接着练的那一个。
+
+目录里：pretrain.pt 是最新的检查点，pretrain.previous.pt 是它之前的一个。出过事的话，还会有
+pretrain.damaged.pt（坏了的）与 pretrain.diverged.pt（发散时的状态），留着供查看。
+"""
 
 import os
 import shlex
-import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import filelock
-from tqdm import tqdm
 
 from config import Config, UserError
 from engine.checkpoint import (
@@ -18,15 +18,13 @@ from engine.checkpoint import (
     NAMES,
     SCRIPTS,
     Damaged,
-    Progress,
     config_of,
     imported,
     previous_of,
     read,
-    write,
 )
 from engine.distributed import World
-from settings.resolve import adopt
+from settings.resolve import Origins, adopt
 from tokenizer import Tokenizer
 
 
@@ -43,7 +41,7 @@ class RunFolder:
     """
 
     def __init__(
-        self, stage: str, config: Config, origins: dict[str, str], world: World, program: str = ""
+        self, stage: str, config: Config, origins: Origins, world: World, program: str = ""
     ):
         self.stage, self.world = stage, world
         self.root = Path(config.out_dir)
@@ -71,7 +69,7 @@ class RunFolder:
                 ) from error
 
     def begin(
-        self, config: Config, origins: dict[str, str], tokenizer: Tokenizer
+        self, config: Config, origins: Origins, tokenizer: Tokenizer
     ) -> dict[str, Any] | None:
         """从头练时返回 None；接着练时返回检查点，配置也改成检查点里的。
 
@@ -123,6 +121,11 @@ class RunFolder:
             os.replace(self.path, self.path.with_name(f"{self.path.stem}.damaged.pt"))
         (self.root / f".{self.stage}.launch").write_text(self.world.launch_id, encoding="utf-8")
 
+    def close(self) -> None:
+        """松开锁；忘了也不要紧，进程一死系统会松。"""
+        if self.world.rank == 0:
+            self.lock.release()
+
     def _launch_id(self) -> str:
         """最近一次在这个目录里开始训练的，是哪一次 torchrun。"""
         with suppress(OSError, UnicodeDecodeError):
@@ -164,54 +167,3 @@ class RunFolder:
                     return IMPORTED if imported(checkpoint) else "0 步"
                 return f"练了 {step} 步，共 {total} 步"
         return ""
-
-
-class Saver:
-    """按时间保存。存不下时训练照常进行，下次再试。
-
-    Args:
-        folder: 存在哪里；几个进程时，只有第 0 个写。
-        every: 隔多少秒；None 表示一分钟，但写得慢的磁盘会自动少存，保存占用的时间不超过 2%。
-        progress: 记下保存用去的时间。
-    Fields:
-        step: 存下的检查点走到了第几步；还没有存过，是 None。
-    """
-
-    def __init__(self, folder: RunFolder, every: float | None, progress: Progress):
-        self.folder, self.every, self.progress = folder, every, progress
-        self.step = progress.step or None
-        self.last, self.cost = time.monotonic(), 0.0
-
-    def due(self) -> bool:
-        """该存了没有；别的进程听第 0 个的。"""
-        wait = max(60, 50 * self.cost) if self.every is None else self.every
-        return self.folder.world.rank == 0 and time.monotonic() - self.last >= wait
-
-    def save(
-        self, make: Callable[[], dict[str, Any]], must: bool = False, leaving: bool = False
-    ) -> None:
-        """保存 make() 给出的检查点。
-
-        Args:
-            make: 收集状态；全体进程都要调用。
-            must: 真时，存不下就抛出 UserError；否则只说一声。
-            leaving: 存不存得下都要走了。
-        """
-        started = time.monotonic()
-        checkpoint = make()
-        if self.folder.world.rank == 0:
-            try:
-                write(self.folder.path, checkpoint)
-                self.step = self.progress.step
-            except UserError as error:
-                if must and self.step is None:
-                    raise
-                kept = f"第 {self.step} 步的检查点还在"
-                if must:
-                    again = f"腾出空间后接着练：{self.folder.how_to_resume}"
-                    raise UserError(f"{error}；{kept}，{again}") from error
-                then = "" if leaving else "；训练接着进行，下次再存"
-                tqdm.write(f"（{error}。{kept}{then}）", file=sys.stderr)
-        self.last = time.monotonic()
-        self.cost = self.last - started
-        self.progress.saving_seconds += self.cost

@@ -1,4 +1,4 @@
-"""TODO"""
+"""让模型说得快：聊天与测速之前，矩阵换成设备擅长的精度，必要时编译逐个生成的那一步。"""
 
 from pathlib import Path
 from types import FunctionType

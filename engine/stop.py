@@ -1,4 +1,4 @@
-"""TODO"""
+"""叫停：Ctrl-C、kill 与断线，做完这一步，存好了再走。"""
 
 import os
 import signal
@@ -6,9 +6,9 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
-from engine.checkpoint import Progress
 from engine.distributed import World
-from engine.run_folder import Saver
+from engine.progress import Progress
+from engine.saver import Saver
 
 
 class Lasting:
@@ -50,17 +50,26 @@ class Stop:
     SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
     def __init__(self, world: World):
-        self.world, self.signal, self.watching = world, 0, False
+        self.world, self.signal = world, 0
+        self.before: dict = {}  # 信号原来归谁管
+        self.streams = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
 
     def watch(self) -> None:
         """从现在起留心信号；nohup 等事先要求忽略的，仍然忽略。"""
-        if self.watching:
+        if self.before:
             return
-        self.watching = True
         for number in self.SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
+            self.before[number] = signal.getsignal(number)
+            if self.before[number] != signal.SIG_IGN:
                 signal.signal(number, self._caught)
+
+    def close(self) -> None:
+        """训练结束了，还原；收到过信号的正在离开，替身要一直留到最后。"""
+        if not self.signal:
+            sys.stdout, sys.stderr = self.streams
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
 
     def _caught(self, number: int, frame) -> None:
         self.signal = number

@@ -1,6 +1,6 @@
 """LoRA 与对齐两个例子共用的：命令行，模型目录，损失，成批的回答。
 
-    read_options               命令行 -> 一个 dataclass
+    Folders / read_arguments   命令行：从哪里、到哪里，各项参数
     check_installed            另外要装的包都在
     load_folder / save_folder  tools.export 写的那种目录 <-> transformers 的模型与分词器
     sft_batches                sft_train.py 用的那种批
@@ -15,7 +15,10 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +36,7 @@ from dataset import IGNORE, SIDES, Batch, SFTBatches
 from engine.device import Device, add_in_fixed_order, keep_freed_memory
 from loss import evaluate
 from settings.check import LARGEST
+from settings.flags import read_options, word
 from tokenizer import Tokenizer
 from tools.huggingface.export import check_target, save_tokenizer, written_whole
 from tools.huggingface.import_hf import Options as ImportOptions
@@ -43,9 +47,10 @@ from tools.huggingface.import_hf import (
     read_config,
     read_model,
 )
-from tools.huggingface.shapes import arguments, quiet
+from tools.huggingface.shapes import quiet
 
 Messages = list[dict[str, str]]  # [{"role": …, "content": …}, …]，transformers 的写法
+TWO_PATHS = "要先写两个路径：从哪里、到哪里；{usage}"
 ROWS = 8  # 检验与回答时，一次算几行
 
 # peft 与 trl 里的旧写法，用户改不了。
@@ -55,28 +60,38 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 # ---------- 1. 命令行与模型目录 ----------
 
 
-def read_options(
-    cls: type, program: str, may_be_zero: tuple[str, ...] = ()
-) -> tuple[Path, Path, object]:
+@dataclass
+class Folders:
+    """从哪里、到哪里；各个例子的命令行参数都接着它写。其中的数都须是正数，种子可以是 0。"""
+
+    may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)
+
+    source: str = word("路径", TWO_PATHS)  # 导出的模型
+    target: str = word("路径", TWO_PATHS)  # 结果写在哪里
+
+    def problems(self) -> list[str]:
+        """不能用的数，一条一句。"""
+        found = []
+        for name, value in vars(self).items():
+            zero = name in self.may_be_zero
+            if type(value) in (int, float) and not (0 < value <= LARGEST or (zero and value == 0)):
+                rule = "不能是负数" if zero else "必须是正数"
+                found.append(f"--{name} {rule}，不超过 10^9，得到的是 {value}")
+        return found
+
+
+def read_arguments(cls: type, program: str) -> tuple[Path, Path, Any]:
     """命令行 -> (导出的模型, 结果写在哪里, 各项参数)；--help 时打印说明并结束。
 
     Args:
-        cls: 用 `option` 写成的 dataclass；其中的数都须是正数，种子可以是 0。
+        cls: 接着 `Folders` 写成的 dataclass，有 overwrite。
         program: 程序名，例如 "examples.lora.train"。
-        may_be_zero: 另有哪几个数可以是 0。
     Raises:
         UserError: 有看不懂的参数或不能用的值，或者结果会盖掉别的东西。
     """
-    usage = f"python -m {program} 导出的文件夹 结果的文件夹 [--参数 值 …]"
-    source, target, options = arguments(cls, sys.argv[1:], usage)
-    problems = []
-    for name, value in vars(options).items():
-        zero = name in ("seed", *may_be_zero)
-        if type(value) in (int, float) and not (0 < value <= LARGEST or (zero and value == 0)):
-            rule = "不能是负数" if zero else "必须是正数"
-            problems.append(f"--{name} {rule}，不超过 10^9，得到的是 {value}")
-    if problems:
-        raise UserError("；".join(problems))
+    usage = f"用法：python -m {program} 导出的文件夹 结果的文件夹 [--参数 值 …]"
+    options = read_options(cls, sys.argv[1:], usage)
+    source, target = Path(options.source), Path(options.target)
     check_target(target, overwrite=options.overwrite)
     return source, target, options
 
@@ -164,7 +179,7 @@ def sft_batches(source: str, config: Config, seed: int) -> dict[str, SFTBatches]
 
 
 def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """这一批里助手的话的负对数概率之和，单位奈特；同 `training.loss_sum`。
+    """这一批里助手的话的负对数概率之和，单位奈特；同 loss.py 的 `Loss`。
 
     不给 attention_mask、也不用缓存，transformers 就从 positions 认出一行里拼着几段（位置又从 0
     数起的地方），使它们互相看不见。
@@ -180,7 +195,7 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 def held_out_loss(model: PreTrainedModel, held_out: SFTBatches, max_tokens: int) -> float:
     """留出的问答上每个目标的平均损失，奈特；最多用 max_tokens 个词元。"""
     device = Device(Config(device="cpu", dtype="float32", compile=False))
-    return evaluate(answer_loss, model.eval(), held_out, ROWS, max_tokens, device)
+    return evaluate(partial(answer_loss, model.eval()), held_out, ROWS, max_tokens, device)
 
 
 # ---------- 3. 成批地回答 ----------

@@ -1,10 +1,22 @@
-"""TODO"""
+"""检查：所有问题一起报告，什么都还没加载。
+
+check_types    在 config.py 里改出来的值，类型对不对
+RULES          一张表：一条规矩看哪几个字段，怎样算对，不对时说什么
+check_values   逐条对照这张表
+"""
 
 from collections.abc import Callable
 from dataclasses import fields
+from typing import NamedTuple
 
 from config import N_TOKENS, SHAPE, STEPS_OR_EPOCHS, Config
 from settings.flags import field_types, is_text
+
+PLACES = ("data", "sft_data", "data_dir", "out_dir", "init_from")  # 文件与目录
+LARGEST = 10**9  # 再大的数，乘起来连 64 位整数也装不下
+
+
+# ---------- 1. 类型 ----------
 
 
 def check_types(config: Config, problems: list[str]) -> set[str]:
@@ -32,100 +44,108 @@ def check_types(config: Config, problems: list[str]) -> set[str]:
     return wrong
 
 
-PLACES = ("data", "sft_data", "data_dir", "out_dir", "init_from")  # 文件与目录
-LARGEST = 10**9  # 再大的数，乘起来连 64 位整数也装不下
+# ---------- 2. 一张表 ----------
+
+
+class Rule(NamedTuple):
+    """一条规矩。"""
+
+    names: tuple[str, ...]  # 看哪几个字段；有一个是 None（没有指定），这一条就不管
+    holds: Callable[..., bool]  # 依次收下它们的值，对就是真；NaN 与谁比都不对
+    sentence: str  # 不对时说的话，{字段名} 换成它的值
+
+
 NOT_NEGATIVE = ("n_experts", "n_active", "balance_coef")
 POSITIVE = (*(name for name in SHAPE if name not in NOT_NEGATIVE),
             "batch_size", "seq_len", "grad_accum", "lr", "sft_lr", "embed_lr_scale", "grad_clip",
             "router_scale", "max_steps", "epochs", "sft_max_steps", "sft_epochs", "eval_every",
             "eval_tokens")  # fmt: skip
-FRACTIONS = ("warmup", "decay", "weight_decay")
-BELOW_ONE = ("muon_momentum", "adam_beta1", "adam_beta2")
+NOT_TOO_LARGE = (lambda v: v <= LARGEST, "不能超过 10^9")
+
+# 一个字段自己的范围：（哪些字段，（怎样算对，不对时说什么）…）
+RANGES = (
+    (POSITIVE, (lambda v: v > 0, "必须是正数"), NOT_TOO_LARGE),
+    (NOT_NEGATIVE, (lambda v: v >= 0, "不能是负数"), NOT_TOO_LARGE),
+    (("warmup", "decay", "weight_decay"), (lambda v: 0 <= v <= 1, "必须在 0 与 1 之间")),
+    (("muon_momentum", "adam_beta1", "adam_beta2"), (lambda v: 0 <= v < 1, "不能小于 0，要小于 1")),
+    (("val_fraction",), (lambda v: 0 < v < 0.5, "必须在 0 与 0.5 之间")),
+    (("save_every",), (lambda v: 0 <= v < float("inf"), "不能是负数")),
+    (("seed",), (lambda v: 0 <= v < 2**63, "必须在 0 与 2^63 之间")),
+)
+
+# 几个字段合起来。
+COMBINATIONS = (
+    Rule(
+        ("warmup", "decay"),
+        lambda warmup, decay: warmup + decay <= 1,
+        "warmup（{warmup}）与 decay（{decay}）之和不能超过 1",
+    ),
+    Rule(
+        ("dim", "n_heads"),
+        lambda dim, n_heads: dim % n_heads == 0,
+        "n_heads（{n_heads}）必须整除 dim（{dim}）",
+    ),
+    Rule(
+        ("dim", "n_heads"),
+        lambda dim, n_heads: dim // n_heads % 2 == 0 or dim % n_heads != 0,
+        "每个头的宽度 dim / n_heads（{dim} / {n_heads}）必须是偶数",
+    ),
+    Rule(
+        ("n_heads", "n_kv_heads"),
+        lambda n_heads, n_kv_heads: n_heads % n_kv_heads == 0,
+        "n_kv_heads（{n_kv_heads}）必须整除 n_heads（{n_heads}）",
+    ),
+    Rule(
+        ("n_experts", "n_active"),
+        lambda n_experts, n_active: n_experts == n_active == 0 or 2 <= n_active <= n_experts,
+        "n_active（{n_active}）至少是 2（只交给一位，权重总是 1，路由器学不到谁合适），"
+        "至多是 n_experts（{n_experts}）；不分专家就都是 0",
+    ),
+    Rule(
+        ("n_experts", "dim", "hidden_dim"),
+        lambda n_experts, dim, hidden_dim: n_experts == 0 or dim % 8 == hidden_dim % 8 == 0,
+        "有专家时，dim（{dim}）与 hidden_dim（{hidden_dim}）须是 8 的倍数，"
+        "几位专家的乘法才能一次做完",
+    ),
+    Rule(
+        ("seq_len", "max_len"),
+        lambda seq_len, max_len: seq_len <= max_len,
+        "seq_len（{seq_len}）不能超过 max_len（{max_len}）",
+    ),
+    Rule(
+        ("vocab_size",),
+        lambda vocab_size: N_TOKENS <= vocab_size <= 2**16,
+        f"vocab_size（{{vocab_size}}）须在分词器的 {N_TOKENS} 与 uint16 的 65536 之间",
+    ),
+    # 两个都指定了，才轮得到这一条，那就是不对。
+    *(
+        Rule(pair, lambda *_: False, "{} 与 {} 只能指定一个".format(*pair))
+        for pair in STEPS_OR_EPOCHS
+    ),
+)
+
+RULES = (
+    *(
+        Rule((name,), holds, f"{name} {must}，得到的是 {{{name}}}")
+        for names, *checks in RANGES
+        for name in names
+        for holds, must in checks
+    ),
+    *COMBINATIONS,
+)
 
 
-def check_values(c: Config, problems: list[str], wrong: set[str]) -> None:
-    """单个值的范围，以及值与值之间能不能相容；本身就不对的值（wrong），不再与别的比。"""
-    for name in POSITIVE:
-        value = getattr(c, name)
-        if name not in wrong and value is not None and not 0 < value <= LARGEST:
-            rule = "不能超过 10^9" if value > 0 else "必须是正数"
-            problems.append(f"{name} {rule}，得到的是 {value}")
-            wrong.add(name)
-    for name in NOT_NEGATIVE:
-        value = getattr(c, name)
-        if name not in wrong and value is not None and not 0 <= value <= LARGEST:
-            rule = "不能超过 10^9" if value > 0 else "不能是负数"
-            problems.append(f"{name} {rule}，得到的是 {value}")
-            wrong.add(name)
-    for name in FRACTIONS:
-        if name not in wrong and not 0 <= getattr(c, name) <= 1:
-            problems.append(f"{name} 必须在 0 与 1 之间，得到的是 {getattr(c, name)}")
-            wrong.add(name)
-    for name in BELOW_ONE:
-        if name not in wrong and not 0 <= getattr(c, name) < 1:
-            problems.append(f"{name} 不能小于 0，要小于 1，得到的是 {getattr(c, name)}")
-            wrong.add(name)
+def check_values(config: Config, problems: list[str], wrong: set[str]) -> None:
+    """单个值的范围，以及值与值之间能不能相容；本身就不对的值（wrong），不再与别的比。
 
-    def require(names: str, holds: Callable[[], bool], sentence: str) -> None:
-        if wrong.isdisjoint(names.split()) and not holds():
-            problems.append(sentence)
-
-    require(
-        "val_fraction",
-        lambda: 0 < c.val_fraction < 0.5,
-        f"val_fraction 必须在 0 与 0.5 之间，得到的是 {c.val_fraction}",
-    )
-    require(
-        "save_every",
-        lambda: c.save_every is None or 0 <= c.save_every < float("inf"),
-        f"save_every 不能是负数，得到的是 {c.save_every}",
-    )
-    require("seed", lambda: 0 <= c.seed < 2**63, f"seed 必须在 0 与 2^63 之间，得到的是 {c.seed}")
-    require(
-        "warmup decay",
-        lambda: c.warmup + c.decay <= 1,
-        f"warmup（{c.warmup}）与 decay（{c.decay}）之和不能超过 1",
-    )
-    require(
-        "dim n_heads",
-        lambda: c.dim % c.n_heads == 0,
-        f"n_heads（{c.n_heads}）必须整除 dim（{c.dim}）",
-    )
-    require(
-        "dim n_heads",
-        lambda: c.dim // c.n_heads % 2 == 0 or c.dim % c.n_heads != 0,
-        f"每个头的宽度 dim / n_heads（{c.dim} / {c.n_heads}）必须是偶数",
-    )
-    require(
-        "n_heads n_kv_heads",
-        lambda: c.n_heads % c.n_kv_heads == 0,
-        f"n_kv_heads（{c.n_kv_heads}）必须整除 n_heads（{c.n_heads}）",
-    )
-    require(
-        "n_experts n_active",
-        lambda: c.n_experts == c.n_active == 0 or 2 <= c.n_active <= c.n_experts,
-        f"n_active（{c.n_active}）至少是 2（只交给一位，权重总是 1，路由器学不到谁合适），"
-        f"至多是 n_experts（{c.n_experts}）；不分专家就都是 0",
-    )
-    require(
-        "n_experts dim hidden_dim",
-        lambda: c.n_experts == 0 or c.dim % 8 == c.hidden_dim % 8 == 0,
-        f"有专家时，dim（{c.dim}）与 hidden_dim（{c.hidden_dim}）须是 8 的倍数，"
-        f"几位专家的乘法才能一次做完",
-    )
-    require(
-        "seq_len max_len",
-        lambda: c.seq_len <= c.max_len,
-        f"seq_len（{c.seq_len}）不能超过 max_len（{c.max_len}）",
-    )
-    require(
-        "vocab_size",
-        lambda: N_TOKENS <= c.vocab_size <= 2**16,
-        f"vocab_size（{c.vocab_size}）须在分词器的 {N_TOKENS} 与 uint16 的 65536 之间",
-    )
-    for steps, epochs in STEPS_OR_EPOCHS:
-        require(
-            f"{steps} {epochs}",
-            lambda pair=(steps, epochs): None in (getattr(c, name) for name in pair),
-            f"{steps} 与 {epochs} 只能指定一个",
-        )
+    Args:
+        problems: 收集问题，一条一句。
+        wrong: 已知不对的字段；范围不对的也会加进去。
+    """
+    for names, holds, sentence in RULES:
+        values = {name: getattr(config, name) for name in names}
+        if not wrong.isdisjoint(names) or None in values.values() or holds(*values.values()):
+            continue
+        problems.append(sentence.format(**values))
+        if len(names) == 1:
+            wrong.add(names[0])

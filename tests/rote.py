@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from dataset import IGNORE
-from engine.checkpoint import Progress, capture, write
+from engine.checkpoint import capture, write
 from engine.device import Device
+from engine.progress import Progress, RandomNumbers
 from model import Transformer
 from settings.resolve import load_config
 from tokenizer import Tokenizer
@@ -39,7 +40,9 @@ def learn_by_rote(rows: list[list[int]], path: Path, stage: str, tokenizer: Toke
         loss.backward()
         optimizer.step()
 
-    device, card = Device(config), {"train_sha256": "", "val_sha256": ""}
     progress = Progress(step=60, val_loss=loss.item(), val_bpc=1.0)
-    write(path, capture(stage, config, tokenizer, model, [], device, progress, None, 60, (1, 1),
-                        card))  # fmt: skip
+    parts = {"model": model, "progress": progress, "rng": RandomNumbers()}
+    write(path, capture(
+        parts, stage=stage, config=config, tokenizer=tokenizer, max_steps=60,
+        device=Device(config).describe(), data={"train_sha256": "", "val_sha256": ""},
+    ))  # fmt: skip

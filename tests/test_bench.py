@@ -8,14 +8,22 @@ import pytest
 import torch
 from jobs import job
 from scripts import REPO, metrics
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from config import PRESETS, Config, UserError
 from dataset import IGNORE
 from engine import device as training
 from model import Transformer
-from tools.bench import contestants
-from tools.bench.__main__ import exponent, main, training_flops
+from tools.bench import ours as ours_module
+from tools.bench.__main__ import main
+from tools.bench.contestants import trainer
+from tools.bench.flops import training_flops
+from tools.bench.growth import exponent
 from tools.bench.measuring import Contestant, Row, rates, take_turns, to_markdown
+from tools.bench.options import Options
+from tools.bench.ours import Ours
+from tools.bench.trainer import settings
 
 FEW_ROWS = 64  # 检验只看这么几行
 
@@ -38,8 +46,8 @@ def bench(*args):
 def test_our_contestant_trains_as_the_script_does(trained, here):
     """否则测的是另一个程序：前三步的损失与 pre_train.py 记下的相同。"""
     expected = metrics(trained[0] / "out/tiny", "pretrain")[1:4]
-    config = contestants.settings("tiny", **here, batch_size=2, seq_len=128)
-    ours = contestants.Ours(config)
+    config = settings("tiny", **here, batch_size=2, seq_len=128)
+    ours = Ours(config)
     for row in expected:
         assert ours.step(row["lr"] / config.lr) == 256
         assert ours.loss == pytest.approx(row["train_loss"], rel=1e-4)
@@ -50,7 +58,7 @@ def test_experts_compete_too(kind, here):
     """专家混合也能上场；我们的那一方，负载在每一步之后交给下一步。"""
     shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 32}
     experts = {"n_experts": 4, "n_active": 2}
-    made = contestants.trainer(
+    made = trainer(
         kind, "tiny", **here, **shape, **experts, batch_size=8, seq_len=64, max_len=128, lr=0.01
     )
     for _ in range(6):
@@ -68,7 +76,7 @@ def test_experts_compete_too(kind, here):
 def test_every_contestant_learns_and_counts_only_targets(kind, here):
     """对照也要真的在学，否则赢了不算；补齐的、没有目标的不能算进速度。"""
     shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64}
-    made = contestants.trainer(
+    made = trainer(
         kind, "tiny", **here, **shape, batch_size=16, seq_len=64, grad_accum=1, max_len=128, lr=0.01
     )  # CPU 上分成两小批
     counted = [made.step(1.0) for _ in range(8)]
@@ -94,7 +102,7 @@ def test_a_yardstick_is_a_plain_loop_unless_it_is_lent_our_settings(monkeypatch,
     monkeypatch.setattr(training, "keep_freed_memory", lambda: called.append(1))
     monkeypatch.setattr(training, "add_in_fixed_order", lambda: called.append("不该借"))
     shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64}
-    contestants.trainer(kind, "tiny", **here, **shape, batch_size=2, seq_len=32, max_len=32)
+    trainer(kind, "tiny", **here, **shape, batch_size=2, seq_len=32, max_len=32)
     assert called == [1] * lent
 
 
@@ -108,15 +116,18 @@ def test_a_failed_compiler_is_not_measured_as_compiled(monkeypatch, here):
 
         return call
 
-    monkeypatch.setattr(contestants, "compile_if_possible", failing)
+    monkeypatch.setattr(ours_module, "compile_if_possible", failing)
     monkeypatch.setattr("engine.device.shutil.which", lambda name: "/usr/bin/" + name)
     shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64}
     with pytest.raises(UserError, match=r"torch\.compile 失败"):
-        contestants.trainer("ours", "tiny", **here | {"compile": True}, **shape, seq_len=32)
+        trainer("ours", "tiny", **here | {"compile": True}, **shape, seq_len=32)
 
 
 def test_flops_follow_the_matrices_of_the_model():
-    """公式里的参数个数，与模型真有的矩阵一致；专家只算挑中的几位。"""
+    """公式里的参数个数，与模型真有的矩阵一致；专家只算挑中的几位。
+
+    注意力的那一项与 PyTorch 自己数的相同，由 tests/test_laboratory.py 核对。
+    """
     for preset in PRESETS:
         config = Config(**PRESETS[preset])
         with torch.device("meta"):
@@ -124,8 +135,22 @@ def test_flops_follow_the_matrices_of_the_model():
         matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
         stacks = sum(p.numel() for p in model.parameters() if p.ndim == 3)
         matrices += stacks * config.n_active // (config.n_experts or 1)
-        attention = 6 * config.n_layers * config.seq_len * config.dim
+        attention = 12 * config.n_layers * config.seq_len * config.dim
         assert training_flops(config, config.vocab_size) == 6 * matrices + attention
+
+
+def test_flops_of_one_block_are_what_pytorch_counts():
+    """注意力占大头的一层：每个词元与一行里的 T 个都算，因果也好、分段也好，省不了一半。"""
+    config = Config(
+        dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=32, seq_len=256, max_len=256,
+        vocab_size=64,
+    )  # fmt: skip
+    ids = torch.randint(64, (1, config.seq_len))
+    for segments in (None, torch.arange(config.seq_len)[None] // 100):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            Transformer(config)(ids, None, segments).sum().backward()
+        counted = counter.get_total_flops() / ids.numel()
+        assert training_flops(config, config.vocab_size) == pytest.approx(counted, rel=0.01)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -172,18 +197,23 @@ def test_exponent_is_the_slope_on_log_axes():
      (["--repeats", "0"], "必须是正数"), (["--jsn", "x"], "最接近的是 --json"),
      (["--seconds", "nan"], "必须是正数"), (["--json", "x.md"], "以 .json 结尾")],
 )  # fmt: skip
-def test_mistakes_are_one_sentence(monkeypatch, flags, said):
-    monkeypatch.setattr(sys, "argv", ["bench", *flags])
+def test_mistakes_are_one_sentence(flags, said):
     with pytest.raises(UserError, match=said):
-        main()
+        main(flags)
+
+
+def test_the_command_that_repeats_a_section_is_noted():
+    assert Options().command("data", "") == "python -m tools.bench data"
+    changed = Options(preset="auto", repeats=3, seconds=2.0, json="x.json")
+    expected = "python -m tools.bench train --preset wide --repeats 3 --seconds 2.0"
+    assert changed.command("train", "wide") == expected
 
 
 def test_a_broken_result_file_is_named_and_kept(tmp_path):
     path = tmp_path / "b.json"
     path.write_text("{")
-    result = bench("scale", "--json", str(path))
-    assert result.returncode == 2
-    assert "不是以前的测速结果" in result.stderr
+    with pytest.raises(UserError, match="不是以前的测速结果"):
+        main(["scale", "--json", str(path)])
     assert path.read_text() == "{"
 
 

@@ -8,16 +8,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from config import Config, UserError
-from engine import checkpoint, run_folder
+from engine import checkpoint
+from engine import saver as saver_module
 from engine.checkpoint import (
     Damaged,
-    Progress,
     capture,
     load,
     previous_of,
@@ -28,10 +29,14 @@ from engine.checkpoint import (
 )
 from engine.device import Device
 from engine.distributed import World
-from engine.run_folder import RunFolder, Saver
+from engine.progress import Progress, RandomNumbers
+from engine.run import Run
+from engine.run_folder import RunFolder
+from engine.saver import Saver
+from loss import Loss
 from model import Transformer
-from optimizer import build_optimizers
-from settings.resolve import inherit, load_config
+from optimizer import build_optimizer
+from settings.resolve import Origin, inherit, load_config
 from tokenizer import Tokenizer
 
 SMALL = Config(
@@ -47,22 +52,22 @@ def trained(config=SMALL, steps=3):
     """一个真的走过几步的小模型，和它的优化器。"""
     torch.manual_seed(0)
     model = Transformer(config)
-    device = Device(config)
-    optimizers = build_optimizers(model, config, device, config.lr)
+    optimizer = build_optimizer(model, config, config.lr)
     for _ in range(steps):
         model(torch.randint(200, (2, 8))).float().pow(2).mean().backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    return model, optimizers, device
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
 
 
 def snapshot(tokenizer, config=SMALL, stage="pretrain", step=3, model=None):
     """一个完整的检查点。"""
-    made, optimizers, device = trained(config)
+    made, optimizer = trained(config)
+    parts = {"model": model or made, "optimizers": optimizer, "rng": RandomNumbers(),
+             "progress": Progress(step=step, val_bpc=5.0)}  # fmt: skip
     return capture(
-        stage, config, tokenizer, model or made, optimizers, device,
-        Progress(step=step, val_bpc=5.0), None, 10, (2, 7), CARD,
+        parts, stage=stage, config=config, tokenizer=tokenizer, max_steps=10,
+        device=Device(config).describe(), data=CARD | {"epoch": 0, "row": 0},
     )  # fmt: skip
 
 
@@ -112,7 +117,6 @@ def test_checkpoint_describes_itself_and_loads_equal(tokenizer, tmp_path):
     again, config, found = load(path, tokenizer)
     assert config == SMALL
     assert (found["stage"], found["progress"]["step"], found["max_steps"]) == ("pretrain", 5, 10)
-    assert found["data"] == CARD | {"epoch": 1, "row": 3}  # 每步 2 行，一遍 7 行
     assert set(found["versions"]) == {"python", "torch", "numpy", "线程", "指令集"}
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
@@ -127,10 +131,10 @@ def test_an_earlier_one_keeps_the_values_it_was_trained_with(tokenizer, tmp_path
     write(path, snap)
     _, config, _ = load(path, tokenizer)
     assert (config.muon_momentum, config.adam_beta1, config.adam_beta2) == (0.95, 0.9, 0.95)
-    assert config.router_scale == 1.0
-    muon, adamw = build_optimizers(Transformer(config), config, Device(config), 0.01)
-    assert muon.param_groups[0]["momentum"] == 0.95
-    assert adamw.param_groups[0]["betas"] == (0.9, 0.95)
+    assert config.router_scale is None  # 没有专家，也就没有路由器
+    optimizer = build_optimizer(Transformer(config), config, 0.01)
+    assert optimizer.muon.param_groups[0]["momentum"] == 0.95
+    assert optimizer.adamw.param_groups[0]["betas"] == (0.9, 0.95)
 
 
 def test_where_it_came_from_says_whether_it_was_finished(tokenizer):
@@ -436,7 +440,9 @@ def test_resume_takes_every_setting_from_the_checkpoint(out, tokenizer):
     write(Path("out/x/pretrain.pt"), snapshot(tokenizer, source))
     _, config, origins = out("--resume")
     assert config == replace(source, resume=True)
-    assert (origins["seed"], origins["out_dir"]) == ("检查点", "命令行")
+    assert (origins["seed"], origins["out_dir"]) == (
+        Origin.CHECKPOINT, Origin.FLAG,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -488,25 +494,55 @@ def test_restoring_gives_back_the_optimizers_the_generator_and_the_place(tokeniz
     before = snapshot(tokenizer, step=4)
     expected = torch.rand(3)
     write(path, before)
-    found, config, origins = out("--resume")
-    folder = RunFolder("pretrain", config, origins, World())
-    _, optimizers, device = trained(steps=0)
-    progress = restore(found, CARD, optimizers, device, folder, 10)
+    found, *_ = out("--resume")
+    _, optimizer = trained(steps=0)
+    progress = Progress()
+    parts = {"optimizers": optimizer, "progress": progress, "rng": RandomNumbers(),
+             "scaler": torch.amp.GradScaler("cpu", enabled=False)}  # fmt: skip
+    restore(found, parts, path)
     assert progress == Progress(step=4, val_bpc=5.0)
     assert torch.equal(torch.rand(3), expected)
-    for optimizer, saved in zip(optimizers, before["optimizers"], strict=True):
-        assert same(optimizer.state_dict()["state"], saved["state"])
-    with pytest.raises(UserError, match=r"语料与 out/x/pretrain\.pt 训练时的不同"):
-        restore(found, CARD | {"train_sha256": "c"}, optimizers, device, folder, 10)
-    found["versions"]["torch"] = "1.0"
-    restore(found, CARD, optimizers, device, folder, 10)
-    assert "torch 1.0 → " in capsys.readouterr().out
-    with pytest.raises(UserError, match="比现在要的 3 步还多"):
-        restore(found, CARD, optimizers, device, folder, 3)
-    for name, broken in (("optimizers", [{}]), ("rng", {}), ("scaler", {"scale": "x"})):
-        if name != "scaler":  # 没有用 fp16 时，scaler 不看里面写的是什么
-            with pytest.raises(Damaged):
-                restore(found | {name: broken}, CARD, optimizers, device, folder, 10)
+    for state, saved in zip(optimizer.state_dict(), before["optimizers"], strict=True):
+        assert same(state["state"], saved["state"])
+    for name, broken in (("optimizers", [{}]), ("rng", {"cpu": 1}), ("progress", {"step": 1})):
+        with pytest.raises(Damaged, match="状态不对"):
+            restore(found | {name: broken}, parts, path)
+
+
+def ready_to_resume(snap, argv):
+    """一次接着练的 Run，走到取回状态之前；argv 之外，接着的是 snap。"""
+    write(Path("out/x/pretrain.pt"), snap)
+    run = Run("pretrain", ["--resume", "--out_dir", "out/x", *argv])
+    run.plan(SimpleNamespace(n_rows=7, tokens=np.arange(200, dtype=np.uint16)),
+             CARD | {"train_tokens": 99})  # fmt: skip
+    run.parallel(Loss(run.model()))
+    return run
+
+
+def test_going_on_checks_the_corpus_the_versions_and_the_number_of_steps(
+    tokenizer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    snap = snapshot(tokenizer, step=4)
+    with (
+        pytest.raises(UserError, match=r"语料与 out/x/pretrain\.pt 训练时的不同"),
+        ready_to_resume(snap | {"data": {"train_sha256": "c"}}, []) as run,
+    ):
+        run.optimizer(build_optimizer, 0.01)
+    more = ["--allow_changes", "--max_steps", "3"]
+    with (
+        pytest.raises(UserError, match="比现在要的 3 步还多"),
+        ready_to_resume(snap, more) as run,
+    ):
+        run.optimizer(build_optimizer, 0.01)
+    capsys.readouterr()
+    snap["versions"]["torch"] = "1.0"
+    with ready_to_resume(snap, []) as run:
+        run.optimizer(build_optimizer, 0.01)
+        # 每步 2 行，一遍 7 行：走完 4 步，是第二遍的第 1 行（都从 0 数）
+        assert run.state()["data"] == CARD | {"epoch": 1, "row": 1}
+    assert "torch 1.0 → " in (said := capsys.readouterr().out)
+    assert "已经走完 4 步，共 10 步" in said
 
 
 # ---------- 什么时候存 ----------
@@ -514,7 +550,7 @@ def test_restoring_gives_back_the_optimizers_the_generator_and_the_place(tokeniz
 
 def test_saving_takes_at_most_two_percent_of_the_time(tmp_path, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
+    monkeypatch.setattr(saver_module.time, "monotonic", lambda: now)
     folder = SimpleNamespace(path=tmp_path / "m.pt", world=World())
     saver = Saver(folder, None, Progress())
 
@@ -522,7 +558,7 @@ def test_saving_takes_at_most_two_percent_of_the_time(tmp_path, monkeypatch):
         nonlocal now
         now += 10
 
-    monkeypatch.setattr(run_folder, "write", slow)
+    monkeypatch.setattr(saver_module, "write", slow)
     saves = 0
     while now < 20000:
         now += 1  # 一步一秒
@@ -566,7 +602,9 @@ def test_sft_takes_its_shape_from_the_checkpoint():
     source = Config(**{**vars(SMALL), **changed, "lr": 0.1})
     config, origins = load_config("sft", ["--preset", "tiny"])
     inherit(config, origins, source, "x.pt")
-    assert (config.n_layers, config.dim, origins["dim"]) == (5, 64, "检查点")
+    assert (config.n_layers, config.dim, origins["dim"]) == (
+        5, 64, Origin.CHECKPOINT,
+    )  # fmt: skip
     assert config.val_fraction == 0.1  # 预训练没见过的，微调也不许见
     own, own_origins = load_config("sft", ["--data", "my.jsonl", "--val_fraction", "0.2"])
     own.preset = "tiny"

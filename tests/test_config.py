@@ -9,32 +9,32 @@ from pathlib import Path
 
 import pytest
 
-import config as config_module
 from config import PRESETS, Config, UserError
-from settings.flags import field_types, help_text
-from settings.resolve import describe, load_config
+from settings import resolve
+from settings.flags import field_types, help_text, parse_flags, run_script
+from settings.resolve import Origin, describe, load_config
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(config_module, "has_cuda", lambda: False)
+    monkeypatch.setattr(resolve, "has_cuda", lambda: False)
 
 
 def test_auto_preset_follows_the_machine(monkeypatch):
     assert load_config("pretrain", [])[0].preset == "tiny"
-    monkeypatch.setattr(config_module, "has_cuda", lambda: True)
+    monkeypatch.setattr(resolve, "has_cuda", lambda: True)
     config, origins = load_config("pretrain", [])
     assert (config.preset, config.dim, config.n_layers) == ("wide", 512, 8)
-    assert origins["preset"] == "自动"
-    assert origins["dim"] == "预设 wide"
+    assert origins["preset"] is Origin.AUTO
+    assert origins["dim"] is Origin.PRESET
 
 
 def test_flag_beats_edited_default_beats_preset():
     edited = Config(preset="deep", lr=0.005, n_layers=3)  # 用户在 config.py 里改的
     config, origins = load_config("pretrain", ["--lr", "3e-4"], edited)
-    assert (config.lr, origins["lr"]) == (3e-4, "命令行")
-    assert (config.n_layers, origins["n_layers"]) == (3, "config.py")
-    assert (config.dim, origins["dim"]) == (512, "预设 deep")
+    assert (config.lr, origins["lr"]) == (3e-4, Origin.FLAG)
+    assert (config.n_layers, origins["n_layers"]) == (3, Origin.EDITED)
+    assert (config.dim, origins["dim"]) == (512, Origin.PRESET)
 
 
 def test_every_field_is_a_flag_and_in_the_help():
@@ -44,7 +44,7 @@ def test_every_field_is_a_flag_and_in_the_help():
         assert re.search(rf"--{name}\b", text)
         problems: list[str] = []
         argv = [f"--no-{name}"] if kind is bool else [f"--{name}", samples[kind]]
-        given = config_module.parse_flags(Config, argv, problems)
+        given = parse_flags(Config, argv, problems)
         expected = False if kind is bool else kind(samples[kind])
         assert not problems
         assert given == {name: expected}
@@ -158,7 +158,7 @@ def test_steps_on_the_command_line_beat_edited_epochs():
 
 
 def test_asking_for_the_cpu_gives_the_cpu_preset(monkeypatch):
-    monkeypatch.setattr(config_module, "has_cuda", lambda: True)
+    monkeypatch.setattr(resolve, "has_cuda", lambda: True)
     assert load_config("pretrain", ["--device", "cpu"])[0].preset == "tiny"
 
 
@@ -177,7 +177,7 @@ def test_out_of_memory_and_full_disks_are_one_line(capsys):
             raise error
 
         with pytest.raises(SystemExit) as caught:
-            config_module.run_script(fail)
+            run_script(fail)
         assert caught.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
 
@@ -186,10 +186,10 @@ def test_closed_streams_and_broken_pipes_are_not_tracebacks(tmp_path):
     """输入输出一开始就关着，或者接在后面的程序先走了。"""
     script = tmp_path / "s.py"
     script.write_text(
-        "import sys\nfrom config import run_script\n"
+        "import sys\nfrom settings.flags import run_script\n"
         "run_script(lambda: [print(i, sys.stdin.isatty()) for i in range(99999)])\n"
     )
-    root = Path(config_module.__file__).parent
+    root = Path(__file__).resolve().parent.parent
     for shell, code in (
         ("$0 $1 <&- >&-", 0),
         ("$0 $1 | head -1 >/dev/null; exit ${PIPESTATUS[0]}", 141),
@@ -209,7 +209,7 @@ def test_on_the_sft_command_line_lr_and_steps_mean_this_run():
     config, origins = load_config("sft", ["--lr", "1e-3", "--max_steps", "7"])
     assert (config.sft_lr, config.sft_max_steps) == (1e-3, 7)
     assert config.max_steps == PRESETS["tiny"]["max_steps"]
-    assert origins["sft_lr"] == "命令行"
+    assert origins["sft_lr"] is Origin.FLAG
 
 
 def test_downloaded_wiki_is_used_when_it_is_there(tmp_path):

@@ -11,19 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from losses import loss_of
 from scripts import LITTLE, LITTLE_STEPS, QUICK, Running, assert_same_run, last_step, run
 from test_export import random_model as plain_model
 from test_export import save
 
 from config import Config, UserError
 from dataset import IGNORE, Batch
-from engine.device import Device
 from engine.shared_row import SharedRow, tie_unused_rows
 from examples.distill import distill
-from examples.distill.distill import Options, Teacher, divergence, split_flags
-from loss import loss_sum
+from examples.distill.distill import Options, TaughtLoss, Teacher, divergence, split_flags
 from model import Transformer
-from optimizer import build_optimizers
+from optimizer import build_optimizer
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, device="cpu",
@@ -78,10 +77,17 @@ def test_the_loss_is_the_weighted_sum_over_the_whole_vocabulary(alpha, tau):
     with torch.no_grad():
         soft = (teacher(batch.ids) / tau).softmax(-1)
         kl = (soft * (soft.log() - (student(batch.ids) / tau).log_softmax(-1))).sum(-1)
-        hard = loss_sum(student, batch)
+        hard = loss_of(student, batch)
     expected = (1 - alpha) * hard + alpha * tau**2 * kl[batch.targets != IGNORE].sum()
-    found = Teacher(teacher, Options(alpha=alpha, temperature=tau)).loss_sum(student, batch)
+    found = lesson_of(teacher, student, alpha=alpha, temperature=tau)(batch)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def lesson_of(teacher, student, shared=None, **options) -> TaughtLoss:
+    """听这位老师的损失。"""
+    lesson = TaughtLoss(student, Teacher(teacher, Options(**options)))
+    lesson.shared_row = shared
+    return lesson
 
 
 def shared_of(model: Transformer) -> SharedRow:
@@ -101,10 +107,10 @@ def test_sharing_a_row_teaches_the_same(same_corpus, tau):
         shared_of(teacher)
     found = []
     for way in (None, shared):
-        lesson = Teacher(teacher, Options(alpha=0.7, temperature=tau))
-        loss = lesson.loss_sum(student, batch, way)
+        lesson = lesson_of(teacher, student, way, alpha=0.7, temperature=tau)
+        loss = lesson(batch)
         found.append((loss.item(), gradients(loss, student)))
-    columns = len(lesson.score_table(shared)[1])
+    columns = len(lesson.teacher.score_table(shared)[1])
     assert columns == (len(shared.rows) if same_corpus else SMALL.vocab_size)
     (whole, wanted), (compact, got) = found
     assert (compact == pytest.approx(whole, rel=1e-5)) == same_corpus
@@ -126,24 +132,19 @@ def test_nothing_to_learn_from_oneself(sharing, tau):
     if sharing:
         shared = shared_of(student)
         shared_of(teacher)
-    lesson = Teacher(teacher, Options(alpha=1.0, temperature=tau))
-    loss = lesson.loss_sum(student, a_batch(), shared)
+    loss = lesson_of(teacher, student, shared, alpha=1.0, temperature=tau)(a_batch())
     assert abs(loss.item()) < 1e-5
     assert max(g.abs().max() for g in gradients(loss, student).values()) < 1e-4
-    other = Teacher(random_model(2), Options(alpha=1.0)).loss_sum(student, a_batch(), shared)
+    other = lesson_of(random_model(2), student, shared, alpha=1.0)(a_batch())
     assert max(g.abs().max() for g in gradients(other, student).values()) > 1
 
 
 def test_the_gradient_is_the_slope():
     """沿梯度的方向走一小步，损失的变化正是梯度说的那么多。"""
     student, batch = random_model(0), a_batch()
-    lesson = Teacher(random_model(1, dim=32), Options(alpha=0.6, temperature=2.0))
     shared = shared_of(student)
-
-    def loss() -> torch.Tensor:
-        return lesson.loss_sum(student, batch, shared)
-
-    found = gradients(loss(), student)
+    lesson = lesson_of(random_model(1, dim=32), student, shared, alpha=0.6, temperature=2.0)
+    found = gradients(lesson(batch), student)
     # 代表的那一行收到的只是它自己的一份，动它却等于动了全部：这里不动它。
     found["embedding.weight"][shared.rows[-1]] = 0
     norm = math.sqrt(sum(g.pow(2).sum().item() for g in found.values()))
@@ -152,7 +153,7 @@ def test_the_gradient_is_the_slope():
         with torch.no_grad():
             for name, p in student.named_parameters():
                 p += sign * h * found[name] / norm
-        ends.append(loss().item())
+        ends.append(lesson(batch).item())
     assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(norm, rel=1e-2)
 
 
@@ -162,21 +163,19 @@ def test_the_teacher_does_not_change_and_is_not_asked_when_evaluating(experts):
     student, batch = random_model(0), a_batch()
     teacher = random_model(1, n_experts=experts, n_active=min(experts, 2))
     before = {name: value.clone() for name, value in state_of(teacher).items()}
-    lesson = Teacher(teacher, Options(alpha=0.5))
-    optimizers = build_optimizers(student, SMALL, Device(SMALL), 0.01)
+    lesson = lesson_of(teacher, student, alpha=0.5)
+    optimizer = build_optimizer(student, SMALL, 0.01)
     losses = []
     for _ in range(20):
-        losses.append(lesson.loss_sum(student, batch))
+        losses.append(lesson(batch))
         losses[-1].backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     assert losses[-1] < 0.7 * losses[0]
     assert all(torch.equal(value, before[name]) for name, value in state_of(teacher).items())
     assert not teacher.training
     assert all(p.grad is None for p in teacher.parameters())
-    with torch.no_grad():
-        assert torch.equal(lesson.loss_sum(student, batch), loss_sum(student, batch))
+    assert torch.equal(lesson.eval()(batch), loss_of(student, batch))
 
 
 # ---------- 2. 命令行 ----------
@@ -230,7 +229,7 @@ def test_going_on_asks_what_the_checkpoint_says(trained, tmp_path, monkeypatch):
     """接着练时，老师教得了教不了，看检查点里的一行多长，不看默认的。"""
     save(tmp_path / "short.pt", plain_model(), stage="pretrain")  # 至多看 128 个词元，正好一行
     went_on = []
-    monkeypatch.setattr(distill.pre_train, "main", lambda *args: went_on.append(args))
+    monkeypatch.setattr(distill.pre_train, "main", lambda **given: went_on.append(given))
     short = f"--teacher {tmp_path / 'short.pt'} --out_dir out/tiny"
     start(monkeypatch, trained[0], f"{short} --resume")
     assert len(went_on) == 1

@@ -17,6 +17,7 @@ from corpus import idioms, readers
 from engine.checkpoint import load
 from examples.evaluate import make_task
 from examples.evaluate.make_task import Question, pairs, shared
+from settings.flags import read_options
 from tools.huggingface.export import export
 
 FEW = 6  # 背下几道题，就考几道
@@ -121,13 +122,13 @@ def test_the_same_seed_asks_the_same(examinable, folder):
 )
 def test_mistakes_are_one_sentence(args, words):
     with pytest.raises(UserError, match=words):
-        make_task.read_arguments(args)
+        read_options(make_task.Options, args, make_task.USAGE)
 
 
 def test_its_readme_says_what_happens(examinable, folder):
     text = (REPO / "examples/evaluate/README.md").read_text(encoding="utf-8")
     for command in re.findall(r"^python -m examples\.evaluate\.make_task (.*)$", text, re.M):
-        make_task.read_arguments(shlex.split(command))
+        read_options(make_task.Options, shlex.split(command), make_task.USAGE)
     named = {name for line in re.findall(r"--tasks (\S+)", text) for name in line.split(",")}
     made = {path.stem for path in folder.glob("*.yaml")}
     assert named <= made and len(made) == 8

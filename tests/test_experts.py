@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses import loss_of
 from scripts import QUICK, Running, assert_same_run, last_step, metrics, run, run_apart
 
 from config import PRESETS, Config, UserError
@@ -17,10 +18,10 @@ from engine.distributed import World
 from engine.expert_load import ExpertLoad, expert_loads, rebalance
 from engine.shared_row import tie_unused_rows
 from experts import MixtureOfExperts, Routing, has_grouped_mm, mix_by_hand, mix_grouped, route
-from loss import evaluate, loss_sum
+from loss import Loss, evaluate
 from model import FeedForward, Transformer
 from settings.resolve import load_config
-from tools.bench.contestants import Ours
+from tools.bench.ours import Ours
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, n_experts=5, n_active=2,
@@ -192,7 +193,7 @@ def penalty_gradient(
             block.feed_forward.balance_coef = coefficient
         rebalance(model, load)
         for batch in parts:
-            loss_sum(model, batch).backward()
+            loss_of(model, batch).backward()
         grads.append([b.feed_forward.router.weight.grad.clone() for b in model.blocks])
     return [a - b for a, b in zip(*grads, strict=True)]
 
@@ -226,7 +227,7 @@ def test_the_loss_is_that_of_the_language_alone_but_the_gradient_is_not():
     expected = F.cross_entropy(
         logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )
-    torch.testing.assert_close(loss_sum(model, batch), expected)
+    torch.testing.assert_close(loss_of(model, batch), expected)
     uneven = ExpertLoad(torch.tensor([[0.6, 0.1, 0.1, 0.1, 0.1]] * 2), 0.0)
     assert all(g.abs().max() > 1e-3 for g in penalty_gradient(model, [batch], uneven))
     even = ExpertLoad(torch.full((2, 5), 0.2), 0.0)  # 已经均匀：概率之和恒为 1，没有可推的
@@ -239,7 +240,7 @@ def test_pushing_against_the_load_evens_it():
     routers = [b.feed_forward.router.weight for b in model.blocks]
     seen = []
     for _ in range(60):
-        loss_sum(model, batch)
+        loss_of(model, batch)
         load = expert_loads(model, World())
         seen.append(load)
         for p, g in zip(routers, penalty_gradient(model, [batch], load), strict=True):
@@ -272,7 +273,7 @@ def test_how_a_batch_is_divided_changes_neither_load_nor_gradient(sizes):
 def test_the_load_counts_every_choice_once():
     """没有词元被丢掉：算数的词元 × 挑几位 = 各位专家接到的之和。"""
     model, batch = model_of(), batch_of(4)
-    loss_sum(model, batch)
+    loss_of(model, batch)
     counted = int((batch.targets != IGNORE).sum())
     for block in model.blocks:
         sent, probs = block.feed_forward.tally
@@ -312,7 +313,7 @@ def test_words_never_seen_share_a_row_with_experts_too():
     results = []
     for shared in (None, way):
         model.zero_grad()
-        loss = loss_sum(model, batch, shared)
+        loss = loss_of(model, batch, shared)
         loss.backward()
         results.append([loss.detach(), *(b.feed_forward.gate.grad.clone() for b in model.blocks)])
     for x, y in zip(*results, strict=True):
@@ -331,12 +332,12 @@ def test_compiled_experts_on_a_gpu_learn_as_the_readable_ones_do(capfd):
         device = Device(config)
         model = model_of().cuda()
         batch = batch_of(4).to(device.place)
-        fn = compile_if_possible(loss_sum, device)
+        fn = compile_if_possible(Loss(model), device)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
         losses[dtype] = []
         for _ in range(5):
             with device.autocast():
-                loss = fn(model, batch)
+                loss = fn(batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -359,13 +360,14 @@ def test_compiled_evaluation_on_a_gpu_is_the_eager_one(builtin_config, builtin_p
     trainer = Ours(config)
     for _ in range(150):
         trainer.step(1.0)
+    exam, plain = trainer.loop.exam, Loss(trainer.model).eval()
     losses = [
-        evaluate(fn, trainer.model, trainer.val, config.batch_size, 40960, trainer.device)
-        for fn in (trainer.loss_fn, loss_sum)
+        evaluate(loss.eval(), exam.batches, config.batch_size, 40960, trainer.device)
+        for loss in (exam.loss, plain)
     ]
     assert trainer.device.compile
     trainer.device.dtype = torch.float32
-    by_hand = evaluate(loss_sum, trainer.model, trainer.val, 8, 40960, trainer.device)
+    by_hand = evaluate(plain, exam.batches, 8, 40960, trainer.device)
     assert losses == pytest.approx([by_hand] * 2, abs=0.01)
 
 

@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,14 +25,15 @@ from config import N_TOKENS, Config, UserError
 from corpus.shapes import Record
 from corpus.token_file import encode_conversations
 from dataset import SFTBatches
-from engine.checkpoint import Progress, capture, load, read, write
+from engine.checkpoint import capture, load, read, write
 from engine.device import Device
 from engine.distributed import World
+from engine.progress import Progress, RandomNumbers
 from engine.run_folder import RunFolder
 from engine.shared_row import tie_unused_rows
 from generate import Sampling, make_speaker
 from model import Transformer
-from optimizer import build_optimizers
+from optimizer import build_optimizer
 from settings.resolve import load_config
 from tokenizer import CONTROL_TOKENS, Tokenizer
 from tools.huggingface import export as export_module
@@ -68,11 +68,13 @@ def random_model(config=SMALL) -> Transformer:
 
 def save(path: Path, model: Transformer, stage="sft", config=SMALL) -> Path:
     """把模型写成检查点，像训练脚本存下的那样。"""
-    device = Device(config)
-    optimizers = build_optimizers(model, config, device, config.lr)
-    progress = Progress(step=7, tokens=1234, val_loss=3.25, val_bpc=4.5)
-    write(path, capture(stage, config, TOKENIZER, model, optimizers, device, progress, None, 10,
-                        (2, 7), CARD))  # fmt: skip
+    parts = {"model": model, "optimizers": build_optimizer(model, config, config.lr),
+             "progress": Progress(step=7, tokens=1234, val_loss=3.25, val_bpc=4.5),
+             "rng": RandomNumbers()}  # fmt: skip
+    write(path, capture(
+        parts, stage=stage, config=config, tokenizer=TOKENIZER, max_steps=10,
+        device=Device(config).describe(), data=CARD,
+    ))  # fmt: skip
     return path
 
 
@@ -723,20 +725,18 @@ def test_mistakes_end_with_code_two(tmp_path):
      (export_module, ["a.pt", "hf", "more"], "多余的参数 'more'"),
      (import_module, ["nope", "a.pt", "--stage", "rl"], "stage 只能是 auto、pretrain、sft")],
 )  # fmt: skip
-def test_mistakes_are_one_sentence(monkeypatch, tool, args, said):
-    monkeypatch.setattr(sys, "argv", ["tool", *args])
+def test_mistakes_are_one_sentence(tool, args, said):
     with pytest.raises(UserError, match=re.escape(said)):
-        tool.main()
+        tool.main(args)
 
 
 @pytest.mark.parametrize(
     ("tool", "flags"),
     [(export_module, ["overwrite"]), (import_module, ["stage", "preset", "overwrite"])],
 )
-def test_help_names_every_flag(monkeypatch, capsys, tool, flags):
-    monkeypatch.setattr(sys, "argv", ["tool", "--help"])
+def test_help_names_every_flag(capsys, tool, flags):
     with pytest.raises(SystemExit) as leaving:
-        tool.main()
+        tool.main(["--help"])
     assert leaving.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith("用法：python -m tools.")

@@ -4,11 +4,11 @@ import dataclasses
 import importlib
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from losses import loss_of
 from scripts import REPO, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import Config, UserError
 from dataset import Batch
 from engine.shared_row import tie_unused_rows
-from loss import loss_sum
-from model import Block, Transformer
-from tools.lab.laboratory import Laboratory, Run, settings, smooth
+from model import AttentionContext, Block, Transformer
+from tools.bench.flops import training_flops
+from tools.lab.laboratory import Laboratory, Record
+from tools.lab.showing import smooth
 from tools.lab.try_experts import DENSE, EXPERTS, already_seen
 from tools.lab.try_experts import Options as ExpertOptions
-from tools.lab.try_experts import shapes as expert_shapes
 from tools.lab.try_residual import VARIANTS as TORN
 from tools.lab.try_residual import Options as ResidualOptions
 from tools.lab.try_residual import Result as TornResult
@@ -35,7 +35,6 @@ from tools.lab.try_shapes import (
     WIDE,
     block_parameters,
     compare,
-    training_flops,
 )
 from tools.lab.try_shapes import Options as ShapeOptions
 from tools.lab.try_shapes import Result as ShapeResult
@@ -139,20 +138,21 @@ def test_only_the_named_part_is_taken_out():
 def test_torn_block_is_what_it_says(residual, pre_norm):
     torch.manual_seed(0)
     model = Transformer(SMALL)
-    torn = TornBlock(SMALL, residual, pre_norm)
+    torn = TornBlock(SMALL, 0, residual, pre_norm)
     for p in torn.parameters():
         torch.nn.init.normal_(p, std=0.3)
     x = torch.randn(2, T, 32)
-    inputs = (*model.rotary(torch.arange(T)), None, True, None, 0, torch.arange(T))
+    places = torch.arange(T)
+    context = AttentionContext(*model.rotary(places), None, True, places, None)
     y = x if not pre_norm else torn.attention_norm(x)
-    y = torn.attention(y, *inputs) + (x if residual else 0)
+    y = torn.attention(y, context) + (x if residual else 0)
     expected = torn.feed_forward(y if not pre_norm else torn.feed_forward_norm(y))
     expected = expected + (y if residual else 0)
-    torch.testing.assert_close(torn(x, None, *inputs), expected, atol=0, rtol=0)
+    torch.testing.assert_close(torn(x, context), expected, atol=0, rtol=0)
     if residual and pre_norm:
-        block = Block(SMALL)
+        block = Block(SMALL, 0)
         block.load_state_dict(torn.state_dict())
-        assert torch.equal(block(x, None, *inputs), torn(x, None, *inputs))
+        assert torch.equal(block(x, context), torn(x, context))
 
 
 def test_torn_models_start_from_the_same_numbers():
@@ -199,7 +199,7 @@ def test_the_formula_counts_what_pytorch_counts(tiny_lab):
     shared = tie_unused_rows(model, tiny_lab.train_rows.tokens, newborn=True)
     batch = tiny_lab.train_rows.get(range(2))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss_sum(model, batch, shared).backward()
+        loss_of(model, batch, shared).backward()
     counted = counter.get_total_flops() / batch.ids.numel()
     assert training_flops(config, tiny_lab.rows_scored()) == pytest.approx(counted, rel=0.01)
 
@@ -207,11 +207,11 @@ def test_the_formula_counts_what_pytorch_counts(tiny_lab):
 @pytest.fixture(scope="module")
 def tiny_lab(builtin_config, builtin_pretrain) -> Laboratory:
     """一张很小的实验台，语料用整场测试备好的。"""
-    options = ShapeOptions(data_dir=builtin_config.data_dir, device="cpu")
+    options = ShapeOptions(data_dir=builtin_config.data_dir, device="cpu", eval_tokens=256)
     return Laboratory(
-        settings(
-            options, dim=32, n_layers=2, n_heads=1, n_kv_heads=1, hidden_dim=64, max_len=64,
-            seq_len=32, batch_size=2, max_steps=3, eval_tokens=256,
+        options.tiny(
+            dim=32, n_layers=2, n_heads=1, n_kv_heads=1, hidden_dim=64, max_len=64, seq_len=32,
+            batch_size=2, max_steps=3,
         )
     )  # fmt: skip
 
@@ -258,7 +258,7 @@ def test_a_difference_within_the_spread_is_not_a_verdict():
 
 def test_residual_sentences_follow_the_numbers():
     def result(first, last, losses, died=0):
-        run = Run(losses, math.inf if died else losses[-1], died)
+        run = Record(losses, math.inf if died else losses[-1], died)
         return TornResult([1.0, last], {0: [first, last]}, run, 0.02, run, 0.02)
 
     nan = math.nan
@@ -281,7 +281,7 @@ def test_entropy_counts_questions():
 
 def test_the_two_models_of_try_experts_differ_only_where_it_says(tmp_path):
     """每个词元经过的前馈一样宽，学习率、每步的词元也一样。"""
-    kinds = expert_shapes(ExpertOptions(data_dir=str(tmp_path)))
+    kinds = ExpertOptions(data_dir=str(tmp_path)).shapes()
     assert kinds[EXPERTS].active_width() == kinds[DENSE].hidden_dim
     same = [(c.dim, c.n_layers, c.n_heads, c.lr, c.batch_size, c.seq_len) for c in kinds.values()]
     assert len({*same}) == 1
@@ -310,9 +310,14 @@ SHORT = {  # 程序: (参数, 图里该有的字)
 SLOW = ("try_residual", "try_shapes", "try_without")  # 平时走过的三个，已经用到每一样共用的
 
 
+def main_of(program: str):
+    """一个实验的 main。"""
+    return importlib.import_module(f"tools.lab.{program}").main
+
+
 def experiment(folder: Path, program: str, *args: str, code: int = 0):
     """在 folder 里运行一个实验；返回 (stdout, stderr)。"""
-    stdout, stderr = run(folder, f"tools.{program}", *args, code=code)
+    stdout, stderr = run(folder, f"tools.lab.{program}", *args, code=code)
     assert "Warning" not in stderr
     assert "findfont" not in stderr
     return stdout, stderr
@@ -355,9 +360,8 @@ BAD = [
 def test_a_bad_flag_is_one_clear_sentence(program, args, sentence, tmp_path, monkeypatch):
     """在同一个进程里，免得每条都等导入；退出码与印成一句话，由下面两条走真的命令行。"""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [program, *args.split()])
     with pytest.raises(UserError, match=re.escape(sentence)) as error:
-        importlib.import_module(f"tools.{program}").main()
+        main_of(program)(args.split())
     assert "\n" not in str(error.value)
 
 
@@ -375,18 +379,17 @@ def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("program", SHORT)
-def test_help_lists_the_flags(program, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [program, "--help"])
+def test_help_lists_the_flags(program, capsys):
     with pytest.raises(SystemExit):
-        importlib.import_module(f"tools.{program}").main()
-    assert f"用法：python -m tools.{program} " in (shown := capsys.readouterr().out)
+        main_of(program)(["--help"])
+    assert f"用法：python -m tools.lab.{program} " in (shown := capsys.readouterr().out)
     assert "--out" in shown
 
 
 def test_every_experiment_is_documented_with_its_picture():
     text = (REPO / "docs/experiments.md").read_text(encoding="utf-8")
-    for path in (REPO / "tools").glob("try_*.py"):
-        assert f"`python -m tools.{path.stem}`" in text
+    for path in (REPO / "tools/lab").glob("try_*.py"):
+        assert f"`python -m tools.lab.{path.stem}`" in text
         assert f"(pictures/{path.stem}.svg)" in text
         picture = (REPO / f"docs/pictures/{path.stem}.svg").read_text(encoding="utf-8")
         assert SHORT[path.stem][1] in picture

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from config import PRESETS, Config
 from microscope import anatomy, hooks, leave_one_out, logit_lens, look
-from model import Transformer, attend_by_hand
+from model import AttentionContext, Transformer, attend_by_hand
 
 SHAPE = Config(
     dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=48, max_len=24, vocab_size=21248
@@ -185,10 +185,10 @@ def test_the_experts_shown_are_the_experts_used(model, view, shape):
     with torch.no_grad():
         for n, block in enumerate(model.blocks):
             layer = block.feed_forward
-            middle = view.residual[n][None] + block.attention(
-                block.attention_norm(view.residual[n][None]), *model.rotary(torch.arange(len(IDS))),
-                None, True, None, n, None,
-            )  # fmt: skip
+            places = torch.arange(len(IDS))
+            context = AttentionContext(*model.rotary(places), None, True, places, None)
+            before = view.residual[n][None]
+            middle = before + block.attention(block.attention_norm(before), context)
             x = block.feed_forward_norm(middle)[0]
             best = (x @ layer.router.weight.T).topk(2).indices
             assert (view.experts[n].gather(1, best) > 0).all()

@@ -28,7 +28,8 @@ if missing:
 
 import openai  # noqa: E402
 
-from examples.serve.ask import Options, answer, main, read_arguments  # noqa: E402
+from examples.serve.ask import USAGE, Options, answer, main  # noqa: E402
+from settings.flags import read_options  # noqa: E402
 
 pytestmark = pytest.mark.doors
 WHERE = "它出自哪里？"
@@ -206,7 +207,7 @@ def test_what_is_no_such_service_is_one_sentence(replies, monkeypatch):
 )
 def test_mistakes_are_named(args, words):
     with pytest.raises(UserError, match=words):
-        read_arguments(args)
+        read_options(Options, args, USAGE)
 
 
 def test_the_commands_in_its_readme_are_understood():
@@ -214,4 +215,4 @@ def test_the_commands_in_its_readme_are_understood():
     commands = re.findall(r"^python -m examples\.serve\.ask(.*)$", text, re.M)
     assert len(commands) == 3
     for command in commands:
-        read_arguments(shlex.split(command, comments=True))
+        read_options(Options, shlex.split(command, comments=True), USAGE)

@@ -7,19 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from losses import loss_of
 
 from config import Config, UserError
 from dataset import IGNORE, Batch
 from engine import device as training
-from engine.checkpoint import Progress
 from engine.device import Device, compile_if_possible
 from engine.distributed import World
 from engine.metrics import Metrics
+from engine.progress import Progress
 from engine.shared_row import tie_unused_rows
-from loss import evaluate, loss_sum
+from loss import Loss, evaluate
 from model import Transformer
-from optimizer import build_optimizers
-from settings.resolve import load_config, repeat_flags
+from optimizer import build_optimizer
+from settings.resolve import Origin, load_config, repeat_flags
 
 # 词表必须装得下分词器，其余尽量小。
 SMALL = Config(
@@ -53,7 +54,9 @@ def test_the_next_command_repeats_what_it_needs():
     assert repeat_flags(config, origins) == " --preset tiny --out_dir 'out/my run' --no-compile"
     assert repeat_flags(*load_config("pretrain", ["--device", "cpu"])) == " --device cpu"
     config, origins = load_config("pretrain", ["--out_dir", "out/x"])
-    config.preset, origins["preset"], origins["device"] = "deep", "检查点", "检查点"
+    config.preset, origins["preset"], origins["device"] = (
+        "deep", Origin.CHECKPOINT, Origin.CHECKPOINT,
+    )  # fmt: skip
     assert repeat_flags(config, origins) == " --preset deep --out_dir out/x"  # 接着练的
 
 
@@ -62,13 +65,13 @@ def test_uneven_masks_accumulated_equal_one_large_batch(model):
     parts = [batch_of(2, supervised=s, seed=i) for i, s in enumerate((1.0, 0.1, 0.6))]
     whole = Batch(torch.cat([p.ids for p in parts]), torch.cat([p.targets for p in parts]))
     count = int((whole.targets != IGNORE).sum())
-    loss = loss_sum(model, whole) / count
+    loss = loss_of(model, whole) / count
     loss.backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     total = 0.0
     for part in parts:
-        piece = loss_sum(model, part) / count
+        piece = loss_of(model, part) / count
         piece.backward()
         total += piece.item()
     assert total == pytest.approx(loss.item(), rel=1e-6)
@@ -85,7 +88,7 @@ def test_loss_is_the_mean_negative_log_probability_of_the_counted_targets(model)
         for t in range(8)
         if batch.targets[b, t] != IGNORE
     )
-    assert loss_sum(model, batch).item() == pytest.approx(expected, rel=1e-5)
+    assert loss_of(model, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 def shared_of(model, newborn=True):
@@ -99,7 +102,7 @@ def test_sharing_a_row_gives_the_loss_and_the_gradients_of_the_whole_softmax(mod
     batch = batch_of(4, supervised=0.5)
     losses, gradients = [], []
     for way in (None, shared):
-        loss = loss_sum(model, batch, way)
+        loss = loss_of(model, batch, way)
         loss.backward()
         losses.append(loss.item())
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
@@ -123,7 +126,7 @@ def test_sharing_a_row_is_exact_in_half_precision_too(model):
     with torch.autocast("cpu", torch.bfloat16):
         for way in (None, shared):
             batch = batch_of(4)
-            losses.append(loss_sum(model, batch, way).item() / batch.targets.numel())
+            losses.append(loss_of(model, batch, way).item() / batch.targets.numel())
     assert losses[1] == pytest.approx(losses[0], abs=2e-3)
 
 
@@ -135,14 +138,13 @@ def test_training_with_a_shared_row_ends_where_training_every_row_ends(model, sc
     ends = []
     for way in (None, shared):
         model.load_state_dict(start)
-        optimizers = build_optimizers(model, SMALL, Device(SMALL), 0.01)
+        optimizer = build_optimizer(model, SMALL, 0.01)
+        if way:
+            way.follow(optimizer.adamw, model.embedding.weight)
         for step in range(5):
-            (scale * loss_sum(model, batch_of(4, seed=step), way)).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            if way:
-                way.spread(model.embedding.weight)
+            (scale * loss_of(model, batch_of(4, seed=step), way)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
         ends.append({name: value.clone() for name, value in model.state_dict().items()})
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, atol=1e-4, rtol=1e-3)
@@ -176,7 +178,7 @@ class Rows:
 
 
 def test_evaluation_counts_every_row_once_whatever_the_batch_size(model):
-    results = [evaluate(loss_sum, model, Rows(), size, 1000, Device(SMALL)) for size in (1, 5, 3)]
+    results = [evaluate(Loss(model), Rows(), size, 1000, Device(SMALL)) for size in (1, 5, 3)]
     assert results[0] == pytest.approx(results[1], rel=1e-6)
     assert results[0] == pytest.approx(results[2], rel=1e-6)  # 5 行分两批，最后一批凑数
 
@@ -192,7 +194,7 @@ def test_a_partial_evaluation_uses_the_same_rows_every_time_from_all_over_the_fi
             return super().get(rows)
 
     for _ in range(2):
-        evaluate(loss_sum, model, Recording(), 10, 10 * 8, Device(SMALL))
+        evaluate(Loss(model), Recording(), 10, 10 * 8, Device(SMALL))
     assert seen[0] == seen[1]
     assert len(set(seen[0])) == 10
     assert max(seen[0]) > 50
@@ -231,7 +233,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):
     device = Device(Config(device="cpu"))
     assert not device.compile
     assert any("编译器" in note for note in device.notes)
-    assert compile_if_possible(loss_sum, device) is loss_sum
+    assert compile_if_possible(loss_of, device) is loss_of
 
 
 def test_a_failing_compiler_falls_back_to_plain_execution(monkeypatch, capsys, tmp_path):
@@ -263,11 +265,11 @@ def test_what_the_compiler_refuses_runs_uncompiled(capsys):
 def test_bf16_autocast_trains_to_nearly_the_same_gradients(model):
     """没有 bf16 指令的机器也能核对那条路：同样的一批，半精度的梯度与 fp32 的方向一致。"""
     batch = batch_of(2)
-    loss_sum(model, batch).backward()
+    loss_of(model, batch).backward()
     exact = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
     with Device(replace(SMALL, dtype="bfloat16")).autocast():
-        loss_sum(model, batch).backward()
+        loss_of(model, batch).backward()
     rounded = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
@@ -276,11 +278,11 @@ def test_bf16_autocast_trains_to_nearly_the_same_gradients(model):
 @pytest.mark.gpu
 def test_compiled_bf16_loss_on_the_gpu_is_close_to_fp32(model):
     batch = batch_of(4)
-    expected = loss_sum(model, batch).item()
+    expected = loss_of(model, batch).item()
     device = Device(Config(device="cuda"))
-    fn = compile_if_possible(loss_sum, device)
+    fn = compile_if_possible(Loss(model.cuda()), device)
     with device.autocast():
-        found = fn(model.cuda(), batch.to(device.place)).item()
+        found = fn(batch.to(device.place)).item()
     assert found == pytest.approx(expected, rel=0.02)
 
 

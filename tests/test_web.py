@@ -20,7 +20,8 @@ from generate import Sampling, make_speaker
 from microscope import leave_one_out, look
 from model import Transformer
 from tokenizer import Tokenizer
-from tools.explain import __main__ as explain
+from tools.explain.facts import examine
+from tools.explain.page import page as explain_page
 from tools.web import actions
 
 TOKENIZER = Tokenizer()
@@ -522,7 +523,7 @@ def test_the_page_of_a_mixture_of_experts(browser, tmp_path):
     ids = speaker.prompt("守株待兔")
     experts = look(model, ids).experts
     path = tmp_path / "experts.html"
-    path.write_text(explain.page(explain.examine(speaker, ids), 2), encoding="utf-8")
+    path.write_text(explain_page(examine(speaker, ids), 2), encoding="utf-8")
     page = browser.new_page()
     page.goto(path.as_uri())
     cells = page.locator("#experts td").all_inner_texts()

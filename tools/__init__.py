@@ -1,0 +1,9 @@
+"""带在身边的工具，一个文件夹一样；不用它们也能训练和聊天。
+
+python -m tools.explain "文字"      看进模型里去               explain/
+python -m tools.web                 本地的网页                 web/
+python -m tools.draw 图名           课里的八张图               draw/
+python -m tools.bench               测速                       bench/
+python -m tools.lab.try_residual    实验，共六个               lab/
+python -m tools.export、import_hf   与 Hugging Face 往来       huggingface/
+"""

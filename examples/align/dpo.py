@@ -27,14 +27,23 @@ from examples.align.measure import (
     trl_settings,
 )
 from examples.align.questions import Question, ask, score, training_entries
-from examples.common import check_installed, load_folder, read_options, save_folder, write_answers
+from examples.common import (
+    Folders,
+    check_installed,
+    load_folder,
+    read_arguments,
+    save_folder,
+    write_answers,
+)
 from settings.flags import run_script
 from tools.lab.check_answers import unseen_entries
 
 
 @dataclass
-class Options:
+class Options(Folders):
     """命令行参数。"""
+
+    may_be_zero = ("seed", "sft_weight")
 
     n_train: int = option(1500, "问多少个训练过的成语；答得不合格的才用", "个")
     n_test: int = option(300, "用多少个没见过的成语来考", "个")
@@ -59,7 +68,7 @@ class Pair:
 def main() -> None:
     """造出一对对回答，考一次，练，再考一次。"""
     # ---------- 1. 模型与一对对回答 ----------
-    source, target, options = read_options(Options, "examples.align.dpo", ("sft_weight",))
+    source, target, options = read_arguments(Options, "examples.align.dpo")
     check_installed("align", "datasets", "trl")
     model, tokenizer, noted = load_folder(source)
     reference = frozen_copy(model)

@@ -12,18 +12,20 @@
 
 from dataclasses import dataclass
 
-from config import UserError, option
+from config import option
 from examples.align.measure import Exam, frozen_copy, still_a_model, tell_progress, trl_settings
 from examples.align.questions import Question, ask, score, training_entries
-from examples.common import check_installed, load_folder, read_options, save_folder
+from examples.common import Folders, check_installed, load_folder, read_arguments, save_folder
 from settings.flags import run_script
 from tokenizer import Tokenizer
 from tools.lab.check_answers import unseen_entries
 
 
 @dataclass
-class Options:
+class Options(Folders):
     """命令行参数。"""
+
+    may_be_zero = ("seed", "beta")
 
     steps: int = option(40, "练几步", "步")
     n_test: int = option(120, "用多少个没见过的成语来考", "个")
@@ -35,13 +37,16 @@ class Options:
     seed: int = option(42, "随机种子")
     overwrite: bool = option(False, "结果的文件夹里已有一个模型时，换掉它")
 
+    def problems(self) -> list[str]:
+        """同 `Folders.problems`，加上 tries。"""
+        once = "--tries 至少是 2：同一个问题答几次，才比得出哪次好，得到的是 1"
+        return super().problems() + ([once] if self.tries == 1 else [])
+
 
 def main() -> None:
     """考一次，练，再考一次，把两次的回答并排印几个。"""
     # ---------- 1. 模型与考卷 ----------
-    source, target, options = read_options(Options, "examples.align.grpo", ("beta",))
-    if options.tries < 2:
-        raise UserError("--tries 至少是 2：同一个问题答几次，才比得出哪次好，得到的是 1")
+    source, target, options = read_arguments(Options, "examples.align.grpo")
     check_installed("align", "datasets", "trl")
     model, tokenizer, noted = load_folder(source)
     unseen = ask(unseen_entries(options.n_test, noted.val_fraction))

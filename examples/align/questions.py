@@ -2,11 +2,11 @@
 
     Question       一个问题：问法、种类、成语、词典的回答
     ask            一批词条 -> 一批问题
-    training_entries / tools.check_answers.unseen_entries   练的与没见过的成语
+    training_entries / tools.lab.check_answers.unseen_entries   练的与没见过的成语
     rules          一个回答守了哪几条规矩
     score          守了几成
 
-问法与「样子对」的规矩取自 tools.check_answers；那里用最稳的写法，几乎总是对，已经没有可练的，
+问法与「样子对」的规矩取自 tools.lab.check_answers；那里用最稳的写法，几乎总是对，已经没有可练的，
 所以这里另加几条，而且按模型自己的概率抽签（温度 1）。词典自己的回答，每一类都有 97% 以上合格。
 """
 

@@ -11,9 +11,9 @@
 τ 是温度：老师与学生的打分都先除以它再做 softmax，小的概率便看得清些。除以 τ 使梯度缩到大约 1/τ²，
 所以乘回来。α = 0 就是没有老师的训练，逐位相同。
 
-数据、优化器、循环、检查点都是 pre_train.py 的，一样也没有另写，只换了损失；它的参数这里都能用。
+数据、优化器、循环、检查点都是 pre_train.py 的，一样也没有另写，只换了怎样评判；它的参数这里都能用。
 
-图例：B 批次，T 词元数，C 宽度，V 词表大小，R 学生算打分的列数（training.SharedRow）。
+图例：B 批次，T 词元数，C 宽度，V 词表大小，R 学生算打分的列数（engine/shared_row.py）。
 """
 
 import shlex
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import pre_train
 from config import Config, UserError, option
@@ -32,11 +32,12 @@ from dataset import IGNORE, Batch
 from engine.checkpoint import load, summary
 from engine.device import Device
 from engine.distributed import World
+from engine.run import Run
 from engine.shared_row import SharedRow
-from loss import cross_entropy, loss_sum
+from loss import Loss, cross_entropy
 from model import Transformer
 from settings.flags import help_text, parse_flags, run_script
-from settings.resolve import load_config
+from settings.resolve import Origin, load_config
 from tokenizer import Tokenizer
 
 PROGRAM = "examples.distill.distill"
@@ -78,25 +79,6 @@ class Teacher:
         self.alpha, self.temperature = options.alpha, options.temperature
         self.table: tuple[Tensor, Tensor] | None = None
 
-    def loss_sum(self, model: nn.Module, batch: Batch, shared: SharedRow | None = None) -> Tensor:
-        """代替 training.loss_sum：训练时听老师的；检验时不听，数便与没有老师的可以比。"""
-        if not torch.is_grad_enabled():
-            return loss_sum(model, batch, shared)
-        table, bias = self.score_table(shared)
-        teacher = self.log_probs(batch, table, bias, shared)
-        tau = self.temperature
-
-        def criterion(logits: Tensor, targets: Tensor) -> Tensor:
-            """学生的打分 (B, T, R) -> 两种损失合起来。"""
-            soft = logits.float() / tau
-            if shared is not None:  # n 个相同的打分除以 τ 之后还是 n 个：ln n 不跟着除
-                soft = soft + (1 - 1 / tau) * shared.bias
-            kl = divergence(soft.log_softmax(-1), teacher, targets)
-            hard = cross_entropy(logits, targets)
-            return (1 - self.alpha) * hard + self.alpha * tau**2 * kl
-
-        return loss_sum(model, batch, shared, criterion)
-
     @torch.no_grad()  # 不用 inference_mode：反向要用老师的概率，而那样得到的张量不让反向用
     def log_probs(
         self, batch: Batch, table: Tensor, bias: Tensor, shared: SharedRow | None
@@ -131,6 +113,27 @@ class Teacher:
                 bias = torch.cat([table.new_zeros(len(alone)), counts.to(table.dtype).log()])
                 self.table = torch.cat([table[alone], rows]), bias
         return self.table
+
+
+class TaughtLoss(Loss):
+    """听老师的损失：训练时听，检验时不听，数便与没有老师的可以比。"""
+
+    def __init__(self, model: Transformer, teacher: Teacher):
+        super().__init__(model)
+        self.teacher = teacher
+
+    def judge(self, batch: Batch, logits: Tensor, targets: Tensor) -> Tensor:
+        """学生的打分 (B, T, R) -> 两种损失合起来。"""
+        hard = cross_entropy(logits, targets)
+        if not self.training:
+            return hard
+        shared, alpha, tau = self.shared_row, self.teacher.alpha, self.teacher.temperature
+        teacher = self.teacher.log_probs(batch, *self.teacher.score_table(shared), shared)
+        soft = logits.float() / tau
+        if shared is not None:  # n 个相同的打分除以 τ 之后还是 n 个：ln n 不跟着除
+            soft = soft + (1 - 1 / tau) * shared.bias
+        kl = divergence(soft.log_softmax(-1), teacher, targets)
+        return (1 - alpha) * hard + alpha * tau**2 * kl
 
 
 # ---------- 2. 命令行与老师 ----------
@@ -195,23 +198,36 @@ def load_teacher(path: Path, config: Config) -> Transformer:
     return model
 
 
-def main() -> None:
+class Distillation(Run):
+    """pre_train.py 的一次训练，只是损失换成听老师的。"""
+
+    def __init__(self, argv: list[str], teacher: Teacher, program: str):
+        super().__init__("pretrain", argv, program)
+        self.teacher = teacher
+
+    def parallel(self, loss: Loss):
+        """同 `Run.parallel`，先把损失换掉。"""
+        return super().parallel(TaughtLoss(loss.model, self.teacher))
+
+
+def main(argv: list[str] | None = None) -> None:
     """请来老师，其余的交给 pre_train.py。"""
-    if {"--help", "-h"} & set(sys.argv[1:]):
+    argv = sys.argv[1:] if argv is None else argv
+    if {"--help", "-h"} & set(argv):
         print(help_text(Options, f"用法：python -m {PROGRAM} [--参数 值 …]"))
         print("接着练（--resume）时，以上三个要再写一遍；中断时印出的命令里都有。")
         print("其余的参数与预训练的相同：python pre_train.py --help")
         return
-    mine, rest = split_flags(sys.argv[1:])
+    mine, rest = split_flags(argv)
     options = read_options(mine)
     # 学生默认是 tiny，不写进没有老师的那一个的目录；接着练时，大小听检查点的。
     argv = ["--out_dir=out/distill", *([] if "--resume" in rest else ["--preset=tiny"]), *rest]
-    config, origins = load_config("pretrain", argv)
-    if origins["batch_size"] == "auto":
+    config, origins = load_config("pretrain", argv)  # 先看老师教得了教不了，再去碰输出的目录
+    if origins["batch_size"] is Origin.TRIED:
         raise UserError("试 batch_size 时没有算上老师占的显存；请写一个数，例如 --batch_size 8")
     student = config
     if config.resume:
-        with suppress(UserError):  # 没有的、坏了的，pre_train.py 会说
+        with suppress(UserError):  # 没有的、坏了的，接着会说
             _, student, _ = load(Path(config.out_dir) / "pretrain.pt", Tokenizer())
     model = load_teacher(Path(options.teacher), student)
     teacher = Teacher(model.to(Device(config, World()).place), options)
@@ -220,7 +236,7 @@ def main() -> None:
         f"温度 τ = {options.temperature:g}"
     )
     program = shlex.join(["-m", PROGRAM, *(f"--{k}={v}" for k, v in vars(options).items())])
-    pre_train.main(argv, teacher.loss_sum, program)
+    pre_train.main(run=Distillation(argv, teacher, program))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from config import Config, UserError, option
 from corpus import idioms
 from corpus.readers import ReadLog
 from corpus.token_file import is_held_out
-from settings.flags import help_text, is_text, parse_flags, run_script
+from settings.flags import read_options, run_script, word
 from tokenizer import CONTROL_TOKENS, Tokenizer
 
 N_CHOICES = 4
@@ -35,14 +35,24 @@ FORMS = {  # 名字: 问法，与训练时的样子相同
     "document": CONTROL_TOKENS[0] + "{}：",  # 预训练：一篇词条的开头
     "chat": idioms.MEANING[0],  # 微调：一句提问，套上模型自己的对话模板（--apply_chat_template）
 }
+USAGE = "用法：python -m examples.evaluate.make_task 目录 [--参数 值 …]"
 
 
 @dataclass
 class Options:
     """命令行参数。"""
 
+    folder: str = word(
+        "目录", "请先写题目放在哪个目录，例如：python -m examples.evaluate.make_task out/evaluate"
+    )
     val_fraction: float = option(Config.val_fraction, "训练时留出的比例，须与检查点的相同")
     seed: int = option(0, "决定干扰项与次序")
+
+    def problems(self) -> list[str]:
+        """不能用的值，一条一句。"""
+        if 0 < self.val_fraction < 0.5:
+            return []
+        return [f"--val_fraction 必须在 0 与 0.5 之间，得到的是 {self.val_fraction}"]
 
 
 @dataclass
@@ -62,7 +72,8 @@ class Question:
 
 def main() -> None:
     """选出能考的成语，出题，写进目录；不看题也能对多少，一并报告。"""
-    folder, options = read_arguments(sys.argv[1:])
+    options = read_options(Options, sys.argv[1:], USAGE)
+    folder = Path(options.folder)
     entries, dropped = examinable(options.val_fraction)
     reasons = "；".join(f"{reason} {n}" for reason, n in dropped.items())
     print(f"能考的成语 {len(entries)} 个，去掉 {sum(dropped.values())} 个：{reasons}")
@@ -76,25 +87,6 @@ def main() -> None:
         path = folder / f"{task['task']}.yaml"
         path.write_text(yaml.safe_dump(task, allow_unicode=True, sort_keys=False), "utf-8")
     print(f"写好 {folder}；怎样考，见 examples/evaluate/README.md")
-
-
-def read_arguments(argv: list[str]) -> tuple[Path, Options]:
-    """命令行 -> 写到哪个目录，与各项参数。"""
-    if "--help" in argv or "-h" in argv:
-        usage = "用法：python -m examples.evaluate.make_task 目录 [--参数 值 …]"
-        print(help_text(Options, usage))
-        raise SystemExit(0)
-    if not argv or argv[0].startswith("--") or not argv[0].strip() or not is_text(argv[0]):
-        raise UserError(
-            "请先写题目放在哪个目录，例如：python -m examples.evaluate.make_task out/evaluate"
-        )
-    problems: list[str] = []
-    options = Options(**parse_flags(Options, argv[1:], problems))
-    if not 0 < options.val_fraction < 0.5:
-        problems.append(f"--val_fraction 必须在 0 与 0.5 之间，得到的是 {options.val_fraction}")
-    if problems:
-        raise UserError("；".join(problems))
-    return Path(argv[0]), options
 
 
 # ---------- 1. 哪些成语能考 ----------

@@ -27,12 +27,13 @@ from corpus import readers
 from corpus.token_file import is_held_out
 from dataset import IGNORE, SFTBatches, rows_of_step
 from examples.common import (
+    Folders,
     Messages,
     answer_loss,
     check_installed,
     held_out_loss,
     load_folder,
-    read_options,
+    read_arguments,
     save_folder,
     sft_batches,
     write_answers,
@@ -46,7 +47,7 @@ ASKED = 200  # 自己的问答，每次检验至多各问多少段
 
 
 @dataclass
-class Options:
+class Options(Folders):
     """命令行参数。"""
 
     data: str = option(
@@ -63,15 +64,16 @@ class Options:
     seed: int = option(42, "随机种子")
     overwrite: bool = option(False, "结果的文件夹里已有一个模型时，换掉它")
 
+    def problems(self) -> list[str]:
+        """同 `Folders.problems`，加上 data。"""
+        mine = "--data 要的是自己的问答；例如 --data my.jsonl；内置的词典本来就陪着读（--replay）"
+        return super().problems() + ([mine] if self.data == "builtin" else [])
+
 
 def main() -> None:
     """读模型与问答，加上窄路，训练，合并；之前与之后各检验一遍。"""
     # ---------- 1. 模型，自己的问答，还有不该忘掉的词典 ----------
-    source, target, options = read_options(Options, "examples.lora.train")
-    if options.data == "builtin":
-        raise UserError(
-            "--data 要的是自己的问答；例如 --data my.jsonl；内置的词典本来就陪着读（--replay）"
-        )
+    source, target, options = read_arguments(Options, "examples.lora.train")
     check_installed("lora", "peft")
     model, tokenizer, noted = load_folder(source)
     seq_len = min(256, noted.max_len)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from config import UserError, option
-from settings.flags import help_text, is_text, parse_flags, run_script
+from settings.flags import read_options, run_script, words
 
 if TYPE_CHECKING:
     import openai
 
+USAGE = "用法：python -m examples.serve.ask [问题 …] [--参数 值 …]"
 Turn = dict[str, str]  # {"role": "user" 或 "assistant", "content": 说的话}
 
 
@@ -25,15 +26,29 @@ Turn = dict[str, str]  # {"role": "user" 或 "assistant", "content": 说的话}
 class Options:
     """命令行参数。"""
 
+    questions: tuple[str, ...] = words("问题")
     url: str = option("http://127.0.0.1:8000/v1", "服务的地址")
     temp: float | None = option(None, "温度，0 表示总选最可能的；默认由导出的文件夹决定")
     max: int = option(200, "一次最多写多少", "词元")
     rounds: int = option(4, "最多带上前几轮问答；太多，就超过模型能看的上下文", "轮")
 
+    def problems(self) -> list[str]:
+        """不能用的值，一条一句。"""
+        found = []
+        if not self.url.startswith(("http://", "https://")):
+            found.append(f"--url 要以 http:// 或 https:// 开头，得到的是 {self.url!r}")
+        if self.temp is not None and not 0 <= self.temp <= 10:
+            found.append(f"--temp 要在 0 与 10 之间，得到的是 {self.temp}")
+        if self.max < 1:
+            found.append(f"--max 至少是 1，得到的是 {self.max}")
+        if self.rounds < 0:
+            found.append(f"--rounds 不能是负数，得到的是 {self.rounds}")
+        return found
+
 
 def main() -> None:
     """逐句提问，边收边印；每一句都带上前几轮。"""
-    questions, options = read_arguments(sys.argv[1:])
+    options = read_options(Options, sys.argv[1:], USAGE)
     try:
         import openai
     except ModuleNotFoundError as error:
@@ -45,7 +60,7 @@ def main() -> None:
     try:
         client = openai.OpenAI(base_url=options.url, api_key="none", max_retries=0)
         model = client.models.list().data[0].id
-        for text in questions or typed():
+        for text in options.questions or typed():
             if not text.strip():
                 continue
             remembered = turns[-2 * options.rounds :] if options.rounds else []
@@ -68,27 +83,6 @@ def main() -> None:
     # 不是这种服务的：给的是网页，或者 JSON 里没有该有的。
     except (openai.OpenAIError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{options.url} 的服务答不了（{error}）；请看服务那边的输出") from error
-
-
-def read_arguments(argv: list[str]) -> tuple[list[str], Options]:
-    """命令行 -> 写在前面的问题（可以没有），与各项参数。"""
-    if "--help" in argv or "-h" in argv:
-        print(help_text(Options, "用法：python -m examples.serve.ask [问题 …] [--参数 值 …]"))
-        raise SystemExit(0)
-    n = next((i for i, text in enumerate(argv) if text.startswith("--")), len(argv))
-    problems = [f"问题不是 UTF-8：{text!r}" for text in argv[:n] if not is_text(text)]
-    options = Options(**parse_flags(Options, argv[n:], problems))
-    if not options.url.startswith(("http://", "https://")):
-        problems.append(f"--url 要以 http:// 或 https:// 开头，得到的是 {options.url!r}")
-    if options.temp is not None and not 0 <= options.temp <= 10:
-        problems.append(f"--temp 要在 0 与 10 之间，得到的是 {options.temp}")
-    if options.max < 1:
-        problems.append(f"--max 至少是 1，得到的是 {options.max}")
-    if options.rounds < 0:
-        problems.append(f"--rounds 不能是负数，得到的是 {options.rounds}")
-    if problems:
-        raise UserError("；".join(problems))
-    return argv[:n], options
 
 
 def typed() -> Iterator[str]:

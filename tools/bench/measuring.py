@@ -1,7 +1,7 @@
 """测量：参赛者各住一个进程，轮流上场；结果是中位数与最小–最大，连同这台机器的说明。
 
 Contestant       一个参赛者的进程
-take_turns       几个参赛者轮流干活，各干几遍
+take_turns       几个参赛者轮流干活，各干几遍；compete 干完就离开
 Row, to_markdown 一行结果，一张表
 machine          机器、版本、提交
 matmul_peak      这台机器做矩阵乘法最快有多快
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from chat.numbers import measured
 from config import UserError
 from engine.device import cpu_has_bf16
 
@@ -79,6 +80,12 @@ class Contestant:
         self.process.join(10)
         self.process.kill()
         self.process.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.leave()
 
     def _receive(self):
         try:
@@ -142,6 +149,14 @@ def take_turns(contestants: dict[str, Contestant], repeats: int) -> dict[str, li
     return results
 
 
+def compete(contestants: dict[str, Contestant], repeats: int) -> dict[str, list]:
+    """同 `take_turns`，干完就离开。"""
+    found = take_turns(contestants, repeats)
+    for contestant in contestants.values():
+        contestant.leave()
+    return found
+
+
 def rates(found: list) -> list[float]:
     """每一份活的速度：干了多少 / 秒。"""
     return [(len(r) if isinstance(r, list) else r) / seconds for r, seconds in found]
@@ -165,19 +180,10 @@ class Row:
         """中位数（最小–最大）。"""
         if not self.values:
             return "没有测量"
-        middle = readable(statistics.median(self.values))
+        middle = measured(statistics.median(self.values))
         if len(self.values) == 1:
             return f"{middle} {self.unit}"
-        return f"{middle}（{readable(min(self.values))}–{readable(max(self.values))}）{self.unit}"
-
-
-def readable(value: float) -> str:
-    """三到四位有效数字，大数加千分位。"""
-    if value == 0 or not math.isfinite(value):
-        return str(value)
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+        return f"{middle}（{measured(min(self.values))}–{measured(max(self.values))}）{self.unit}"
 
 
 def ratios(a: list[float], b: list[float]) -> list[float]:

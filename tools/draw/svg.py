@@ -19,6 +19,10 @@ SVG = {  # matplotlib 的设置
 }  # fmt: skip
 
 
+BLUE, ORANGE, GREEN, GREY = "#2f6db3", "#d9772b", "#3c8d5a", "#9aa0a6"  # 课里的图用的颜色
+SOFT = {BLUE: "#d7e6f6", ORANGE: "#fbe3cf", GREEN: "#d5ecdd", GREY: "#eceef0"}  # 各自的浅色
+
+
 @contextmanager
 def quiet_about_fonts() -> Iterator[None]:
     """画图的机器上缺哪种字体，matplotlib 不必说：它只是量不准字的宽度，图照样是对的。"""

@@ -22,10 +22,10 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from config import N_TOKENS, PRESETS, SHAPE, Config, UserError, option
-from engine.checkpoint import FORMAT, SCRIPTS, Progress, build_model, versions, write
+from engine.checkpoint import FORMAT, SCRIPTS, build_model, versions, write
+from engine.progress import Progress
 from model import Transformer
 from settings.check import check_types, check_values
-from settings.flags import run_script
 from settings.resolve import fill_in
 from tokenizer import Tokenizer
 from tools.huggingface.export import KEY
@@ -65,9 +65,9 @@ class Options:
     overwrite: bool = option(False, "检查点已经有了时，换掉它")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """读命令行，导入，说接下来做什么。"""
-    folder, path, options = arguments(Options, sys.argv[1:], USAGE)
+    folder, path, options = arguments(Options, sys.argv[1:] if argv is None else argv, USAGE)
     stage = import_folder(folder, path, options)
     chat = {"pretrain": "pre_chat.py", "sft": "sft_chat.py"}[stage]
     where = shlex.quote(str(path))
@@ -291,13 +291,9 @@ def first(names: set) -> str:
 def pad(table: Tensor, n_rows: int) -> Tensor:
     """词嵌入 (N_TOKENS, C) -> (n_rows, C)：补上的都照抄重复最多的那一行。
 
-    语料里从没出现过的词元合用一行（见 `training.SharedRow`），补齐词表用的原本也在其中；
+    语料里从没出现过的词元合用一行（见 `engine.shared_row.SharedRow`），补齐词表用的原本也在其中；
     抄回来，微调时才认得出它们可以合用。没有哪行重复的，抄 [unused1] 的：它从不是答案。
     """
     rows, counts = table.unique(dim=0, return_counts=True)
     fill = rows[counts.argmax()] if counts.max() > 1 else table[1]
     return torch.cat([table, fill.expand(n_rows - len(table), -1)])
-
-
-if __name__ == "__main__":
-    run_script(main)

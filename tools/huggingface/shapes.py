@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, UserError
-from settings.flags import check_choices, help_text, is_text, parse_flags
+from settings.flags import is_text, read_options
 
 # 我们的配置 -> transformers 的配置。
 SHAPE = {
@@ -153,18 +153,15 @@ def arguments(cls: type, argv: list[str], usage: str) -> tuple[Path, Path, objec
     Raises:
         UserError: 少了路径，或者参数不对。
     """
-    if "--help" in argv or "-h" in argv:
-        print(help_text(cls, f"用法：{usage}"))
-        raise SystemExit(0)
+    usage_line = f"用法：{usage}"
+    if {"--help", "-h"} & {*argv}:
+        return Path(), Path(), read_options(cls, argv, usage_line)
     paths = argv[:2]
     if len(paths) < 2 or any(not path.strip() or path.startswith("--") for path in paths):
-        raise UserError(f"要先写两个路径：从哪里、到哪里；用法：{usage}")
-    problems = [f"路径不是 UTF-8：{path!r}" for path in paths if not is_text(path)]
-    options = cls(**parse_flags(cls, argv[2:], problems))
-    check_choices(options, problems)
-    if problems:
-        raise UserError("；".join(problems))
-    return Path(paths[0]), Path(paths[1]), options
+        raise UserError(f"要先写两个路径：从哪里、到哪里；{usage_line}")
+    if broken := [f"路径不是 UTF-8：{path!r}" for path in paths if not is_text(path)]:
+        raise UserError("；".join(broken))
+    return Path(paths[0]), Path(paths[1]), read_options(cls, argv[2:], usage_line)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """微调之后，问几十个从没见过的成语：回答的样子对不对？
 
-    python -m tools.check_answers                                     默认的 out/tiny/sft.pt
-    python -m tools.check_answers --checkpoint out/wide/sft.pt --n 200
+    python -m tools.lab.check_answers                                     默认的 out/tiny/sft.pt
+    python -m tools.lab.check_answers --checkpoint out/wide/sft.pt --n 200
 
 只看样子（问意思答释义，问出处答书名，按意思找成语答成语），不看对错：这些成语模型没有见过。
 """
@@ -18,7 +18,7 @@ from corpus.token_file import is_held_out
 from engine.device import Device
 from engine.speed import load_for_chat
 from generate import Sampling, Speaker
-from settings.flags import help_text, parse_flags, run_script
+from settings.flags import read_options, run_script
 
 QUESTIONS = {  # 种类: (问法, 回答应有的样子)
     "意思": ("{word}是什么意思？", r"(?!出自|例如)[^《》]{3,}。"),
@@ -35,18 +35,15 @@ class Options:
     n: int = option(50, "问多少个成语", "个")
     show: int = option(5, "打印前几个的回答", "个")
 
+    def problems(self) -> list[str]:
+        """不能用的值，一条一句。"""
+        return [] if self.n >= 1 else [f"--n 必须是正数，得到的是 {self.n}"]
 
-def main() -> None:
+
+def main(argv: list[str] | None = None) -> None:
     """逐个提问，数一数样子对的有多少。"""
-    if "--help" in sys.argv:
-        print(help_text(Options, "用法：python -m tools.check_answers [--参数 值 …]"))
-        return
-    problems: list[str] = []
-    options = Options(**parse_flags(Options, sys.argv[1:], problems))
-    if options.n < 1:
-        problems.append(f"--n 必须是正数，得到的是 {options.n}")
-    if problems:
-        raise UserError("；".join(problems))
+    usage = "用法：python -m tools.lab.check_answers [--参数 值 …]"
+    options = read_options(Options, sys.argv[1:] if argv is None else argv, usage)
     speaker = load_for_chat(Path(options.checkpoint), Device(Config(compile=False)))
     if speaker.stage != "sft":
         raise UserError(f"{options.checkpoint} 还没有微调过；请先运行 python sft_train.py")

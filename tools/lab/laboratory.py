@@ -1,48 +1,57 @@
-"""实验台：tools/try_*.py 共用的几件事，每个实验的故事在它自己的文件里。
+"""实验台：tools/lab/try_*.py 共用的几件事，每个实验的故事在它自己的文件里。
 
     LabOptions     每个实验都有的命令行参数；DataOptions 是用到语料的
+    open_lab       读命令行，说要做什么，摆好实验台
     Laboratory     同样的语料、次序、步数与学习率，训练任何一种改装过的模型
-    new_picture    一张空的图；save_picture 把它写成 SVG
-    conclude       打印三句话：这一次的数说明了什么
 
 改装都在外面做：先照常造一个 Transformer，再换掉其中的零件；model.py 一个字也不改。
 一律用 fp32、不编译：模型小，快慢差不多，换一台机器结果也相近。
 """
 
+import io
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+import pre_train
 from config import Config, UserError, option
 from corpus.token_file import tokenize_corpus
-from dataset import IGNORE, PretrainBatches, rows_of_step
+from dataset import PretrainBatches
 from engine.device import Device
-from engine.expert_load import ExpertLoad, expert_loads, rebalance
+from engine.expert_load import ExpertLoad, expert_loads
 from engine.shared_row import tie_unused_rows
+from engine.stepper import Stepper
 from generate import Sampling, make_speaker
-from loss import evaluate, loss_sum
+from loss import Loss, evaluate
 from model import Transformer
-from optimizer import build_optimizers, learning_rate, set_learning_rate
-from settings.flags import check_choices, help_text, parse_flags
+from settings.flags import read_options
 from settings.resolve import load_config
 from tokenizer import Tokenizer
-from tools.draw.svg import SVG, quiet_about_fonts
 
 # ---------- 1. 命令行 ----------
 
 
 @dataclass
 class LabOptions:
-    """每个实验都有的命令行参数。"""
+    """每个实验都有的命令行参数；其中的数都须是正数。"""
 
     out: str = option("out/lab", "图写在哪个目录")
+
+    def problems(self) -> list[str]:
+        """不能用的值，一条一句。"""
+        numbers = {n: v for n, v in vars(self).items() if type(v) in (int, float)}
+        return [
+            f"--{name} 必须是正数，得到的是 {value}"
+            for name, value in numbers.items()
+            if not 0 < value < math.inf
+        ]
 
 
 @dataclass
@@ -53,40 +62,50 @@ class DataOptions(LabOptions):
     device: str = option("auto", "设备", choices=("auto", "cuda", "mps", "cpu"))
     eval_tokens: int = option(32768, "检验时最多用多少词元", "词元")
 
+    def tiny(self, **changes) -> Config:
+        """tiny 预设，内置语料，fp32，不编译；changes 是要改的字段。"""
+        fixed = {"preset": "tiny", "data": "builtin", "dtype": "float32", "compile": False}
+        names = ("data_dir", "device", "eval_tokens")
+        given = {name: getattr(self, name) for name in names}
+        flags = [f"--{name}={value}" for name, value in (fixed | given | changes).items()]
+        return load_config("pretrain", flags)[0]
 
-def read_options(cls: type, program: str):
+
+def numbers_in(text: str) -> list[float]:
+    """用逗号隔开的几个数，例如 0.01,0.02；写得不对是空的。"""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        return []
+
+
+def read_lab_options(cls: type, program: str, argv: list[str] | None):
     """解析命令行；--help 时打印说明并结束。
 
     Args:
-        cls: LabOptions 的子类；其中的数都须是正数。
+        cls: LabOptions 的子类。
         program: 程序名，例如 "try_residual"。
+        argv: 命令行参数；None 是真的命令行。
     Raises:
         UserError: 有看不懂的参数或不能用的值，一次列出。
     """
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(cls, f"用法：python -m tools.{program} [--参数 值 …]"))
-        raise SystemExit(0)
-    problems: list[str] = []
-    options = cls(**parse_flags(cls, sys.argv[1:], problems))
-    for f in fields(cls):
-        value = getattr(options, f.name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not 0 < value < math.inf:
-            problems.append(f"--{f.name} 必须是正数，得到的是 {value}")
-    check_choices(options, problems)
-    if problems:
-        raise UserError("；".join(problems))
+    usage = f"用法：python -m tools.lab.{program} [--参数 值 …]"
+    options = read_options(cls, sys.argv[1:] if argv is None else argv, usage)
     Path(options.out).mkdir(parents=True, exist_ok=True)  # 写不了，现在就知道，不必等到练完
     return options
 
 
-def settings(options: DataOptions, **changes) -> Config:
-    """tiny 预设，内置语料，fp32，不编译；changes 是要改的字段。"""
-    fixed = {"preset": "tiny", "data": "builtin", "dtype": "float32", "compile": False}
-    names = ("data_dir", "device", "eval_tokens")
-    given = {name: getattr(options, name) for name in names}
-    flags = [f"--{name}={value}" for name, value in (fixed | given | changes).items()]
-    return load_config("pretrain", flags)[0]
+def open_lab(cls: type, program: str, argv: list[str] | None):
+    """读命令行，说要做什么，摆好实验台；返回 (options, Laboratory)。
+
+    Args:
+        cls: DataOptions 的子类；`base()` 给出实验台的配置，`plan()` 用一句话说要做什么、多久。
+        program, argv: 同上。
+    """
+    options = read_lab_options(cls, program, argv)
+    config = options.base()
+    print(options.plan())
+    return options, Laboratory(config)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, as_question: bool, max_len: int) -> list[int]:
@@ -108,13 +127,55 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, as_question: bool, max_len: in
 
 
 @dataclass
-class Run:
+class Record:
     """一次训练的记录。"""
 
     losses: list[float] = field(default_factory=list)  # 每一步的训练损失（奈特每词元）
     held_out: float = math.inf  # 练完之后在留出词条上的损失；中途死了便没有
     died: int = 0  # 第几步出现了不是有限数的损失或梯度；0 表示没有
     load: ExpertLoad | None = None  # 专家混合：在留出词条上，各位专家的负载
+
+
+class Trial(Stepper):
+    """实验台上的一次训练：走的就是 pre_train.py 的循环，只是没有检查点、检验与记录。"""
+
+    def __init__(self, lab: "Laboratory", subject: Transformer, name: str, lr: float, seed: int):
+        super().__init__("pretrain", replace(lab.config, lr=lr, seed=seed), lab.device,
+                         lab.tokenizer)  # fmt: skip
+        self.lab, self.subject, self.name, self.record = lab, subject, name, Record()
+        self.watch: Callable[[int, Transformer], None] | None = None
+
+    def plan(self, train, card: dict) -> None:
+        """语料是实验台的。"""
+        super().plan(self.lab.train_rows, card)
+
+    def model(self) -> Transformer:
+        """改装好的。"""
+        return self.subject
+
+    def steps(self, exam) -> Iterator[int]:
+        """一步一步地走；数坏了就停下，不再往下练。"""
+        bar = tqdm(total=self.n_steps, desc=self.name, unit="步", dynamic_ncols=True)
+        for self.step in super().steps(exam):
+            yield self.step
+            bar.update()
+            bar.set_postfix_str(f"损失 {self.loss:.3f}")
+            if self.record.died:
+                break
+        bar.close()
+
+    def clip(self, optimizer, limit: float):
+        """截短之前，让人看一眼梯度。"""
+        if self.watch:
+            self.watch(self.step, self.subject)
+        return super().clip(optimizer, limit)
+
+    def finite(self, losses, norm) -> bool:
+        """记下损失；不是有限的数，就是死了。"""
+        alive = super().finite(losses, norm)
+        self.record.losses.append(self.loss)
+        self.record.died = 0 if alive else self.step + 1
+        return alive
 
 
 class Laboratory:
@@ -138,7 +199,7 @@ class Laboratory:
         return Transformer(config or self.config).to(self.device.place)
 
     def rows_scored(self) -> int:
-        """训练时真正算打分的词元数：没出现过的合用一行（training.SharedRow）。"""
+        """训练时真正算打分的词元数：没出现过的合用一行（engine.shared_row.SharedRow）。"""
         shared = tie_unused_rows(self.build(seed=0), self.train_rows.tokens, newborn=True)
         return len(shared.rows) if shared else self.config.vocab_size
 
@@ -149,8 +210,8 @@ class Laboratory:
         lr: float,
         seed: int = 1,
         watch: Callable[[int, Transformer], None] | None = None,
-    ) -> Run:
-        """与 pre_train.py 同样的一步，去掉了检查点、记录与容错；数坏了就停下，不再往下练。
+    ) -> Record:
+        """照 pre_train.py 的循环练；数坏了就停下，不再往下练。
 
         Args:
             model: 就地训练。
@@ -159,42 +220,20 @@ class Laboratory:
             seed: 决定读语料的次序。
             watch: 每步反向之后、截短梯度之前调用：watch(第几步（从 0 数）, model)。
         """
-        config, run = self.config, Run()
-        shared = tie_unused_rows(model, self.train_rows.tokens, newborn=True)
-        optimizers = build_optimizers(model, config, self.device, lr)
-        bar = tqdm(range(config.max_steps), desc=name, unit="步", dynamic_ncols=True)
-        for step in bar:
-            factor = learning_rate(step, config.max_steps, config.warmup, config.decay)
-            set_learning_rate(optimizers, factor)
-            rows = rows_of_step(step, config.batch_size, self.train_rows.n_rows, seed)
-            batch = self.train_rows.get(rows)
-            n_targets = (batch.targets != IGNORE).sum().item()
-            loss = loss_sum(model, batch.to(self.device.place), shared) / n_targets
-            loss.backward()
-            run.losses.append(loss.item())
-            if watch:
-                watch(step, model)
-            norm = clip_grad_norm_(model.parameters(), config.grad_clip).item()
-            if not (math.isfinite(run.losses[-1]) and math.isfinite(norm)):
-                run.died = step + 1
-                bar.close()
-                return run
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if shared:
-                shared.spread(model.embedding.weight)
-            if load := expert_loads(model, self.device.world):
-                rebalance(model, load)
-            bar.set_postfix_str(f"损失 {run.losses[-1]:.3f}")
-        run.held_out = self.held_out_loss(model)
-        run.load = expert_loads(model, self.device.world)
-        return run
+        trial = Trial(self, model, name, lr, seed)
+        trial.watch = watch
+        with redirect_stdout(io.StringIO()):  # 每次都说一遍用的是哪份语料，这里不必
+            pre_train.main(run=trial)
+        record = trial.record
+        if not record.died:
+            record.held_out = self.held_out_loss(model)
+            record.load = expert_loads(model, self.device.world)
+        return record
 
     def held_out_loss(self, model: Transformer) -> float:
         """留出词条上每个词元的平均损失（奈特），整张词表的 softmax。"""
         c = self.config
-        return evaluate(loss_sum, model, self.val_rows, c.batch_size, c.eval_tokens, self.device)
+        return evaluate(Loss(model), self.val_rows, c.batch_size, c.eval_tokens, self.device)
 
     def frequency_loss(self) -> float:
         """只会按词频猜的损失：不看前文，每个词元的概率就是它在训练语料里的比例。"""
@@ -214,57 +253,3 @@ class Laboratory:
         written = list(speaker.generate(ids, greedy, use_cache=False))
         model.train()
         return self.tokenizer.decode(written)
-
-
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """每一点与它前面的 window - 1 点平均：曲线少些毛刺；点数不变。"""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
-
-
-# ---------- 3. 图与结论 ----------
-
-# 色盲也分得开的颜色（Okabe 与 Ito 的一套），再用线型与记号分一遍：黑白打印也看得清。
-STYLES = [
-    {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    {"color": "#D55E00", "linestyle": "--", "marker": "s"},
-    {"color": "#009E73", "linestyle": "-.", "marker": "^"},
-    {"color": "#CC79A7", "linestyle": ":", "marker": "D"},
-]
-
-
-def new_picture(title: str, n_rows: int, n_columns: int, size: tuple[float, float]):
-    """一张空的图，里面 n_rows × n_columns 个小图；返回 (figure, 二维的 axes)。"""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(SVG | {
-        "font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 11,
-        "lines.markersize": 4,
-    })  # fmt: skip
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        n_rows, n_columns, figsize=size, layout="constrained", squeeze=False
-    )
-    figure.suptitle(title, fontsize=13)
-    return figure, axes
-
-
-def save_picture(figure, options: LabOptions, program: str) -> Path:
-    """写成 SVG；同样的数每次写出同样的文件。"""
-    path = Path(options.out) / f"{program}.svg"
-    with quiet_about_fonts():
-        figure.savefig(path, metadata={"Date": None})
-    return path
-
-
-def conclude(path: Path, sentences: list[str]) -> None:
-    """三句话，都由这一次的数得出；再说图在哪里。"""
-    assert len(sentences) == 3, "不多不少三句"
-    print("\n这一次看到的：")
-    for number, sentence in enumerate(sentences, start=1):
-        print(f"  {number}. {sentence}")
-    print(f"图：{path}")

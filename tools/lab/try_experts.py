@@ -1,7 +1,7 @@
 """实验：专家混合，多出来的参数有用吗？
 
-    python -m tools.try_experts                     默认设置约半小时
-    python -m tools.try_experts --steps 1000 --seeds 1
+    python -m tools.lab.try_experts                     默认设置约半小时
+    python -m tools.lab.try_experts --steps 1000 --seeds 1
 
 两个模型读同样的词元，只有前馈层不同：
 
@@ -17,7 +17,7 @@
 
 import time
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +26,11 @@ from config import Config, UserError, option
 from dataset import IGNORE, Batch
 from model import Transformer
 from settings.flags import run_script
-from tools.lab.laboratory import (
-    STYLES,
-    DataOptions,
-    Laboratory,
-    Run,
-    conclude,
-    new_picture,
-    read_options,
-    save_picture,
-    settings,
-    smooth,
-)
+from tools.lab.laboratory import DataOptions, Laboratory, Record, open_lab
+from tools.lab.showing import finish, mean_and_spread, new_picture, seed_curves, seed_points
 
 DENSE, EXPERTS = "稠密", "专家混合"
+PRESET_OF = {DENSE: "tiny", EXPERTS: "tiny-moe"}
 
 
 @dataclass
@@ -50,11 +41,18 @@ class Options(DataOptions):
     steps: int = option(250, "每次练多少步", "步")
     lr: float = option(0.02, "最高学习率，两个模型相同")
 
+    def shapes(self) -> dict[str, Config]:
+        """两个模型的形状。"""
+        return {n: self.tiny(preset=p, max_steps=self.steps) for n, p in PRESET_OF.items()}
 
-def shapes(options: Options) -> dict[str, Config]:
-    """两个模型的形状。"""
-    presets = {DENSE: "tiny", EXPERTS: "tiny-moe"}
-    return {n: settings(options, preset=p, max_steps=options.steps) for n, p in presets.items()}
+    def base(self) -> Config:
+        """实验台用的：稠密的。"""
+        return self.shapes()[DENSE]
+
+    def plan(self) -> str:
+        """要做什么，多久。"""
+        total = len(PRESET_OF) * self.seeds
+        return f"共练 {total} 次，每次 {self.steps} 步；默认设置约半小时（两个核）。"
 
 
 # ---------- 1. 练，量 ----------
@@ -66,7 +64,7 @@ class Result:
 
     n_params: int  # 参数总数
     n_active: int  # 每个词元用到的
-    runs: list[Run]
+    runs: list[Record]
     copied: list[float]  # 答案在前文里出现过的词元，平均损失（奈特）
     fresh: list[float]  # 没出现过的
     seconds: list[float]  # 平均每步多少秒
@@ -125,36 +123,19 @@ def study(lab: Laboratory, name: str, shape: Config, options: Options) -> Result
 # ---------- 2. 画与说 ----------
 
 
-def spread(values: list[float]) -> str:
-    """例如「4.740 ± 0.010」：平均与样本标准差；只有一个种子时说不出起伏。"""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
 def draw(results: dict[str, Result], options: Options):
     """左：训练损失；中与右：每个种子的检验损失，抄得来的与抄不来的。"""
     figure, ((curves, copied, fresh),) = new_picture(
         "专家混合：同样的词元，每个词元同样多的参数", 1, 3, (12, 4.4)
     )
-    for x, ((name, result), style) in enumerate(zip(results.items(), STYLES, strict=False)):
-        for number, run in enumerate(result.runs):
-            curve = smooth(run.losses, 10)
-            curves.plot(
-                range(1, len(curve) + 1), curve, **style, alpha=0.8, linewidth=1,
-                markevery=max(1, options.steps // 8), label=name if number == 0 else None,
-            )  # fmt: skip
-        dots = {"color": style["color"], "marker": style["marker"], "linestyle": ""}
-        for axes, values in ((copied, result.copied), (fresh, result.fresh)):
-            axes.plot([x] * len(values), values, **dots)
-            axes.hlines(mean(values), x - 0.25, x + 0.25, color=style["color"], linewidth=2)
-    early = [run.losses[len(run.losses) // 8] for r in results.values() for run in r.runs]
-    curves.set(xlabel="步", ylabel="奈特 / 词元", title="训练损失（十步平均，每个种子一条）")
-    curves.set_ylim(top=max(early) + 0.2)  # 开头人人都从 ln V 降下来，不画，好看清后面
+    losses = {name: [run.losses for run in result.runs] for name, result in results.items()}
+    seed_curves(curves, losses, options.steps)
+    curves.set_ylabel("奈特 / 词元")
     curves.legend(fontsize=9)
+    seed_points(copied, {name: result.copied for name, result in results.items()})
+    seed_points(fresh, {name: result.fresh for name, result in results.items()})
     copied.set_title("检验损失：答案在前文里出现过的")
     fresh.set_title("检验损失：没出现过的")
-    for axes in (copied, fresh):
-        axes.set_xticks(range(len(results)), list(results))
-        axes.set_xlim(-0.5, len(results) - 0.5)
     return figure
 
 
@@ -164,7 +145,7 @@ def compare(ours: list[float], theirs: list[float]) -> str:
     how = f"{'低' if mean(gaps) > 0 else '高'} {abs(mean(gaps)):.3f}"
     lower = sum(gap > 0 for gap in gaps)
     return (
-        f"专家混合 {spread(ours)}，稠密 {spread(theirs)}，专家混合平均{how}，"
+        f"专家混合 {mean_and_spread(ours)}，稠密 {mean_and_spread(theirs)}，专家混合平均{how}，"
         f"{len(gaps)} 个种子里有 {lower} 个低"
     )
 
@@ -185,18 +166,11 @@ def sentences(results: dict[str, Result]) -> list[str]:
     ]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """两个模型各练几个种子，画图，说三句话。"""
-    options = read_options(Options, "try_experts")
-    kinds = shapes(options)
-    print(
-        f"共练 {len(kinds) * options.seeds} 次，每次 {options.steps} 步；"
-        f"默认设置约半小时（两个核）。"
-    )
-    lab = Laboratory(kinds[DENSE])
-    results = {name: study(lab, name, shape, options) for name, shape in kinds.items()}
-    path = save_picture(draw(results, options), options, "try_experts")
-    conclude(path, sentences(results))
+    options, lab = open_lab(Options, "try_experts", argv)
+    results = {n: study(lab, n, shape, options) for n, shape in options.shapes().items()}
+    finish(draw(results, options), sentences(results), options, "try_experts")
 
 
 if __name__ == "__main__":

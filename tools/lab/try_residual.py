@@ -1,7 +1,7 @@
 """实验：二十四层的模型，拆掉残差、拆掉层前的归一，会怎样？
 
-    python -m tools.try_residual                    默认设置约三分钟
-    python -m tools.try_residual --layers 48 --steps 60
+    python -m tools.lab.try_residual                    默认设置约三分钟
+    python -m tools.lab.try_residual --layers 48 --steps 60
 
 四种模型，只有每一层怎样接起来不同（f 是注意力或前馈）：
 
@@ -24,21 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from chat.numbers import magnitude
 from config import Config, option
-from model import Block, Transformer
+from model import AttentionContext, Block, Transformer
 from settings.flags import run_script
-from tools.lab.laboratory import (
-    STYLES,
-    DataOptions,
-    Laboratory,
-    Run,
-    conclude,
-    new_picture,
-    read_options,
-    save_picture,
-    settings,
-    smooth,
-)
+from tools.lab.laboratory import DataOptions, Laboratory, Record, open_lab
+from tools.lab.showing import STYLES, finish, new_picture, smooth
 
 VARIANTS = {  # 名字: (有没有残差, 有没有归一)
     "残差 + 归一": (True, True),
@@ -58,6 +49,17 @@ class Options(DataOptions):
     zero_init: bool = option(False, "每条支路的最后一个投影从零开始，与 model.py 相同")
     seed: int = option(1, "随机种子：初始化与语料的次序")
 
+    def base(self) -> Config:
+        """细而深。"""
+        return self.tiny(
+            dim=64, n_layers=self.layers, n_heads=2, n_kv_heads=1, hidden_dim=192, seq_len=128,
+            max_steps=self.steps,
+        )  # fmt: skip
+
+    def plan(self) -> str:
+        """要做什么，多久。"""
+        return f"四种 {self.layers} 层的模型，各练 {self.steps} 步；默认设置约三分钟（两个核）。"
+
 
 # ---------- 1. 改装 ----------
 
@@ -65,15 +67,15 @@ class Options(DataOptions):
 class TornBlock(Block):
     """可以拆掉残差与归一的一层；一样也不拆时，算的与 Block 逐位相同。"""
 
-    def __init__(self, config: Config, residual: bool, pre_norm: bool):
-        super().__init__(config)
+    def __init__(self, config: Config, layer: int, residual: bool, pre_norm: bool):
+        super().__init__(config, layer)
         self.residual = residual
         if not pre_norm:
             self.attention_norm = self.feed_forward_norm = nn.Identity()
 
-    def forward(self, x: Tensor, routing, *attention_inputs) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext, routing=None) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
-        y = self.attention(self.attention_norm(x), *attention_inputs)
+        y = self.attention(self.attention_norm(x), context)
         x = x + y if self.residual else y
         y = self.feed_forward(self.feed_forward_norm(x))
         return x + y if self.residual else y
@@ -83,7 +85,7 @@ def tear(
     model: Transformer, config: Config, residual: bool, pre_norm: bool, seed: int, zero_init: bool
 ) -> Transformer:
     """把每一层换成 TornBlock；矩阵全部重新取随机数，四种模型取到的相同。"""
-    blocks = (TornBlock(config, residual, pre_norm) for _ in range(config.n_layers))
+    blocks = (TornBlock(config, n, residual, pre_norm) for n in range(config.n_layers))
     model.blocks = nn.ModuleList(blocks).to(model.embedding.weight.device)
     torch.manual_seed(seed)
     for module in model.blocks.modules():
@@ -136,9 +138,9 @@ class Result:
 
     sizes: list[float]
     gradients: dict[int, list[float]]
-    run: Run  # 好的那个学习率
+    run: Record  # 好的那个学习率
     lr: float
-    other: Run
+    other: Record
     other_lr: float
 
 
@@ -210,15 +212,8 @@ def describe_gradient(name: str, values: list[float]) -> str:
         zeros = sum(v == 0 for v in values)
         return f"「{name}」有 {zeros} 层的梯度正好是 0"
     ratio = first / last
-    times = f"{readable(ratio)} 倍" if ratio >= 1 else f"1/{readable(1 / ratio)}"
+    times = f"{magnitude(ratio)} 倍" if ratio >= 1 else f"1/{magnitude(1 / ratio)}"
     return f"「{name}」第 1 层的梯度是第 {len(values)} 层的 {times}"
-
-
-def readable(number: float) -> str:
-    """两位有效数字；大的数分节，太大的写成 10 的幂。"""
-    if number >= 1e6:
-        return f"10^{math.log10(number):.0f}"
-    return f"{float(f'{number:.2g}'):,g}" if number >= 10 else f"{number:.1f}"
 
 
 def describe_size(name: str, values: list[float]) -> str:
@@ -241,20 +236,6 @@ def describe_loss(name: str, result: Result) -> str:
     return f"「{name}」{run.held_out:.2f}（学习率 {result.lr:g}{others}）"
 
 
-def main() -> None:
-    """四种模型各练一遍，画图，说三句话。"""
-    options = read_options(Options, "try_residual")
-    config = settings(
-        options, dim=64, n_layers=options.layers, n_heads=2, n_kv_heads=1, hidden_dim=192,
-        seq_len=128, max_steps=options.steps,
-    )  # fmt: skip
-    print(f"四种 {options.layers} 层的模型，各练 {options.steps} 步；默认设置约三分钟（两个核）。")
-    lab = Laboratory(config)
-    results = {name: study(lab, name, options) for name in VARIANTS}
-    path = save_picture(draw(results, options), options, "try_residual")
-    conclude(path, sentences(results, options, math.log(config.vocab_size), lab.frequency_loss()))
-
-
 def sentences(
     results: dict[str, Result], options: Options, know_nothing: float, frequency: float
 ) -> list[str]:
@@ -272,6 +253,15 @@ def sentences(
         f"练 {options.steps} 步之后的检验损失（什么也不会是 {know_nothing:.2f}，"
         f"只会按词频猜是 {frequency:.2f}）：{losses}。",
     ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """四种模型各练一遍，画图，说三句话。"""
+    options, lab = open_lab(Options, "try_residual", argv)
+    results = {name: study(lab, name, options) for name in VARIANTS}
+    know_nothing = math.log(lab.config.vocab_size)
+    said = sentences(results, options, know_nothing, lab.frequency_loss())
+    finish(draw(results, options), said, options, "try_residual")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """实验：温度、top-k、top-p 对同一个分布各做了什么？
 
-    python -m tools.try_sampling                                       用默认的检查点，几秒钟
-    python -m tools.try_sampling --prompt 守株待兔： --checkpoint out/tiny/pretrain.pt
+    python -m tools.lab.try_sampling                                       用默认的检查点，几秒钟
+    python -m tools.lab.try_sampling --prompt 守株待兔： --checkpoint out/tiny/pretrain.pt
 
 取一个训练好的模型在一处真实的「下一个词元」的概率，画六份：原样，三种温度，只留 top-k，只留 top-p。
 温度把打分除以 T 再取 softmax：小于 1 更尖，大于 1 更平，谁先谁后不变；top-k 与 top-p
@@ -14,19 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import UserError, option
-from generate import Sampling, probabilities
+from config import option
+from generate import Sampling
 from settings.flags import run_script
-from tools.explain.__main__ import load_speaker
-from tools.lab.laboratory import (
-    STYLES,
-    LabOptions,
-    conclude,
-    new_picture,
-    prompt_ids,
-    read_options,
-    save_picture,
-)
+from tools.draw.lottery import distributions, left_out, n_alive
+from tools.explain.speaker import load_speaker
+from tools.lab.laboratory import LabOptions, numbers_in, prompt_ids, read_lab_options
+from tools.lab.showing import STYLES, distribution, finish, new_picture
 
 SHOWN = 16  # 每个小图画最可能的几个词元
 
@@ -41,23 +35,22 @@ class Options(LabOptions):
     top_k: int = option(5, "top-k 留几个", "个")
     top_p: float = option(0.8, "top-p 留到概率之和够多少")
 
+    def problems(self) -> list[str]:
+        """不能用的值，一条一句。"""
+        if len(numbers_in(self.temps)) != 3:
+            wrong = f"--temps 要的是三个数，例如 0.3,0.6,1.5，得到的是 {self.temps!r}"
+            return [*super().problems(), wrong]
+        ways = self.ways().values()
+        return super().problems() or [p for way in ways for p in way.problems()]
 
-def settings_to_show(options: Options) -> dict[str, Sampling]:
-    """六种取法：名字 -> 参数；不写的都是「不限」。"""
-    try:
-        temps = [float(text) for text in options.temps.split(",")]
-    except ValueError:
-        temps = []
-    if len(temps) != 3:
-        raise UserError(f"--temps 要的是三个数，例如 0.3,0.6,1.5，得到的是 {options.temps!r}")
-    free = {"temp": 1.0, "top_k": 0, "top_p": 1.0, "penalty": 1.0}
-    chosen = {"原样（温度 1）": Sampling(**free)}
-    chosen |= {f"温度 {t:g}": Sampling(**free | {"temp": t}) for t in temps}
-    chosen[f"top-k = {options.top_k}"] = Sampling(**free | {"top_k": options.top_k})
-    chosen[f"top-p = {options.top_p:g}"] = Sampling(**free | {"top_p": options.top_p})
-    if problems := [p for sampling in chosen.values() for p in sampling.problems()]:
-        raise UserError("；".join(problems))
-    return chosen
+    def ways(self) -> dict[str, Sampling]:
+        """六种取法：名字 -> 参数；不写的都是「不限」。"""
+        free = {"temp": 1.0, "top_k": 0, "top_p": 1.0, "penalty": 1.0}
+        chosen = {"原样（温度 1）": Sampling(**free)}
+        chosen |= {f"温度 {t:g}": Sampling(**free | {"temp": t}) for t in numbers_in(self.temps)}
+        chosen[f"top-k = {self.top_k}"] = Sampling(**free | {"top_k": self.top_k})
+        chosen[f"top-p = {self.top_p:g}"] = Sampling(**free | {"top_p": self.top_p})
+        return chosen
 
 
 def entropy(probs: Tensor) -> float:
@@ -66,68 +59,36 @@ def entropy(probs: Tensor) -> float:
     return -(kept * kept.log2()).sum().item()
 
 
-def draw(distributions: dict[str, Tensor], tokens: list[str], order: Tensor, prompt: str):
+def draw(drawn_from: dict[str, Tensor], tokens: list[str], order: Tensor, prompt: str):
     """六个小图，横轴是同样的词元，按原样的概率从大到小。"""
     figure, axes = new_picture(f"「{prompt}」之后的下一个词元", 2, 3, (12, 6.2))
-    color, top = STYLES[0]["color"], max(p.max().item() for p in distributions.values())
-    for axis, (name, probs) in zip(axes.flat, distributions.items(), strict=True):
+    color, top = STYLES[0]["color"], max(p.max().item() for p in drawn_from.values())
+    for axis, (name, probs) in zip(axes.flat, drawn_from.items(), strict=True):
         heights = probs[order].tolist()
-        axis.bar(range(len(tokens)), heights, color=color)
+        distribution(axis, tokens, heights, top, color)
         for x, height in enumerate(heights):
             if height == 0:
                 axis.annotate("×", (x, 0), ha="center", va="bottom", color="#D55E00")
-        rest = max(0.0, 1 - sum(heights))
-        axis.set_title(
-            f"{name}：{int((probs > 0).sum())} 个候选，{entropy(probs):.2f} 比特", fontsize=10
-        )
-        axis.set_xticks(range(len(tokens)), tokens, fontsize=9)
-        axis.set(ylim=(0, min(1, 1.15 * top)), ylabel="概率")
-        axis.grid(axis="x", visible=False)
-        axis.annotate(f"没画出的共 {rest:.1%}", (0.98, 0.9), xycoords="axes fraction", ha="right")
+        axis.set_title(f"{name}：{n_alive(probs)} 个候选，{entropy(probs):.2f} 比特", fontsize=10)
+        rest = f"没画出的共 {left_out(probs, order):.1%}"
+        axis.annotate(rest, (0.98, 0.9), xycoords="axes fraction", ha="right")
     figure.supxlabel(f"最可能的 {len(tokens)} 个词元（× 是概率为零的）", fontsize=10)
     return figure
 
 
 def describe(name: str, probs: Tensor) -> str:
     """例如「温度 0.3」剩 8 个候选、1.2 比特。"""
-    return f"「{name}」{int((probs > 0).sum())} 个候选、{entropy(probs):.2f} 比特"
+    return f"「{name}」{n_alive(probs)} 个候选、{entropy(probs):.2f} 比特"
 
 
-@torch.inference_mode()
-def main() -> None:
-    """读一个检查点，算一处的分布，画六份，说三句话。"""
-    options = read_options(Options, "try_sampling")
-    shown = settings_to_show(options)
-    speaker = load_speaker(options.checkpoint, "cpu")
-    tokenizer, limit = speaker.tokenizer, speaker.config.max_len
-    ids = prompt_ids(tokenizer, options.prompt, speaker.stage == "sft", limit)
-    logits = speaker.model(torch.tensor([ids]))[0, -1]
-    nothing_written = torch.tensor([], dtype=torch.long)
-    distributions = {
-        name: probabilities(logits, nothing_written, sampling, speaker.banned)
-        for name, sampling in shown.items()
-    }
-    raw = next(iter(distributions.values()))
-    order = raw.argsort(descending=True)[:SHOWN]
-    tokens = [tokenizer.decode([i]) or "结束" for i in order.tolist()]
-    print(f"{speaker.stage} 阶段的模型，在「{options.prompt}」之后：")
-    for name, probs in distributions.items():
-        best = "，".join(f"{t} {probs[i]:.1%}" for t, i in zip(tokens[:5], order, strict=False))
-        print(f"  {describe(name, probs)}：{best}")
-    picture = save_picture(
-        draw(distributions, tokens, order, options.prompt), options, "try_sampling"
-    )
-    conclude(picture, sentences(distributions, order, tokens[0]))
-
-
-def sentences(distributions: dict[str, Tensor], order: Tensor, favourite: str) -> list[str]:
+def sentences(drawn_from: dict[str, Tensor], order: Tensor, favourite: str) -> list[str]:
     """三句话。order：画出的词元；favourite：原样最可能的那个。"""
-    (_, raw), *temps, top_k, top_p = distributions.items()
-    same = all(int(probs.argmax()) == int(order[0]) for probs in distributions.values())
+    (_, raw), *temps, top_k, top_p = drawn_from.items()
+    same = all(int(probs.argmax()) == int(order[0]) for probs in drawn_from.values())
     lost = [f"{name}有 {n} 个小到成了 0" for name, probs in temps
-            if (n := int((raw > 0).sum() - (probs > 0).sum()))]  # fmt: skip
+            if (n := n_alive(raw) - n_alive(probs))]  # fmt: skip
     kept = {name: raw[probs > 0].sum().item() for name, probs in (top_k, top_p)}
-    tail = {name: max(0.0, 1 - probs[order].sum().item()) for name, probs in (top_k, top_p)}
+    tail = {name: left_out(probs, order) for name, probs in (top_k, top_p)}
     return [
         f"温度改的是尖与平：原样 {entropy(raw):.2f} 比特，"
         + "，".join(f"{name} {entropy(probs):.2f} 比特" for name, probs in temps)
@@ -136,10 +97,30 @@ def sentences(distributions: dict[str, Tensor], order: Tensor, favourite: str) -
         f"{describe(*top_p)}，留下的原来占 {kept[top_p[0]]:.1%}；"
         f"六种取法里最可能的{'都' if same else '不都'}是「{favourite}」。",
         f"原样抽签，有 {1 - raw[order].sum():.1%} 的机会抽到第 {len(order)} 名之后的"
-        f"（一共 {int((raw > 0).sum())} 个候选），"
+        f"（一共 {n_alive(raw)} 个候选），"
         + "，".join(f"{name} 之后 {share:.1%}" for name, share in tail.items())
         + "。",
     ]
+
+
+@torch.inference_mode()
+def main(argv: list[str] | None = None) -> None:
+    """读一个检查点，算一处的分布，画六份，说三句话。"""
+    options = read_lab_options(Options, "try_sampling", argv)
+    speaker = load_speaker(options.checkpoint, "cpu")
+    tokenizer, limit = speaker.tokenizer, speaker.config.max_len
+    ids = prompt_ids(tokenizer, options.prompt, speaker.stage == "sft", limit)
+    logits = speaker.model(torch.tensor([ids]))[0, -1]
+    drawn_from = distributions(logits, options.ways(), speaker.banned)
+    raw = next(iter(drawn_from.values()))
+    order = raw.argsort(descending=True)[:SHOWN]
+    tokens = [tokenizer.decode([i]) or "结束" for i in order.tolist()]
+    print(f"{speaker.stage} 阶段的模型，在「{options.prompt}」之后：")
+    for name, probs in drawn_from.items():
+        best = "，".join(f"{t} {probs[i]:.1%}" for t, i in zip(tokens[:5], order, strict=False))
+        print(f"  {describe(name, probs)}：{best}")
+    figure = draw(drawn_from, tokens, order, options.prompt)
+    finish(figure, sentences(drawn_from, order, tokens[0]), options, "try_sampling")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """实验：微调之后，多了什么，忘了什么？
 
-    python -m tools.try_sft                         默认的 out/tiny 里的两个检查点，约两分钟
-    python -m tools.try_sft --preset wide --n 50
+    python -m tools.lab.try_sft                         默认的 out/tiny 里的两个检查点，约两分钟
+    python -m tools.lab.try_sft --preset wide --n 50
 
 同样的话，问只预训练过的与又微调过的：各写出什么，下一个词元的概率怎样分布；再在留出的两种文字上
 各量一遍损失：词典的正文（预训练读的那种），问答里的回答（微调学的那种）。都是两个模型没有见过的词条。
@@ -23,19 +23,11 @@ from dataset import PretrainBatches, SFTBatches
 from engine.device import Device
 from engine.speed import load_for_chat
 from generate import Sampling, Speaker
-from loss import evaluate, loss_sum
+from loss import Loss, evaluate
 from settings.flags import run_script
 from tools.lab.check_answers import QUESTIONS, count_right, unseen_entries
-from tools.lab.laboratory import (
-    STYLES,
-    DataOptions,
-    conclude,
-    new_picture,
-    prompt_ids,
-    read_options,
-    save_picture,
-    settings,
-)
+from tools.lab.laboratory import DataOptions, prompt_ids, read_lab_options
+from tools.lab.showing import STYLES, distribution, finish, new_picture
 
 STAGES = {"pretrain": "只预训练", "sft": "又微调"}
 PROMPTS = {  # 话: 当作提问，还是当作一篇文档的开头
@@ -93,7 +85,7 @@ def study(speaker: Speaker, device: Device, texts: dict, options: Options) -> Re
     ids = prompt_ids(tokenizer, options.prompt, True, speaker.config.max_len)
     logits = model(torch.tensor([ids], device=device.place))[0, -1]
     losses = {
-        name: evaluate(loss_sum, model, rows, 8, options.eval_tokens, device)
+        name: evaluate(Loss(model), rows, 8, options.eval_tokens, device)
         for name, rows in texts.items()
     }
     entries = unseen_entries(options.n, speaker.config.val_fraction)
@@ -112,11 +104,8 @@ def draw(results: dict[str, Result], tokens: dict[int, str], options: Options):
     top = max(r.next_probs.max().item() for r in results.values())
     for axis, (stage, result), style in zip(distributions, results.items(), STYLES, strict=False):
         heights = [result.next_probs[i].item() for i in tokens]
-        axis.bar(range(len(tokens)), heights, color=style["color"])
-        axis.set_xticks(range(len(tokens)), tokens.values(), fontsize=9)
-        axis.set(ylim=(0, min(1, 1.15 * top)), ylabel="概率")
+        distribution(axis, list(tokens.values()), heights, top, style["color"])
         axis.set_title(f"{STAGES[stage]}：问「{options.prompt}」，下一个词元", fontsize=10)
-        axis.grid(axis="x", visible=False)
     given_by = {s: [math.exp(-loss) for loss in r.losses.values()] for s, r in results.items()}
     right_by = {s: [n / r.asked for n in r.right.values()] for s, r in results.items()}
     draw_pairs(given, given_by, list(results["sft"].losses))
@@ -163,10 +152,10 @@ def sentences(results: dict[str, Result]) -> list[str]:
     ]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """两个检查点各问一遍，画图，说三句话。"""
-    options = read_options(Options, "try_sft")
-    config = settings(options)
+    options = read_lab_options(Options, "try_sft", argv)
+    config = options.tiny()
     device = Device(config)
     speakers = {
         stage: load_for_chat(Path(f"out/{options.preset}/{stage}.pt"), device) for stage in STAGES
@@ -187,8 +176,7 @@ def main() -> None:
             print(f"  {STAGES[stage]}：{result.texts[prompt]!r}")
     likely = torch.cat([r.next_probs.topk(6).indices for r in results.values()]).tolist()
     tokens = {i: speakers["sft"].tokenizer.decode([i]) or "结束" for i in likely}
-    path = save_picture(draw(results, tokens, options), options, "try_sft")
-    conclude(path, sentences(results))
+    finish(draw(results, tokens, options), sentences(results), options, "try_sft")
 
 
 if __name__ == "__main__":

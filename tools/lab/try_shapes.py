@@ -1,7 +1,7 @@
 """实验：矮胖与瘦高，哪一种好？
 
-    python -m tools.try_shapes                      默认设置约二十分钟
-    python -m tools.try_shapes --seeds 5 --steps 400
+    python -m tools.lab.try_shapes                      默认设置约二十分钟
+    python -m tools.lab.try_shapes --seeds 5 --steps 400
 
 「层数多的更好」常常是因为层数多的参数也多。这里比四种形状，训练同样的词元：
 
@@ -21,22 +21,21 @@
 
 import math
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 
-from config import Config, UserError, option
+from config import Config, option
 from model import Transformer
 from settings.flags import run_script
-from tools.lab.laboratory import (
+from tools.bench.flops import training_flops
+from tools.lab.laboratory import DataOptions, Laboratory, Record, numbers_in, open_lab
+from tools.lab.showing import (
     STYLES,
-    DataOptions,
-    Laboratory,
-    Run,
-    conclude,
+    finish,
+    mean_and_spread,
     new_picture,
-    read_options,
-    save_picture,
-    settings,
-    smooth,
+    seed_curves,
+    seed_points,
+    spread,
 )
 
 SHAPES = {
@@ -57,6 +56,29 @@ class Options(DataOptions):
     steps: int = option(150, "每次练多少步", "步")
     lrs: str = option("0.01,0.02,0.04", "试哪几个最高学习率，用逗号隔开")
 
+    def problems(self) -> list[str]:
+        """不能用的值，一条一句。"""
+        wanted = f"--lrs 要的是用逗号隔开的几个正数，例如 0.01,0.02，得到的是 {self.lrs!r}"
+        return super().problems() + ([] if self.rates() else [wanted])
+
+    def rates(self) -> list[float]:
+        """要试的学习率；写得不对是空的。"""
+        rates = numbers_in(self.lrs)
+        return rates if all(0 < rate < 10 for rate in rates) else []
+
+    def base(self) -> Config:
+        """实验台用的：矮胖的形状。"""
+        return self.shape(WIDE, batch_size=16, max_steps=self.steps)
+
+    def shape(self, name: str, **changes) -> Config:
+        """一种形状的配置。"""
+        return self.tiny(**SHAPES[name], seq_len=SEQ_LEN, **changes)
+
+    def plan(self) -> str:
+        """要做什么，多久。"""
+        total = len(SHAPES) * (len(self.rates()) + self.seeds - 1)
+        return f"共练 {total} 次，每次 {self.steps} 步；默认设置约二十分钟（两个核）。"
+
 
 # ---------- 1. 数一数 ----------
 
@@ -64,22 +86,6 @@ class Options(DataOptions):
 def block_parameters(model: Transformer) -> int:
     """各层的参数，不含词嵌入。"""
     return sum(p.numel() for p in model.blocks.parameters())
-
-
-def training_flops(config: Config, n_rows: int) -> float:
-    """训练一个词元的浮点运算：前向每个参数两次（一乘一加），反向再两倍。
-
-    Args:
-        config: 形状。
-        n_rows: 真正算打分的词元数；没出现过的词元合用一行（training.SharedRow）。
-    """
-    head_dim = config.dim // config.n_heads
-    projections = 2 * config.dim * (config.n_heads + config.n_kv_heads) * head_dim
-    matrices = config.n_layers * (projections + 3 * config.dim * config.hidden_dim)
-    matrices += config.dim * n_rows
-    # 每个词元与一行里的 T 个求相关、再加权求和；分段的遮罩是算完之后才遮的，省不了一半。
-    attention = 2 * config.n_layers * config.seq_len * config.n_heads * head_dim
-    return 6 * (matrices + attention)
 
 
 # ---------- 2. 练 ----------
@@ -94,40 +100,15 @@ class Result:
     losses: list[float]  # 取用的学习率下的检验损失，每个种子一个
     curves: list[list[float]]  # 同上，训练损失，每个种子一条
 
-    def mean(self) -> float:
-        """各个种子的平均。"""
-        return mean(self.losses)
 
-    def spread(self) -> float:
-        """种子之间的起伏：样本标准差；只有一个种子时说不出来，记作 0。"""
-        finite = all(map(math.isfinite, self.losses))
-        return stdev(self.losses) if len(self.losses) > 1 and finite else 0.0
-
-    def __str__(self) -> str:
-        """例如「4.740 ± 0.010」。"""
-        spread = f" ± {self.spread():.3f}" if len(self.losses) > 1 else ""
-        return f"{self.mean():.3f}{spread}"
-
-
-def parse_rates(text: str) -> list[float]:
-    """ "0.01,0.02" -> [0.01, 0.03]。"""
-    try:
-        rates = [float(part) for part in text.split(",")]
-    except ValueError:
-        rates = []
-    if not rates or not all(0 < rate < 10 for rate in rates):
-        raise UserError(f"--lrs 要的是用逗号隔开的几个正数，例如 0.01,0.02，得到的是 {text!r}")
-    return rates
-
-
-def study(lab: Laboratory, name: str, rates: list[float], options: Options) -> Result:
+def study(lab: Laboratory, name: str, options: Options) -> Result:
     """第一个种子把学习率都试一遍，挑出最好的；别的种子用挑出来的。"""
-    shape = settings(options, **SHAPES[name], seq_len=SEQ_LEN)
+    shape = options.shape(name)
 
-    def run(lr: float, seed: int) -> Run:
+    def run(lr: float, seed: int) -> Record:
         return lab.train(lab.build(seed, shape), f"{name}，{lr:g}，种子 {seed}", lr, seed)
 
-    first = {lr: run(lr, 1) for lr in rates}
+    first = {lr: run(lr, 1) for lr in options.rates()}
     lr = min(first, key=lambda rate: first[rate].held_out)
     runs = [first[lr], *(run(lr, seed) for seed in range(2, options.seeds + 1))]
     tried = {rate: found.held_out for rate, found in first.items()}
@@ -142,43 +123,34 @@ def draw(results: dict[str, Result], options: Options):
     figure, ((rates, curves, points),) = new_picture(
         "矮胖与瘦高：同样的词元，同样的参数或同样的运算量", 1, 3, (12, 4.4)
     )
-    for x, ((name, result), style) in enumerate(zip(results.items(), STYLES, strict=True)):
+    for (name, result), style in zip(results.items(), STYLES, strict=True):
         rates.plot(result.tried.keys(), result.tried.values(), **style, label=name)
-        for number, curve in enumerate(result.curves):
-            curves.plot(
-                range(1, len(curve) + 1), smooth(curve, 10), **style, alpha=0.8, linewidth=1,
-                markevery=max(1, options.steps // 8), label=name if number == 0 else None,
-            )  # fmt: skip
-        dots = {"color": style["color"], "marker": style["marker"], "linestyle": ""}
-        points.plot([x] * len(result.losses), result.losses, **dots)
-        points.hlines(result.mean(), x - 0.25, x + 0.25, color=style["color"], linewidth=2)
     rates.set(xscale="log", xlabel="最高学习率", ylabel="奈特 / 词元")
     rates.set_title("第一个种子的检验损失")
     rates.set_xticks(list(results[WIDE].tried), [f"{lr:g}" for lr in results[WIDE].tried])
     rates.minorticks_off()
     rates.legend(fontsize=9)
-    early = [curve[len(curve) // 8] for r in results.values() for curve in r.curves]
-    curves.set(xlabel="步", title="训练损失（十步平均，每个种子一条）")
-    if all(map(math.isfinite, early)):
-        curves.set_ylim(top=max(early) + 0.2)  # 开头人人都从 ln V 降下来，不画，好看清后面
-    points.set_xticks(range(len(results)), [name.replace("，", "\n") for name in results])
-    points.set(xlim=(-0.5, len(results) - 0.5), title="检验损失：点是种子，横线是平均")
+    seed_curves(curves, {name: result.curves for name, result in results.items()}, options.steps)
+    seed_points(points, {name: result.losses for name, result in results.items()})
+    points.set_title("检验损失：点是种子，横线是平均")
     return figure
 
 
 def compare(wide: Result, tall: Result, equal: str) -> str:
     """一句话：两种形状差多少，这个差别比种子的起伏大不大。"""
-    difference, spread = tall.mean() - wide.mean(), max(wide.spread(), tall.spread())
+    difference = mean(tall.losses) - mean(wide.losses)
+    noise = max(spread(wide.losses), spread(tall.losses))
     if not math.isfinite(difference):
         verdict = "有的种子练坏了，没法比；请试小些的学习率"
     elif len(wide.losses) < 2:
         verdict = "只有一个种子，不知道起伏多大，不能下结论"
-    elif abs(difference) > 2 * spread:
+    elif abs(difference) > 2 * noise:
         verdict = f"超过种子起伏的两倍：{'矮胖' if difference > 0 else '瘦高'}的好"
     else:
         verdict = "不到种子起伏的两倍：分不出高下"
     return (
-        f"{equal}时，矮胖 {wide}，瘦高 {tall} 奈特每词元，相差 {abs(difference):.3f}，{verdict}。"
+        f"{equal}时，矮胖 {mean_and_spread(wide.losses)}，瘦高 {mean_and_spread(tall.losses)} "
+        f"奈特每词元，相差 {abs(difference):.3f}，{verdict}。"
     )
 
 
@@ -194,8 +166,8 @@ def describe_rates(results: dict[str, Result]) -> str:
 def describe_costs(lab: Laboratory, options: Options) -> None:
     """打印几种形状的参数与运算量。"""
     n_rows = lab.rows_scored()
-    for name, shape in SHAPES.items():
-        config = settings(options, **shape, seq_len=SEQ_LEN)
+    for name in SHAPES:
+        config = options.shape(name)
         n, flops = block_parameters(lab.build(0, config)), training_flops(config, n_rows)
         embedding = config.dim * config.vocab_size
         print(
@@ -204,32 +176,22 @@ def describe_costs(lab: Laboratory, options: Options) -> None:
         )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """几种形状各练几个学习率、几个种子；画图，说三句话。"""
-    options = read_options(Options, "try_shapes")
-    rates = parse_rates(options.lrs)
-    config = settings(
-        options, **SHAPES[WIDE], seq_len=SEQ_LEN, batch_size=16, max_steps=options.steps,
-    )  # fmt: skip
-    total = len(SHAPES) * (len(rates) + options.seeds - 1)
-    print(f"共练 {total} 次，每次 {options.steps} 步；默认设置约二十分钟（两个核）。")
-    lab = Laboratory(config)
+    options, lab = open_lab(Options, "try_shapes", argv)
     describe_costs(lab, options)
-    results = {name: study(lab, name, rates, options) for name in SHAPES}
-    path = save_picture(draw(results, options), options, "try_shapes")
-    tokens = options.steps * config.batch_size * SEQ_LEN
+    results = {name: study(lab, name, options) for name in SHAPES}
+    tokens = options.steps * lab.config.batch_size * SEQ_LEN
     print(
         f"每次读 {tokens / 1e6:.2f} M 词元，{options.seeds} 个种子；"
-        f"试过 {len(rates)} 个学习率，取用的是{describe_rates(results)}。"
+        f"试过 {len(options.rates())} 个学习率，取用的是{describe_rates(results)}。"
     )
-    conclude(
-        path,
-        [
-            compare(results[WIDE], results[TALL], "各层参数相同"),
-            compare(results[WIDE], results[TALL_FLOPS], "训练的运算量相同"),
-            compare(results[WIDE], results[TALL_WIDTH], "宽度与全部参数都相同"),
-        ],
-    )
+    said = [
+        compare(results[WIDE], results[TALL], "各层参数相同"),
+        compare(results[WIDE], results[TALL_FLOPS], "训练的运算量相同"),
+        compare(results[WIDE], results[TALL_WIDTH], "宽度与全部参数都相同"),
+    ]
+    finish(draw(results, options), said, options, "try_shapes")
 
 
 if __name__ == "__main__":

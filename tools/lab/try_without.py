@@ -1,7 +1,7 @@
 """实验：没有位置编码、没有因果遮罩、没有注意力，各损失了什么？
 
-    python -m tools.try_without                     默认设置约四分钟
-    python -m tools.try_without --steps 1000 --prompt 守株待兔：
+    python -m tools.lab.try_without                     默认设置约四分钟
+    python -m tools.lab.try_without --steps 1000 --prompt 守株待兔：
 
 四个模型从同样的参数出发，读同样的语料，只换掉一样零件：
 
@@ -21,22 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import UserError, option
-from model import Attention, RotaryEmbedding, Transformer
+from config import Config, UserError, option
+from model import Attention, AttentionContext, RotaryEmbedding, Transformer
 from settings.flags import run_script
-from tools.lab.laboratory import (
-    STYLES,
-    DataOptions,
-    Laboratory,
-    Run,
-    conclude,
-    new_picture,
-    prompt_ids,
-    read_options,
-    save_picture,
-    settings,
-    smooth,
-)
+from tools.lab.laboratory import DataOptions, Laboratory, Record, open_lab, prompt_ids
+from tools.lab.showing import STYLES, finish, new_picture, smooth
 
 WHOLE, NO_ROPE, NOT_CAUSAL, NO_ATTENTION = VARIANTS = (
     "完整", "没有位置", "没有因果", "没有注意力"
@@ -51,6 +40,17 @@ class Options(DataOptions):
     lr: float = option(0.02, "最高学习率，四种相同")
     seed: int = option(1, "随机种子：初始化与语料的次序")
     prompt: str = option("画蛇添足：", "练完之后，让它们从这句话往下写")
+
+    def base(self) -> Config:
+        """矮胖的一种。"""
+        return self.tiny(
+            dim=128, n_layers=4, n_heads=2, n_kv_heads=1, hidden_dim=384, seq_len=128,
+            batch_size=16, max_steps=self.steps,
+        )  # fmt: skip
+
+    def plan(self) -> str:
+        """要做什么，多久。"""
+        return f"四种模型，各练 {self.steps} 步；默认设置约四分钟（两个核）。"
 
 
 # ---------- 1. 改装 ----------
@@ -70,16 +70,16 @@ class SeesBothWays(Attention):
     遮罩 (…, T, T) 的下三角原是「同段的前文」；补上对称的一半，就是「同段的前文与后文」。
     """
 
-    def forward(self, x: Tensor, cos, sin, mask, causal: bool, *rest) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
-        mask = None if mask is None else mask | mask.mT
-        return super().forward(x, cos, sin, mask, False, *rest)
+        mask = None if context.mask is None else context.mask | context.mask.mT
+        return super().forward(x, context._replace(mask=mask, causal=False))
 
 
 class NoAttention(nn.Module):
     """什么也不从前文取。"""
 
-    def forward(self, x: Tensor, *attention_inputs) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C)，全是零。"""
         return torch.zeros_like(x)
 
@@ -103,7 +103,7 @@ def take_out(model: Transformer, name: str) -> Transformer:
 class Result:
     """一种模型的全部记录。"""
 
-    run: Run
+    run: Record
     alone: float  # 照生成时那样检验的损失（奈特每词元）
     text: str
 
@@ -193,20 +193,14 @@ def shorten(text: str, length: int = 20) -> str:
     return f"「{text[:length]}{'…' if len(text) > length else ''}」" if text else "空的"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """四种模型各练一遍，各写一段，画图，说三句话。"""
-    options = read_options(Options, "try_without")
-    config = settings(
-        options, dim=128, n_layers=4, n_heads=2, n_kv_heads=1, hidden_dim=384, seq_len=128,
-        batch_size=16, max_steps=options.steps,
-    )  # fmt: skip
-    lab = Laboratory(config)
-    prompt_ids(lab.tokenizer, options.prompt, False, config.max_len)  # 不能用的，现在就说
-    print(f"四种模型，各练 {options.steps} 步；默认设置约四分钟（两个核）。")
+    options, lab = open_lab(Options, "try_without", argv)
+    prompt_ids(lab.tokenizer, options.prompt, False, lab.config.max_len)  # 不能用的，现在就说
     results = {name: study(lab, name, options) for name in VARIANTS}
     frequency = lab.frequency_loss()
-    path = save_picture(draw(results, frequency, options), options, "try_without")
-    conclude(path, sentences(results, frequency))
+    figure = draw(results, frequency, options)
+    finish(figure, sentences(results, frequency), options, "try_without")
 
 
 if __name__ == "__main__":

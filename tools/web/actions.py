@@ -25,7 +25,9 @@ from generate import (
     probabilities,
 )
 from sft_chat import ask
-from tools.explain.__main__ import examine, load_speaker, page
+from tools.explain.facts import examine
+from tools.explain.page import page
+from tools.explain.speaker import load_speaker
 
 LOCK = threading.RLock()  # 一次只算一件事：显微镜的钩子挂在共用的模型上，同时算的会混进去
 MOST = 64  # 显微镜看最后多少个词元

@@ -1,0 +1,271 @@
+"""一次训练里，循环之外的一切：配置、设备、输出目录、检查点、记录、检验、叫停。
+
+与 Trainer 相反：藏起来的是循环以外的，循环自己在 pre_train.py 与 sft_train.py 里。
+这里不算损失，也不更新参数；一步之内的几个动作在 stepper.py。
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from config import UserError
+from engine import words
+from engine.checkpoint import (
+    build_model,
+    capture,
+    data_identity,
+    load,
+    restore,
+    versions,
+)
+from engine.device import Device
+from engine.distributed import World
+from engine.expert_load import expert_loads
+from engine.guard import diverged, skip_step, too_many_skipped
+from engine.memory import auto_batch, out_of_memory
+from engine.metrics import Metrics
+from engine.progress import Progress, RandomNumbers
+from engine.run_folder import RunFolder
+from engine.saver import Saver
+from engine.shared_row import SharedRow
+from engine.stepper import Stepper
+from engine.stop import Stop
+from model import Transformer
+from settings.defaults import eval_interval
+from settings.flags import is_out_of_memory
+from settings.resolve import Origin, inherit, load_config, save_config
+from tokenizer import Tokenizer
+
+
+class Run(Stepper):
+    """一次训练：`with Run("pretrain") as run:`，里面按循环的次序用它的动作。
+
+    Args:
+        stage: "pretrain" 或 "sft"。
+        argv: 命令行参数；不给就取自命令行。
+        program: 接着练时写在 python 后面的；默认是这个阶段的脚本。
+    Raises:
+        UserError: 参数有问题，目录里已有训练，或者检查点不能用。
+    """
+
+    def __init__(self, stage: str, argv: list[str] | None = None, program: str = ""):
+        config, origins = load_config(stage, sys.argv[1:] if argv is None else argv)
+        world, tokenizer = World(), Tokenizer()
+        self.origins, self.stop = origins, None
+        self.folder = RunFolder(stage, config, origins, world, program)
+        self.checkpoint = self.folder.begin(config, origins, tokenizer)  # --resume：上次的状态
+        self.start, start_path = self.checkpoint, self.folder.path
+        if stage == "sft" and not self.checkpoint:
+            start_path = Path(config.init_from)
+            _, source, self.start = load(start_path, tokenizer)
+            inherit(config, origins, source, config.init_from)
+        self.start_path, self.resumed = start_path, self.checkpoint is not None
+        super().__init__(stage, config, Device(config, world), tokenizer)
+        self.progress, self.rng = Progress(), RandomNumbers()
+        print(words.introduction(self))
+
+    def __exit__(self, kind, error, trace) -> None:
+        """离开：内存不够就换成一句话；断开别的进程，松开目录。"""
+        self.world.disconnect()
+        self.folder.close()
+        if self.stop:
+            self.stop.close()
+        ran_out = isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error)
+        if ran_out and self._model is not None:
+            raise out_of_memory(self.config, self._model, self.rows_at_once) from error
+
+    # ---------- 1. 循环之前 ----------
+
+    def model(self) -> Transformer:
+        """刚出生的模型，或者起点里的：接着练的是上次的，微调的是预训练过的。"""
+        if self.start is None:
+            torch.manual_seed(self.config.seed)
+            model = Transformer(self.config)
+        else:
+            model = build_model(self.config, self.start, self.start_path)
+            torch.manual_seed(self.config.seed)
+        self.start = None  # 用完就放手，不占内存
+        return model.to(self.device.place)
+
+    def shared_row(self) -> SharedRow | None:
+        """接着练时，合用的与上次的相同。"""
+        if self.checkpoint:
+            return SharedRow.from_state_dict(self.checkpoint["shared_row"], self.device.place)
+        return super().shared_row()
+
+    def fit(self, loss: nn.Module) -> None:
+        """``--batch_size auto``：试出一次前向放得下几行。"""
+        self.n_params = sum(p.numel() for p in self._model.parameters())
+        if self.origins["batch_size"] is Origin.TRIED:
+            auto_batch(self.config, loss, self.device)
+
+    def optimizer(self, build, lr: float):
+        """造优化器；接着练时，各部分取回上次的状态。然后万事俱备，可以开始。"""
+        optimizer = super().optimizer(build, lr)
+        self.highest_lr = lr
+        if self.checkpoint:
+            self._resume()
+        self.parts = {
+            "model": self._model, "optimizers": optimizer, "scaler": self.device.scaler,
+            "shared_row": self.shared, "progress": self.progress, "rng": self.rng,
+        }  # fmt: skip
+        self._get_ready()
+        return optimizer
+
+    def _resume(self) -> None:
+        """核对语料，取回优化器、scaler、随机数与走到了哪里。
+
+        Raises:
+            UserError: 语料变了，或者要的步数比走完的还少。
+        """
+        checkpoint, folder = self.checkpoint, self.folder
+        mine = data_identity(self.card)
+        if mine != {name: checkpoint["data"].get(name) for name in mine}:
+            raise UserError(
+                f"语料与 {folder.path} 训练时的不同，接不上；请换回原来的语料，"
+                f"或用 --out_dir 换一个目录从头练"
+            )
+        parts = {"optimizers": self._optimizer, "scaler": self.device.scaler, "rng": self.rng,
+                 "progress": self.progress}  # fmt: skip
+        restore(checkpoint, parts, folder.path)
+        now = {"设备": self.device.describe(), **versions()}
+        before = {"设备": checkpoint["device"], **checkpoint["versions"]}
+        if differ := [f"{k} {before.get(k)} → {now[k]}" for k in now if before.get(k) != now[k]]:
+            print(f"（与上次不同：{'；'.join(differ)}。结果相近，但不保证逐位相同）")
+        step = self.first_step = self.progress.step
+        if step > self.n_steps:
+            raise UserError(f"已经走完 {step} 步，比现在要的 {self.n_steps} 步还多；请加大步数")
+        print(f"接着 {folder.root} 里的检查点练：已经走完 {step} 步，共 {self.n_steps} 步")
+        self.checkpoint = None  # 用完就放手，不占内存
+
+    def _get_ready(self) -> None:
+        """各进程对一对，目录与记录备好；从头练的，先存一次。"""
+        print(words.scale(self))
+        self.eval_every = eval_interval(self.config, self.n_steps)
+        identity = f"{self.progress.step} {self.card['train_sha256'][:8]}"
+        self.world.agree("起点（步数与语料）", identity)
+        self.folder.settle(fresh=not self.resumed)
+        records = self.folder.root / self.stage
+        if self.world.rank == 0:
+            save_config(self.config, records / "config.json")
+        self.metrics = Metrics(records, self.world, self.progress)
+        self.saver = Saver(self.folder, self.config.save_every, self.progress)
+        self.stop = Stop(self.world)
+        print("第一步之前要编译，约一分钟……" if self.device.compile else "开始训练……")
+        if self.newborn:
+            self.saver.save(self.state, must=True)  # 现在就知道存不存得下，不必等到一小时以后
+
+    @property
+    def newborn(self) -> bool:
+        """一步还没有走过。"""
+        return self.progress.step == 0
+
+    # ---------- 2. 两步之间 ----------
+
+    def steps(self, exam) -> Iterator[int]:
+        """给出步数（从 0 数）；检验、记录、保存、叫停都在两步之间，从不在一步之中。"""
+        self.bar = tqdm(
+            total=self.n_steps, initial=self.first_step, unit="步", dynamic_ncols=True,
+            smoothing=0.1, disable=self.world.rank > 0,
+        )  # fmt: skip
+        for step in range(self.first_step, self.n_steps):
+            started, self.notes = time.monotonic(), {}
+            yield step
+            self.between_steps()
+            speed = self.n_targets / (time.monotonic() - started)
+            self._record(step, speed, exam)
+            self._save_or_leave(last=step + 1 == self.n_steps)
+        self.bar.close()
+        self.metrics.draw()
+        print(words.farewell(self))
+
+    def ask(self) -> tuple[float, ...]:
+        """有谁收到了叫停的信号，该不该存了。"""
+        return self.stop.signal > 0, self.saver.due()
+
+    @property
+    def rows_at_once(self) -> int:
+        """一次前向的行数。"""
+        return len(self.micro_rows[0]) if self.micro_rows else self.config.batch_size
+
+    def finite(self, losses, norm) -> bool:
+        """同 `Stepper.finite`；不是有限的数，就记下是哪些数据。"""
+        if super().finite(losses, norm):
+            self.progress.skipped_in_a_row = 0
+            return True
+        epoch = self.progress.step * self.rows_per_step // self.train.n_rows
+        self.notes |= skip_step(
+            self.progress, self.loss, self.micro_rows, self.losses, epoch, self.device
+        )
+        return False
+
+    def _record(self, step: int, speed: float, exam) -> None:
+        """记一行；每隔一段，检验一次。"""
+        progress, last = self.progress, step + 1 == self.n_steps
+        progress.step, progress.tokens = step + 1, progress.tokens + int(self.n_targets)
+        unit = {"pretrain": "词元", "sft": "个回答的词元"}[self.stage]
+        self.bar.update()
+        self.bar.set_postfix_str(f"损失 {self.loss:.3f}，{speed:.0f} {unit}/秒")
+        row = {
+            "step": step + 1, "tokens": progress.tokens, "train_loss": self.loss,
+            "lr": self._optimizer.lr, "grad_norm": self.norm, "tokens_per_second": speed,
+            **self.notes,
+        }  # fmt: skip
+        if last or (step + 1) % self.eval_every == 0:
+            row |= self.check(exam, self.config.eval_tokens * (10 if last else 1), everything=last)
+        self.metrics.write(**row)
+
+    def _save_or_leave(self, last: bool) -> None:
+        """该停的停，该存的存。Raises UserError：发散了。"""
+        stopping, saving = self.votes
+        if too_many_skipped(self.progress, self.device.scaler):
+            raise diverged(self.state(), self.folder, self.progress, "--lr", self.highest_lr)
+        if last or saving or stopping:
+            self.saver.save(self.state, must=last, leaving=stopping)
+        if stopping and not last:
+            self.bar.close()
+            self.stop.leave(self.saver, self.progress, self.n_steps)
+        self.stop.watch()
+
+    def check(self, exam, max_tokens: int, everything: bool = False) -> dict:
+        """检验，再写一段给人看；返回写进记录的几项。
+
+        Args:
+            exam: loss.py 的 `Exam`。
+            max_tokens: 至多用多少词元。
+            everything: 最后的那一次，数据多，不与平时的比高低。
+        """
+        loss, bpc = exam.measure(max_tokens)
+        load = expert_loads(self._model, self.world)  # 专家混合：留出的数据上，各位专家的负载
+        self.progress.checked(loss, bpc, everything)
+        sample = ""
+        if math.isfinite(loss):
+            with self._parallel.gathered():
+                sample = exam.write()
+        tqdm.write(words.exam_result(self.progress.step, loss, bpc, load, exam.show(sample)))
+        experts = {"val_load": load.rounded()} if load else {}
+        return {"val_loss": loss, "val_bpc": bpc, "sample": sample, **experts}
+
+    def first_check(self, exam, max_tokens: int) -> float:
+        """一步还没有走时的检验，也写进记录；返回损失。"""
+        result = self.check(exam, max_tokens)
+        self.metrics.write(step=0, tokens=0, **result)
+        return result["val_loss"]
+
+    def state(self) -> dict[str, Any]:
+        """此刻的全部状态：存进检查点，接着练的结果便与不中断的逐位相同。"""
+        self.metrics.sync()
+        self.progress.seconds = self.metrics.seconds()
+        epoch, row = divmod(self.progress.step * self.rows_per_step, self.train.n_rows)
+        return capture(
+            self.parts, stage=self.stage, config=self.config, tokenizer=self.tokenizer,
+            device=self.device.describe(), max_steps=self.n_steps,
+            data=data_identity(self.card) | {"epoch": epoch, "row": row},
+        )  # fmt: skip

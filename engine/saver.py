@@ -1,0 +1,65 @@
+"""什么时候存检查点，存不下怎么办。"""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from config import UserError
+from engine.checkpoint import write
+from engine.progress import Progress
+from engine.run_folder import RunFolder
+from settings.defaults import save_interval
+
+
+class Saver:
+    """按时间保存。存不下时训练照常进行，下次再试。
+
+    Args:
+        folder: 存在哪里；几个进程时，只有第 0 个写。
+        every: 隔多少秒；None 表示一分钟，但写得慢的磁盘会自动少存，保存占用的时间不超过 2%。
+        progress: 记下保存用去的时间。
+    Fields:
+        step: 存下的检查点走到了第几步；还没有存过，是 None。
+    """
+
+    def __init__(self, folder: RunFolder, every: float | None, progress: Progress):
+        self.folder, self.every, self.progress = folder, every, progress
+        self.step = progress.step or None
+        self.last, self.cost = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        """该存了没有；别的进程听第 0 个的。"""
+        wait = save_interval(self.every, self.cost)
+        return self.folder.world.rank == 0 and time.monotonic() - self.last >= wait
+
+    def save(
+        self, make: Callable[[], dict[str, Any]], must: bool = False, leaving: bool = False
+    ) -> None:
+        """保存 make() 给出的检查点。
+
+        Args:
+            make: 收集状态；全体进程都要调用。
+            must: 真时，存不下就抛出 UserError；否则只说一声。
+            leaving: 存不存得下都要走了。
+        """
+        started = time.monotonic()
+        checkpoint = make()
+        if self.folder.world.rank == 0:
+            try:
+                write(self.folder.path, checkpoint)
+                self.step = self.progress.step
+            except UserError as error:
+                if must and self.step is None:
+                    raise
+                kept = f"第 {self.step} 步的检查点还在"
+                if must:
+                    again = f"腾出空间后接着练：{self.folder.how_to_resume}"
+                    raise UserError(f"{error}；{kept}，{again}") from error
+                then = "" if leaving else "；训练接着进行，下次再存"
+                tqdm.write(f"（{error}。{kept}{then}）", file=sys.stderr)
+        self.last = time.monotonic()
+        self.cost = self.last - started
+        self.progress.saving_seconds += self.cost

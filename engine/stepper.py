@@ -1,0 +1,145 @@
+"""一步训练的几个动作：取一批、反向、截短、看看是不是有限的数、更新。
+
+动作的先后写在 pre_train.py 与 sft_train.py 的循环里；这里只是每个动作怎样做：几个进程怎样分工，
+fp16 怎样放大，专家怎样均衡。`run.py` 的 `Run` 在此之上加了检查点、记录与叫停；实验台与测速
+用不着那些，直接用这一个。
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from config import Config
+from dataset import IGNORE, Batch, rows_of_step
+from engine.device import Device, compile_if_possible
+from engine.distributed import Parallel, gather, shard_like
+from engine.expert_load import expert_loads, rebalance
+from engine.shared_row import SharedRow, tie_unused_rows
+from settings.defaults import total_steps
+from tokenizer import Tokenizer
+
+
+class Stepper:
+    """一步训练的几个动作，按循环里的次序。
+
+    Args:
+        stage: "pretrain" 或 "sft"。
+        config: 一次前向的行数、累积几次、种子等。
+        device: 在哪里练。
+    Fields:
+        n_steps: 一共走几步。
+        n_targets: 这一步的大批里有多少目标，各进程的合起来。
+        newborn: 一步还没有走过，开始之前要先检验一次。
+    """
+
+    newborn = False
+
+    def __init__(self, stage: str, config: Config, device: Device, tokenizer: Tokenizer):
+        self.stage, self.config, self.tokenizer = stage, config, tokenizer
+        self.device, self.world = device, device.world
+        self.first_step = 0  # 从第几步走起
+        self.notes: dict = {}  # 这一步要记下的别的事
+        self._model: nn.Module | None = None
+        self.micro_rows: list[list[int]] = []  # 这一步的各小批用哪几行
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    # ---------- 1. 循环之前 ----------
+
+    def plan(self, train, card: dict) -> None:
+        """训练的一批批有了：定下走几步，与别的进程接上。
+
+        Args:
+            train: `PretrainBatches` 或 `SFTBatches`。
+            card: 词元文件的卡片。
+        """
+        self.train, self.card = train, card
+        self.rows_per_step = self.config.batch_size * self.config.grad_accum
+        self.n_steps = total_steps(self.config, self.stage, train.n_rows, card["train_tokens"])
+        self.world.connect(self.device.place, self.rows_per_step)
+
+    def parallel(self, loss: nn.Module) -> nn.Module:
+        """损失换成能在这些设备上练的：没用到的词元合用一行，编译，几个进程并行。"""
+        self._model = loss.model
+        shared = self.shared_row()
+        self.fit(loss)
+        loss.forward = compile_if_possible(loss.forward, self.device)
+        self._parallel = Parallel(loss, self.world, self.config.parallel)
+        self.shared = loss.shared_row = None if self._parallel.sharded else shared
+        return self._parallel.loss
+
+    def shared_row(self) -> SharedRow | None:
+        """没用到的词元，哪些合用一行。"""
+        return tie_unused_rows(self._model, self.train.tokens, newborn=self.stage == "pretrain")
+
+    def fit(self, loss: nn.Module) -> None:
+        """编译与并行之前的最后一刻：这里什么也不做。"""
+
+    def optimizer(self, build: Callable, lr: float):
+        """照 `build`（optimizer.py 的 build_optimizer）造优化器：精度与分开放的办法由设备决定。"""
+        sharding = {"gather": gather, "scatter": shard_like} if self._parallel.sharded else {}
+        self._optimizer = build(self._model, self.config, lr, self.device.dtype, **sharding)
+        if self.shared:
+            self.shared.follow(self._optimizer.adamw, self._model.embedding.weight)
+        return self._optimizer
+
+    # ---------- 2. 一步 ----------
+
+    def steps(self, exam=None) -> Iterator[int]:
+        """一步一步地走，给出步数（从 0 数）。"""
+        for step in range(self.first_step, self.n_steps):
+            yield step
+            self.between_steps()
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """这一步的大批里归这个进程的，分成几小批，已经在设备上。"""
+        rows = rows_of_step(step, self.rows_per_step, self.train.n_rows, self.config.seed)
+        self.micro_rows = self.world.my_share(rows, self.config.batch_size)
+        batches = [self.train.get(some) for some in self.micro_rows]
+        (self.n_targets,) = self.world.sum(sum(int((b.targets != IGNORE).sum()) for b in batches))
+        for i, batch in enumerate(batches, start=1):
+            with self._parallel.accumulate(last=i == len(batches)):
+                yield batch.to(self.device.place)
+
+    def backward(self, part: Tensor) -> None:
+        """反向：梯度累积在各参数上。fp16 的先放大；DDP 求的是平均，要的是和，所以乘上进程数。"""
+        self.device.scaler.scale(part * self.world.size).backward()
+
+    def clip(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+        """梯度太长就截短，返回截短之前的长度。"""
+        self.device.scaler.unscale_(optimizer)
+        return clip_grad_norm_(self._model.parameters(), limit)
+
+    def finite(self, losses: Sequence[Tensor], norm: Tensor) -> bool:
+        """损失与梯度是不是都是有限的数：不是的话，这一步不能更新。一步里只在这里等设备算完。
+
+        Args:
+            losses: 各小批的损失，加起来是这个进程的一份。
+            norm: `clip` 返回的长度。
+        """
+        self.losses = [x.item() for x in losses]
+        self.loss, *self.votes = self.world.sum(sum(self.losses), *self.ask())
+        self.norm = gather(norm).item()
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+    def ask(self) -> tuple[float, ...]:
+        """趁着各进程对数，一起问的几件事；总和在 `votes` 里。"""
+        return ()
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """更新参数。"""
+        self.device.scaler.step(optimizer)
+
+    def between_steps(self) -> None:
+        """一步走完：fp16 的倍数跟着调整；专家混合的负载交给下一步。"""
+        self.device.scaler.update()
+        if load := expert_loads(self._model, self.world):
+            rebalance(self._model, load)
+            self.notes |= load.row()

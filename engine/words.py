@@ -1,0 +1,60 @@
+"""训练前后说给人看的话：设备与配置、模型的大小、检验的结果、接下来做什么。只说，不做决定。"""
+
+import shlex
+
+from engine.checkpoint import NAMES, summary
+from settings.resolve import Origin, describe, repeat_flags
+
+
+def introduction(run) -> str:
+    """设备，每个值与它的来历，该知道的事。"""
+    config, lines = run.config, []
+    lines.append(f"{NAMES[run.stage]} · {run.device.describe()}")
+    lines.append(describe(config, run.origins))
+    if run.stage == "sft" and not run.resumed:
+        lines.append(f"起点：{config.init_from}（{summary(run.start)}）")
+    if run.stage == "pretrain" and run.origins["preset"] is Origin.AUTO:
+        lines.append(
+            "（想换一种大小：--preset wide 矮胖，--preset deep 瘦高，--preset tiny 小而快）"
+        )
+    if run.stage == "pretrain" and config.data == "builtin":
+        lines.append("（用的是内置成语词典；想用维基百科：python download.py wiki）")
+    return "\n".join(lines + [f"（{note}）" for note in run.device.notes])
+
+
+def scale(run) -> str:
+    """模型多大，走多少步，把数据读几遍。"""
+    text = (
+        f"模型：{run.n_params / 1e6:.1f} M 参数；共 {run.n_steps} 步，"
+        f"每步 {run.rows_per_step * run.config.seq_len} 个词元，"
+        f"合计读 {run.n_steps * run.rows_per_step / run.train.n_rows:.2g} 遍"
+    )
+    if run.shared:
+        n = len(run.shared.members)
+        text += f"\n（词表里有 {n} 个词元这份语料从没用过：合用词嵌入的一行，打分只算一次）"
+    return text
+
+
+def exam_result(step: int, loss: float, bpc: float, load, sample: str) -> str:
+    """一次检验的结果；load 是专家混合的负载，稠密模型是 None。"""
+    busy = f" · {load}" if load else ""
+    shown = sample.replace("\n", "\n    ")
+    return f"第 {step} 步 · 检验损失 {loss:.3f} · 每字 {bpc:.3f} 比特{busy}\n    {shown}"
+
+
+def farewell(run) -> str:
+    """用了多久，结果在哪里，接下来做什么。"""
+    path = shlex.quote(str(run.folder.path))
+    after = {
+        "pretrain": f"  python pre_chat.py --checkpoint {path}    看它接着往下写\n"
+        f"  python sft_train.py{repeat_flags(run.config, run.origins)}    教它回答问题",
+        "sft": f"  python sft_chat.py --checkpoint {path}",
+    }
+    return (
+        f"完成，用时 {run.metrics.seconds() / 60:.1f} 分钟，"
+        f"其中保存 {run.progress.saving_seconds:.1f} 秒。\n"
+        f"  检查点    {run.folder.path}\n"
+        f"  损失曲线  {run.metrics.picture}\n"
+        f"  记录      {run.metrics.path}\n"
+        f"接下来：\n{after[run.stage]}"
+    )
