@@ -3,14 +3,15 @@
 run         在测试的进程里运行：不必每次等 Python 启动、导入 torch
 run_apart   另起一个进程：要 torchrun、要看启动时的样子的
 Running     另起一个进程，在后台运行：要杀掉它、给它发信号的
+run_two     另起两个进程，一起训练
 """
 
 import io
 import json
 import logging
 import os
-import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from unittest import mock
 
 import pytest
 import torch
+from forked import Forked, start
 
 REPO = Path(__file__).resolve().parent.parent
 # 语料用整场测试已经备好的那一份；从零准备由 .ci/run 里 README 的命令走过。
@@ -45,9 +47,14 @@ SIGNALS = {
 }  # 刚启动时怎样对待这几个信号
 
 
+def location(script: str) -> str:
+    """一个脚本的路径；tools 里的一个程序（写成 tools.名字），原样。"""
+    return str(REPO / script) if script.endswith(".py") else script
+
+
 def command(script: str) -> list[str]:
-    """一个脚本，或 tools 里的一个程序（写成 tools.名字）。"""
-    return [str(REPO / script)] if script.endswith(".py") else ["-m", script]
+    """写在 python 后面的。"""
+    return [location(script)] if script.endswith(".py") else ["-m", script]
 
 
 # ---------- 1. 在这个进程里 ----------
@@ -57,10 +64,7 @@ def run(folder, script, *args, stdin="", code=0):
     """在 folder 里运行一个程序，从它的最后一行（run_script）走起；返回 (stdout, stderr)。"""
     with like_a_new_process(folder, [script, *args], stdin) as said:
         try:
-            if script.endswith(".py"):
-                runpy.run_path(str(REPO / script), run_name="__main__")
-            else:
-                runpy.run_module(script, run_name="__main__", alter_sys=True)
+            start(location(script))
             left = 0
         except SystemExit as leaving:
             left = leaving.code or 0
@@ -145,6 +149,10 @@ class Running:
 
     def __init__(self, folder, script, *args, launcher=(), env=None):
         self.log = Path(folder) / "log"
+        self.log.touch()
+        if not launcher and not env:
+            self.process = Forked(folder, location(script), args, self.log)
+            return
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, *command(script), *args],
@@ -171,6 +179,23 @@ class Running:
         """发一个信号，等它结束，返回退出码。"""
         self.process.send_signal(number)
         return self.process.wait(60)
+
+
+def run_two(folder, script, *args) -> str:
+    """两个进程一起运行一个程序，不经过 torchrun（它自己也要导入好几秒）；返回第 0 个说的话。"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    logs = [Path(folder) / f"log{rank}" for rank in (0, 1)]
+    processes = []
+    for rank, log in enumerate(logs):
+        env = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        processes.append(Forked(folder, location(script), args, log, env))
+    codes = [process.wait(120) for process in processes]
+    said = [log.read_text(encoding="utf-8") for log in logs]
+    assert codes == [0, 0], said
+    return said[0]
 
 
 # ---------- 3. 比较 ----------

@@ -1,6 +1,7 @@
 """测速：参赛的「我们」就是 pre_train.py 的那几步；数字、表格与命令行都对。"""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 
@@ -57,7 +58,7 @@ def test_our_contestant_trains_as_the_script_does(trained, here):
 def test_experts_compete_too(kind, here):
     """专家混合也能上场；我们的那一方，负载在每一步之后交给下一步。"""
     shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 32}
-    experts = {"n_experts": 4, "n_active": 2}
+    experts = {"n_experts": 4, "n_active": 2, "router_scale": 1.0}
     made = trainer(
         kind, "tiny", **here, **shape, **experts, batch_size=8, seq_len=64, max_len=128, lr=0.01
     )
@@ -157,6 +158,8 @@ def test_flops_of_one_block_are_what_pytorch_counts():
 def test_contestants_take_turns(monkeypatch, gpu):
     """有显卡时几方一起备好，没有时一个一个地来；结果一样。"""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    fork = multiprocessing.get_context("fork")  # 不必等它们导入 torch；真的那一种见下一个测试
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
     players = {name: Contestant(job, n) for name, n in (("a", 3), ("b", 5))}
     found = take_turns(players, 2)
     assert [len(r) for r, _ in found["a"]] == [3, 3]
