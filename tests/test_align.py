@@ -30,7 +30,7 @@ from tools.huggingface.import_hf import Options, import_folder
 from tools.lab.check_answers import unseen_entries
 
 pytest.importorskip("trl", reason="没有安装 examples/align/requirements.txt")
-
+pytestmark = pytest.mark.doors
 
 VAL_FRACTION = Config().val_fraction
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import dataset
 from config import PRESETS, Config, UserError
-from corpus import idioms
+from corpus import idioms, token_file
 from corpus.token_file import TokenFile, encode_documents, is_held_out, tokenize_corpus
 from dataset import IGNORE, SIDES, PretrainBatches, SFTBatches, pack, rows_of_step
 from model import Transformer
@@ -52,7 +52,7 @@ class Workplace:
         self.source = folder / "source.jsonl"
         self.config = Config(data_dir=str(folder / "data"), val_fraction=0.1)
 
-    def tokenize_corpus(self, stage: str = "pretrain") -> TokenFile:
+    def prepare(self, stage: str = "pretrain") -> TokenFile:
         return tokenize_corpus(str(self.source), stage, self.tokenizer, self.config)
 
     def files(self, ending: str) -> list[Path]:
@@ -144,7 +144,7 @@ def test_anything_changed_means_it_is_redone(work, tokenizer, monkeypatch, chang
     elif change == "val_fraction":
         work.config.val_fraction = 0.3
     elif change == "code":
-        monkeypatch.setattr(dataset, "encode_documents", another_way_to_encode)
+        monkeypatch.setattr(token_file, "encode_documents", another_way_to_encode)
     else:
         work.tokenizer = OtherTokenizer()
     file = work.prepare()
@@ -187,7 +187,7 @@ def test_interrupted_preparation_leaves_nothing_half_done(work, tokenizer, monke
     """准备到一半按了 Ctrl-C：下次要从头做，不能把前一半当成全部，也不能混用新旧两份。"""
     work.prepare()
     write_rows(work.source, texts := texts_of(300, seed=1))
-    calls, encode = [], dataset.encode_documents
+    calls, encode = [], token_file.encode_documents
 
     def interrupted(chunk, tokenizer):
         calls.append(chunk)
@@ -196,8 +196,8 @@ def test_interrupted_preparation_leaves_nothing_half_done(work, tokenizer, monke
         return encode(chunk, tokenizer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "encode_documents", interrupted)
-        patch.setattr(dataset, "CHUNK", 100)
+        patch.setattr(token_file, "encode_documents", interrupted)
+        patch.setattr(token_file, "CHUNK", 100)
         with pytest.raises(KeyboardInterrupt):
             work.prepare()
     assert len(calls) == 2

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from losses import loss_of
-from scripts import QUICK, STEPS, Running, assert_same_run, last_step, run
+from scripts import LITTLE, LITTLE_STEPS, QUICK, Running, assert_same_run, last_step, run
 from test_export import random_model as plain_model
 from test_export import save
 
@@ -258,12 +258,12 @@ def taught(trained, tmp_path_factory) -> tuple[Path, str]:
     return out, run(trained[0], distill.PROGRAM, *PUPIL, "--out_dir", str(out))[0]
 
 
-def test_without_listening_it_is_the_plain_training(trained, tmp_path):
+def test_without_listening_it_is_the_plain_training(trained, little, tmp_path):
     """α = 0：参数、优化器、记录与样本都与 pre_train.py 的逐位相同。"""
     flags = ("--teacher", "out/tiny/pretrain.pt", "--alpha", "0", "--out_dir", str(tmp_path))
-    steps = ("--max_steps", str(STEPS["pre_train.py"]), *QUICK)
+    steps = ("--max_steps", str(LITTLE_STEPS["pre_train.py"]), *QUICK, *LITTLE)
     run(trained[0], distill.PROGRAM, *flags, *steps)
-    assert_same_run(trained[0] / "out/tiny", tmp_path, "pretrain")
+    assert_same_run(little / "out/tiny", tmp_path, "pretrain")
 
 
 def test_the_result_goes_on_to_chat_and_finetuning(trained, taught):

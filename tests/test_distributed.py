@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import (
+    LITTLE,
+    LITTLE_STEPS,
     QUICK,
     STEPS,
     TORCHRUN,
@@ -17,6 +19,7 @@ from scripts import (
     last_step,
     metrics,
     run,
+    run_apart,
 )
 
 from config import UserError
@@ -104,18 +107,17 @@ def test_several_machines_are_told_what_a_restart_needs(
 @pytest.mark.parametrize(
     "script", ["pre_train.py", pytest.param("sft_train.py", marks=pytest.mark.slow)]
 )
-def test_two_processes_give_the_losses_of_one(trained, tmp_path, script):
+def test_two_processes_give_the_losses_of_one(little, tmp_path, script):
     """每个进程读一半的行；只有第 0 个说话；检查点一个进程也能用。"""
     stage = {"pre_train.py": "pretrain", "sft_train.py": "sft"}[script]
-    reference = trained[0] / "out/tiny"
-    (tmp_path / "data").symlink_to(trained[0] / "data")
-    start = ["--init_from", str(reference / "pretrain.pt")] if stage == "sft" else []
-    flags = ["--max_steps", str(STEPS[script]), *QUICK, *start]
-    text, _ = run(tmp_path, script, *flags, launcher=TORCHRUN)
+    (tmp_path / "data").symlink_to(little / "data")
+    start = ["--init_from", str(little / "out/tiny/pretrain.pt")] if stage == "sft" else LITTLE
+    flags = ["--max_steps", str(LITTLE_STEPS[script]), *QUICK, *start]
+    text, _ = run_apart(tmp_path, script, *flags, launcher=TORCHRUN)
     assert text.count("完成，用时") == 1
     assert "2 个进程" in text
     out = tmp_path / "out/tiny"
-    gap = assert_same_losses(metrics(reference, stage), metrics(out, stage))
+    gap = assert_same_losses(metrics(little / "out/tiny", stage), metrics(out, stage))
     print(f"\n{script}：两个进程与一个进程的损失最多差 {gap:.1e}")
     if stage == "pretrain":
         written, _ = run(tmp_path, "pre_chat.py", "--prompt", "守株待兔：", "--max", "5")
@@ -169,7 +171,7 @@ def test_a_sharded_model_gives_the_same_losses_and_its_checkpoint_goes_anywhere(
     assert alone.end(signal.SIGINT) == 130
     assert last_step(out, "pretrain") < STEPS["pre_train.py"]
 
-    run(tmp_path, "pre_train.py", "--resume", "--parallel", "fsdp", launcher=TORCHRUN)
+    run_apart(tmp_path, "pre_train.py", "--resume", "--parallel", "fsdp", launcher=TORCHRUN)
     # FSDP 不合用词嵌入的行，舍入的差别大些，学习率高时还会放大；漏抄状态之类的错比这大几倍。
     records = metrics(reference, "pretrain"), metrics(out, "pretrain")
     gap = assert_same_losses(*records, tolerance=5e-3)

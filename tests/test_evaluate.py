@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from rote import learn_by_rote
-from scripts import REPO, run
+from scripts import REPO, run, run_apart
 
 from config import N_TOKENS, UserError
 from corpus import idioms, readers
@@ -155,7 +155,7 @@ def scores(tokenizer, folder, questions):
     export(where / "sft.pt", where / "hf")
     found = {}
     for form, flags in (("document", []), ("chat", ["--apply_chat_template"])):
-        run(
+        run_apart(
             where, "lm_eval", "run", "--model", "hf", "--model_args", "pretrained=hf", *flags,
             "--device", "cpu", "--batch_size", "4", "--tasks", f"idiom_{form}",
             "--include_path", "task", "--limit", str(FEW), "--log_samples", "--output_path", form,
@@ -181,6 +181,7 @@ def log_likelihood(model, before: list[int], after: list[int]) -> float:
     return logits.log_softmax(-1).gather(1, torch.tensor(after)[:, None]).sum().item()
 
 
+@pytest.mark.doors
 @pytest.mark.slow
 @pytest.mark.parametrize("form", make_task.FORMS)
 def test_lm_eval_scores_exactly_the_intended_tokens(tokenizer, questions, scores, form):
@@ -203,6 +204,7 @@ def test_the_swapped_tasks_only_change_the_idiom(tmp_path):
             assert {k for k in task if task[k] != plain[k]} == {"task", "doc_to_text"}
 
 
+@pytest.mark.doors
 @pytest.mark.slow
 @pytest.mark.parametrize("form", make_task.FORMS)
 def test_whoever_knows_the_answers_gets_full_marks(scores, form):

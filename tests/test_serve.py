@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 from rote import learn_by_rote
-from scripts import REPO, Running, run
+from scripts import REPO, Running, run_apart
 
 from config import Config, UserError
 from engine.device import Device
@@ -31,6 +31,7 @@ import openai  # noqa: E402
 from examples.serve.ask import USAGE, Options, answer, main  # noqa: E402
 from settings.flags import read_options  # noqa: E402
 
+pytestmark = pytest.mark.doors
 WHERE = "它出自哪里？"
 BOOK = [  # 同一句追问，答什么要看前文
     ["画蛇添足是什么意思？", "比喻做了多余的事。", WHERE, "出自《战国策》。"],
@@ -141,10 +142,10 @@ def test_a_model_that_only_continues_is_served_too(url):
 def test_the_program_remembers_the_earlier_turns(url):
     flags = ("--url", url, "--temp", "0", "--max", "60")
     question, meaning, _, source = BOOK[0]
-    out, _ = run(REPO, "examples.serve.ask", question, WHERE, *flags, env=ENVIRONMENT)
+    out, _ = run_apart(REPO, "examples.serve.ask", question, WHERE, *flags, env=ENVIRONMENT)
     assert out == f"{meaning}\n{source}\n"
     # 从标准输入读，一行一句；不带前文，就不知道「它」是谁。
-    out, _ = run(
+    out, _ = run_apart(
         REPO, "examples.serve.ask", *flags, "--rounds", "0",
         stdin=f"{question}\n\n{WHERE}\n", env=ENVIRONMENT,
     )  # fmt: skip
@@ -153,13 +154,15 @@ def test_the_program_remembers_the_earlier_turns(url):
 
 def test_no_server_is_one_sentence():
     nowhere = "http://127.0.0.1:9/v1"
-    out, err = run(REPO, "examples.serve.ask", "你好", "--url", nowhere, code=2, env=ENVIRONMENT)
+    out, err = run_apart(
+        REPO, "examples.serve.ask", "你好", "--url", nowhere, code=2, env=ENVIRONMENT
+    )
     assert out == "" and err.count("\n") == 1
     assert err.startswith(f"错误：连不上 {nowhere}；请先启动服务")
 
 
 def test_another_kind_of_server_is_one_sentence(url):
-    out, err = run(
+    out, err = run_apart(
         REPO, "examples.serve.ask", "你好", "--url", f"{url}/nothing", code=2, env=ENVIRONMENT
     )
     assert out == "" and err.count("\n") == 1
