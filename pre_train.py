@@ -24,13 +24,10 @@ from settings.flags import run_script
 def main(argv: list[str] | None = None, run: Run | None = None) -> None:
     """备数据，造模型，然后一步一步地训练。
 
-    Args:
-        argv: 参数；不给就取自命令行。
-        run: 换一种 `Run`，循环一行不改：examples/distill 听老师的，实验台练改装过的模型。
+    参数不给就取自命令行；换一种 `run`，循环一行不改：蒸馏听老师的，实验台练改装过的模型。
     """
     with run or Run("pretrain", argv) as run:  # 参数、设备、输出目录；--resume 时还有上次的状态
         config, device = run.config, run.device
-
         # ---------- 1. 数据：一个词元文件，切成等长的行 ----------
         wait = run.world.local_rank > 0  # 同一台机器上只由第 0 个进程分词
         data = tokenize_corpus(config.data, "pretrain", run.tokenizer, config, wait)

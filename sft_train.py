@@ -23,7 +23,6 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
     """备对话，取回预训练的模型，然后一步一步地训练；参数同 `pre_train.main`。"""
     with run or Run("sft", argv) as run:  # 参数、设备、输出目录；--resume 时还有上次的状态
         config, device = run.config, run.device
-
         # ---------- 1. 数据（不同）：几段对话拼成一行，互相看不见，只在助手的话上算损失 ----------
         wait = run.world.local_rank > 0  # 同一台机器上只由第 0 个进程分词
         data = tokenize_corpus(config.sft_data, "sft", run.tokenizer, config, wait)
