@@ -29,8 +29,7 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
     with run or Run("pretrain", argv) as run:  # 参数、设备、输出目录；--resume 时还有上次的状态
         config, device = run.config, run.device
         # ---------- 1. 数据：一个词元文件，切成等长的行 ----------
-        wait = run.world.local_rank > 0  # 同一台机器上只由第 0 个进程分词
-        data = tokenize_corpus(config.data, "pretrain", run.tokenizer, config, wait)
+        data = tokenize_corpus(config.data, "pretrain", run.tokenizer, config, wait=run.follows)
         isolate = run.tokenizer.bos_id if config.isolate_documents else None
         train, val = (PretrainBatches(data.tokens[s], config.seq_len, isolate) for s in SIDES)
         run.plan(train, data.card)  # 一共走几步

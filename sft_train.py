@@ -24,8 +24,7 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
     with run or Run("sft", argv) as run:  # 参数、设备、输出目录；--resume 时还有上次的状态
         config, device = run.config, run.device
         # ---------- 1. 数据（不同）：几段对话拼成一行，互相看不见，只在助手的话上算损失 ----------
-        wait = run.world.local_rank > 0  # 同一台机器上只由第 0 个进程分词
-        data = tokenize_corpus(config.sft_data, "sft", run.tokenizer, config, wait)
+        data = tokenize_corpus(config.sft_data, "sft", run.tokenizer, config, wait=run.follows)
         train, val = (
             SFTBatches(data.tokens[s], data.starts[s], config.seq_len, run.tokenizer, config.seed)
             for s in SIDES

@@ -45,6 +45,11 @@ class Stepper:
         self._model: nn.Module | None = None
         self.micro_rows: list[list[int]] = []  # 这一步的各小批用哪几行
 
+    @property
+    def follows(self) -> bool:
+        """同一台机器上不是第 0 个进程：备数据之类的事等它做好。"""
+        return self.world.local_rank > 0
+
     def __enter__(self):
         return self
 
