@@ -75,7 +75,8 @@ class Stepper:
         self._model = loss.model
         shared = self.shared_row()
         self.fit(loss)
-        loss.forward = compile_if_possible(loss.forward, self.device)
+        if self.device.compile:
+            loss.forward = compile_if_possible(loss.forward, self.device)
         self._parallel = Parallel(loss, self.world, self.config.parallel)
         self.shared = loss.shared_row = None if self._parallel.sharded else shared
         return self._parallel.loss
