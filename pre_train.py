@@ -24,22 +24,26 @@ from settings.flags import run_script
 def main(argv: list[str] | None = None, run: Run | None = None) -> None:
     """备数据，造模型，然后一步一步地训练。
 
-    参数不给就取自命令行；换一种 `run`，循环一行不改：蒸馏听老师的，实验台练改装过的模型。
+    Args:
+        argv: 参数；不给就取自命令行。
+        run: 换一种 `Run`，循环一行不改：examples/distill 听老师的，实验台练改装过的模型。
     """
     with run or Run("pretrain", argv) as run:  # 参数、设备、输出目录；--resume 时还有上次的状态
         config, device = run.config, run.device
+
         # ---------- 1. 数据：一个词元文件，切成等长的行 ----------
-        data = tokenize_corpus(config.data, "pretrain", run.tokenizer, config, wait=run.follows)
+        data = tokenize_corpus(config.data, "pretrain", run.tokenizer, config, wait=run.waits)
         isolate = run.tokenizer.bos_id if config.isolate_documents else None
         train, val = (PretrainBatches(data.tokens[s], config.seq_len, isolate) for s in SIDES)
-        run.plan(train, data.card)  # 一共走几步
+        run.plan(train, data.card)  # 定下走几步，与别的进程接上
 
         # ---------- 2. 模型、损失、优化器、检验 ----------
         model = run.model()  # 刚出生的；接着练的，是上次的
         loss = run.parallel(Loss(model))  # 编译；几个进程时，梯度在它们之间求和
-        optimizer = run.optimizer(build_optimizer, config.lr)
         speaker = make_speaker(model, config, run.tokenizer, "pretrain")
+        optimizer = run.optimizer(build_optimizer, config.lr)  # 接着练的，连同它上次的状态
         exam = Exam(loss, val, data.card, speaker, config.prompt, device)
+        run.begin()  # 真要开始了：旧的盖掉，记录备好，先存一次
         if run.newborn:
             print(expected(config, run.first_check(exam, config.batch_size * config.seq_len)))
 

@@ -5,7 +5,7 @@ import torch
 from losses import loss_of
 
 from config import Config, UserError
-from engine import device as training
+from engine import device as device_module
 from engine.device import Device, compile_if_possible
 
 
@@ -22,7 +22,7 @@ def test_precision_follows_the_hardware(monkeypatch, device, capability, bf16, e
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(training, "cpu_has_bf16", lambda: bf16)
+    monkeypatch.setattr(device_module, "cpu_has_bf16", lambda: bf16)
     chosen = Device(Config())
     assert (chosen.place.type, chosen.dtype) == (device, expected)
     assert chosen.scaler.is_enabled() == (expected == torch.float16)
@@ -38,7 +38,7 @@ def test_missing_devices_and_precisions_are_named(monkeypatch):
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):
-    monkeypatch.setattr(training.shutil, "which", lambda name: None)
+    monkeypatch.setattr(device_module.shutil, "which", lambda name: None)
     device = Device(Config(device="cpu"))
     assert not device.compile
     assert any("编译器" in note for note in device.notes)

@@ -10,7 +10,7 @@ from engine.progress import Progress
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, seq_len=8,
     device="cpu", dtype="float32", compile=False,
-)  # fmt: skip  # fmt: skip
+)  # fmt: skip
 
 
 def test_a_skipped_step_names_its_data(capsys):

@@ -13,7 +13,7 @@ from model import Transformer
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, seq_len=8,
     device="cpu", dtype="float32", compile=False,
-)  # fmt: skip  # fmt: skip
+)  # fmt: skip
 
 
 def test_out_of_memory_names_the_knobs_and_how_much_they_save():
