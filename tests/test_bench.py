@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from forked import CONTEXT
 from jobs import job
 from scripts import REPO, metrics
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -157,8 +158,8 @@ def test_flops_of_one_block_are_what_pytorch_counts():
 def test_contestants_take_turns(monkeypatch, gpu):
     """有显卡时几方一起备好，没有时一个一个地来；结果一样。"""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    fork = multiprocessing.get_context("fork")  # 不必等它们导入 torch；真的那一种见下一个测试
-    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    # 不必等它们导入 torch；真的那一种见下一个测试
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: CONTEXT)
     players = {name: Contestant(job, n) for name, n in (("a", 3), ("b", 5))}
     found = take_turns(players, 2)
     assert [len(r) for r, _ in found["a"]] == [3, 3]
