@@ -79,6 +79,13 @@ def tokenize_corpus(
         time.sleep(0.2)
         if (ready := _load(base, identity, path)) is not None:
             return ready
+    ready = _make(base, identity, path, tokenizer)
+    print(f"数据：写好 {base}.*（{_summary(ready.card)}）")
+    return ready
+
+
+def _make(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> TokenFile:
+    """做好词元文件；别的程序正在做，就等它做好。"""
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
         with only_one(Path(f"{base}.lock")):
@@ -95,7 +102,6 @@ def tokenize_corpus(
         ) from error
     ready = ready or _load(base, identity, path)
     assert ready is not None, f"刚写好的词元文件读不回来：{base}"
-    print(f"数据：写好 {base}.*（{_summary(ready.card)}）")
     return ready
 
 
@@ -149,6 +155,44 @@ def _map(path: str, dtype: type, length: int) -> np.ndarray:
     return np.memmap(path, dtype, mode="r")
 
 
+class _SideWriter:
+    """写一边（训练或检验）的词元文件：编号追加在后面，顺便数清。"""
+
+    def __init__(self, base: Path, side: str):
+        self.base, self.side = base, side
+        self.part = Path(f"{base}.{side}.part")
+        self.file = self.part.open("wb")
+        self.starts = array("q", [0])  # 64 位整数，一千万篇也只有 80 MB
+        self.targets = self.characters = 0
+        self.digest = hashlib.sha256()  # 接着练时，据此确认数据没有变
+
+    def add(self, ids: np.ndarray, n_targets: int, text: str) -> None:
+        """一篇的编号 (uint16)，其中要猜的有几个，写出的是哪些字。"""
+        self.file.write(ids.tobytes())
+        self.digest.update(ids.tobytes())
+        self.starts.append(self.starts[-1] + len(ids))
+        self.targets += n_targets
+        self.characters += len(text)
+
+    def finish(self) -> dict:
+        """改成正式的名字，返回写进卡片的几项。
+
+        不在原处改写：正在用旧文件训练的程序，手里的还是旧的那一份。
+        """
+        os.replace(self.part, f"{self.base}.{self.side}.bin")
+        np.frombuffer(self.starts, np.int64).tofile(self.part)
+        os.replace(self.part, f"{self.base}.{self.side}.idx")
+        self.digest.update(self.starts)
+        counted = {
+            "documents": len(self.starts) - 1,
+            "tokens": self.starts[-1],
+            "targets": self.targets,  # 要猜的词元数，与它们写出的字数：
+            "characters": self.characters,  # 由此换算每个字的比特数
+            "sha256": self.digest.hexdigest(),
+        }
+        return {f"{self.side}_{name}": value for name, value in counted.items()}
+
+
 def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None:
     """分词并写盘。先写临时文件，最后才写卡片：中途断电，下次只是重做。"""
     Path(f"{base}.json").unlink(missing_ok=True)
@@ -158,25 +202,16 @@ def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None
         "pretrain": (module.read_documents, encode_documents),
         "sft": (module.read_conversations, encode_conversations),
     }[identity["stage"]]
-    records = read(path, log)
-
-    starts = {side: array("q", [0]) for side in SIDES}  # 64 位整数，一千万篇也只有 80 MB
-    n_targets, characters = dict.fromkeys(SIDES, 0), dict.fromkeys(SIDES, 0)
-    unknown = 0
-    digests = {side: hashlib.sha256() for side in SIDES}  # 接着练时，据此确认数据没有变
-    parts = {side: Path(f"{base}.{side}.part") for side in SIDES}
-    size = path.stat().st_size
+    sides, unknown, size = {}, 0, path.stat().st_size
     with ExitStack() as stack:
-        outputs = {side: stack.enter_context(part.open("wb")) for side, part in parts.items()}
+        for side in SIDES:
+            sides[side] = _SideWriter(base, side)
+            stack.enter_context(sides[side].file)
         bar = stack.enter_context(tqdm(total=size, desc="分词", unit="B", unit_scale=True))
-        for chunk in chunks(records):
+        for chunk in chunks(read(path, log)):
             for record, (ids, targets, text) in zip(chunk, encode(chunk, tokenizer), strict=True):
                 side = "val" if is_held_out(record.key, identity["val_fraction"]) else "train"
-                outputs[side].write(ids.tobytes())
-                digests[side].update(ids.tobytes())
-                starts[side].append(starts[side][-1] + len(ids))
-                n_targets[side] += targets
-                characters[side] += len(text)
+                sides[side].add(ids, targets, text)
                 unknown += int((ids == tokenizer.unk_id).sum())
             if log.file and not log.file.closed:
                 bar.update(log.file.tell() - bar.n)
@@ -185,27 +220,16 @@ def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None
     for line in log.report():
         print(line)
     for side, name in (("train", "训练"), ("val", "检验")):
-        if len(starts[side]) == 1:
+        if len(sides[side].starts) == 1:
             raise UserError(
                 f"{identity['source']} 的 {log.rows} 条数据碰巧没有一条分到{name}那边；"
                 f"请增加数据，或换一个 --val_fraction（现在是 {identity['val_fraction']}）"
             )
-
-    # 一律改名，不在原处改写：正在用旧文件训练的程序，手里的还是旧的那一份。
-    for side, part in parts.items():
-        os.replace(part, f"{base}.{side}.bin")
-        np.frombuffer(starts[side], np.int64).tofile(part)
-        os.replace(part, f"{base}.{side}.idx")
-    total = starts["train"][-1] + starts["val"][-1]
+    total = sum(writer.starts[-1] for writer in sides.values())
     card = identity | {"mtime": path.stat().st_mtime_ns, "sha256": readers.sha256(path)}
     card |= {"bad_rows": log.bad, "rows": log.rows, "unk_rate": unknown / total}
-    for side in SIDES:
-        card[f"{side}_documents"] = len(starts[side]) - 1
-        card[f"{side}_tokens"] = starts[side][-1]
-        card[f"{side}_targets"] = n_targets[side]  # 要猜的词元数，与它们写出的字数：
-        card[f"{side}_characters"] = characters[side]  # 由此换算每个字的比特数
-        digests[side].update(starts[side])
-        card[f"{side}_sha256"] = digests[side].hexdigest()
+    for writer in sides.values():
+        card |= writer.finish()
     part = Path(f"{base}.json.part")
     part.write_text(json.dumps(card, ensure_ascii=False, indent=2), encoding="utf-8")
     os.replace(part, f"{base}.json")

@@ -36,21 +36,20 @@ from dataset import IGNORE, SIDES, Batch, SFTBatches
 from engine.device import Device, add_in_fixed_order, keep_freed_memory
 from loss import evaluate
 from settings.check import LARGEST
-from settings.flags import read_options, word
+from settings.flags import read_options
 from tokenizer import Tokenizer
 from tools.huggingface.export import check_target, save_tokenizer, written_whole
 from tools.huggingface.import_hf import Options as ImportOptions
 from tools.huggingface.import_hf import (
     check_tokenizer,
-    last_line,
     our_config,
     read_config,
     read_model,
+    unreadable,
 )
-from tools.huggingface.shapes import quiet
+from tools.huggingface.shapes import TwoPaths, quiet
 
 Messages = list[dict[str, str]]  # [{"role": …, "content": …}, …]，transformers 的写法
-TWO_PATHS = "要先写两个路径：从哪里、到哪里；{usage}"
 ROWS = 8  # 检验与回答时，一次算几行
 
 # peft 与 trl 里的旧写法，用户改不了。
@@ -61,13 +60,10 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 
 @dataclass
-class Folders:
+class Folders(TwoPaths):
     """从哪里、到哪里；各个例子的命令行参数都接着它写。其中的数都须是正数，种子可以是 0。"""
 
     may_be_zero: ClassVar[tuple[str, ...]] = ("seed",)
-
-    source: str = word("路径", TWO_PATHS)  # 导出的模型
-    target: str = word("路径", TWO_PATHS)  # 结果写在哪里
 
     def problems(self) -> list[str]:
         """不能用的数，一条一句。"""
@@ -106,11 +102,8 @@ def load_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, C
     add_in_fixed_order()  # 同样的种子，同样的结果
     theirs, noted = read_config(path)
     check_tokenizer(path, Tokenizer())
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    except Exception as error:  # 坏文件引起的异常种类繁多，没有共同的基类
-        raise UserError(f"{path} 的分词器读不出来（{last_line(error)}）；请重新导出") from error
+    with unreadable(f"{path} 的分词器读不出来"), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.chat_template is None:
         raise UserError(
             f"{path} 还没有微调过，不会回答；请先运行 python sft_train.py，再导出 sft.pt"

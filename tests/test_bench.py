@@ -17,7 +17,6 @@ from config import PRESETS, Config, UserError
 from dataset import IGNORE
 from engine import device as training
 from model import Transformer
-from tools.bench import ours as ours_module
 from tools.bench.__main__ import main
 from tools.bench.contestants import trainer
 from tools.bench.flops import training_flops
@@ -122,7 +121,7 @@ def test_a_failed_compiler_is_not_measured_as_compiled(monkeypatch, here):
 
         return call
 
-    monkeypatch.setattr(ours_module, "compile_if_possible", failing)
+    monkeypatch.setattr("engine.stepper.compile_if_possible", failing)
     monkeypatch.setattr("engine.device.shutil.which", lambda name: "/usr/bin/" + name)
     shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64}
     with pytest.raises(UserError, match=r"torch\.compile 失败"):

@@ -1,6 +1,7 @@
 """终端里画的概率：没有颜色也读得懂，怪字符不会弄乱终端，数字就是模型的数字。"""
 
 import io
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from chat import display, repl
 from chat.display import HEIGHTS, bits, candidates, percent, surprise
+from chat.numbers import file_size, magnitude, measured
 from chat.repl import Chat, ChatOptions
 from config import Config, UserError
 from generate import Choice, make_speaker, probabilities
@@ -170,3 +172,9 @@ def test_ctrl_c_in_the_middle_of_a_look_does_not_end_the_chat(chat, monkeypatch,
     monkeypatch.setattr(repl, "read_inputs", lambda history: iter(["/next 守", "/temp"]))
     chat.run(print, print)
     assert "已停止" in (err := capsys.readouterr().err) and "temp 现在是" in err
+
+
+def test_numbers_keep_the_digits_their_names_promise():
+    assert [file_size(n) for n in (999, 1200, 1.6e9)] == ["999 B", "1.2 KB", "1.6 GB"]
+    assert [measured(x) for x in (0, 1234.5, 0.12345, math.nan)] == ["0", "1,234", "0.123", "nan"]
+    assert [magnitude(x) for x in (3.14, 1234, 2e7)] == ["3.1", "1,200", "10^7"]

@@ -18,7 +18,7 @@ from microscope import look
 from model import Transformer
 from tokenizer import Tokenizer
 from tools.explain import report
-from tools.explain.__main__ import main, read_arguments
+from tools.explain.__main__ import main
 from tools.explain.facts import examine, total_flops, unpacked
 from tools.explain.page import page
 
@@ -171,7 +171,7 @@ def test_it_runs_as_in_the_readme(trained):
 )
 def test_mistakes_are_one_sentence(argv, sentence):
     with pytest.raises(UserError, match=sentence):
-        read_arguments(argv)
+        main(argv)
 
 
 @pytest.mark.parametrize(

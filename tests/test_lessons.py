@@ -26,6 +26,7 @@ from chat.repl import ChatOptions  # noqa: E402
 from config import Config, UserError  # noqa: E402
 from generate import make_speaker  # noqa: E402
 from model import Transformer  # noqa: E402
+from settings.flags import read_options  # noqa: E402
 from settings.resolve import load_config  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from tools.draw import __main__ as draw  # noqa: E402
@@ -228,9 +229,8 @@ def test_every_command_is_understood(command):
             assert (REPO / args[0]).is_file(), args[0]
             return
         assert importlib.util.find_spec(module), module
-        readers = {"tools.draw": draw.read_arguments, "tools.explain": explain.read_arguments}
-        if module in readers:
-            readers[module](args)
+        if module in (programs := {"tools.draw": draw, "tools.explain": explain}):
+            read_options(programs[module].Options, args, "")
         return
     assert (REPO / script).is_file(), script
     stages = {"pre_train.py": "pretrain", "sft_train.py": "sft"}

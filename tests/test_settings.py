@@ -10,16 +10,15 @@ from config import PRESETS, Config, UserError, option
 from engine.checkpoint import config_of
 from settings import defaults, resolve
 from settings.check import RULES, check_values
+from settings.defaults import eval_interval, total_steps
 from settings.flags import help_text, read_options, word, words
 from settings.resolve import (
     Origin,
     adopt,
     default_checkpoint,
     describe,
-    eval_interval,
     inherit,
     load_config,
-    total_steps,
 )
 
 

@@ -23,10 +23,10 @@ from tools.bench.chores import bench_data
 from tools.bench.decoding import bench_decode
 from tools.bench.growth import bench_memory, bench_scale
 from tools.bench.measuring import machine, to_markdown
-from tools.bench.options import Options
+from tools.bench.options import SECTIONS, Options
 from tools.bench.training import bench_race, bench_train
 
-SECTIONS = {  # 名字: 测量它的函数
+MEASURES = {
     "train": bench_train,
     "time-to-loss": bench_race,
     "decode": bench_decode,
@@ -38,17 +38,18 @@ SECTIONS = {  # 名字: 测量它的函数
 
 def main(argv: list[str] | None = None) -> None:
     """读命令行，一节一节地测，每测完一节就写盘。"""
-    wanted, options = read_arguments(sys.argv[1:] if argv is None else argv)
+    usage = f"用法：python -m tools.bench [{' | '.join(SECTIONS)}] [--参数 值 …]"
+    options = read_options(Options, sys.argv[1:] if argv is None else argv, usage)
     path = Path(options.json)
     done = read_results(path)
     about = machine()
     place = about.get("显卡", "CPU")
-    for section in wanted or SECTIONS:
+    for section in options.sections or SECTIONS:
         for preset in presets_of(section, options.preset):
             name = f"{section} {preset}（{place}）".replace(" （", "（")
             print(f"== {name}", flush=True)
             start = time.monotonic()
-            rows = SECTIONS[section](options, preset)
+            rows = MEASURES[section](options, preset)
             for row in rows:
                 print(f"  {row.what}：{row.shown()}" + (f"    目标 {row.goal}" * bool(row.goal)))
             print(f"  （用了 {(time.monotonic() - start) / 60:.1f} 分钟）", flush=True)
@@ -57,21 +58,6 @@ def main(argv: list[str] | None = None) -> None:
             path.write_text(json.dumps(done, ensure_ascii=False, indent=1), encoding="utf-8")
             path.with_suffix(".md").write_text(to_markdown(done), encoding="utf-8")
     print(f"写好 {path} 与 {path.with_suffix('.md')}")
-
-
-def read_arguments(argv: list[str]) -> tuple[list[str], Options]:
-    """命令行 -> 要测哪几节与各项参数。"""
-    usage = f"用法：python -m tools.bench [{' | '.join(SECTIONS)}] [--参数 值 …]"
-    rest = list(argv)
-    wanted = []
-    while rest and not rest[0].startswith("-"):
-        wanted.append(rest.pop(0))
-    options = read_options(Options, rest, usage)
-    if unknown := [
-        f"没有 {w} 这一节；可选：{'、'.join(SECTIONS)}" for w in wanted if w not in SECTIONS
-    ]:
-        raise UserError("；".join(unknown))
-    return wanted, options
 
 
 def presets_of(section: str, wanted: str) -> list[str]:

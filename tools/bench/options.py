@@ -4,12 +4,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from config import PRESETS, option
+from settings.flags import words
+
+SECTIONS = ("train", "time-to-loss", "decode", "data", "memory", "scale")
 
 
 @dataclass
 class Options:
     """命令行参数。"""
 
+    sections: tuple[str, ...] = words("要测的几节")
     preset: str = option(
         "auto", "哪种大小；auto：CPU 上 tiny 与 wide，显卡上 wide 与 deep",
         choices=("auto", *PRESETS),
@@ -21,7 +25,11 @@ class Options:
 
     def problems(self) -> list[str]:
         """不能用的值，一条一句。"""
-        found = []
+        found = [
+            f"没有 {name} 这一节；可选：{'、'.join(SECTIONS)}"
+            for name in self.sections
+            if name not in SECTIONS
+        ]
         if not all(0 < x < 1e6 for x in (self.repeats, self.seconds, self.race)):
             found.append("repeats、seconds、race 都必须是正数，不超过一百万")
         if Path(self.json).suffix != ".json":
@@ -32,6 +40,6 @@ class Options:
         """重测这一节的命令：改过的参数都写上。"""
         changed = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
         flags = {"preset": preset} if preset else {}
-        flags |= {n: v for n, v in changed.items() if n not in ("preset", "json")}
-        words = [f"--{name} {value}" for name, value in flags.items()]
-        return " ".join(["python -m tools.bench", section, *words])
+        flags |= {n: v for n, v in changed.items() if n not in ("sections", "preset", "json")}
+        typed = [f"--{name} {value}" for name, value in flags.items()]
+        return " ".join(["python -m tools.bench", section, *typed])

@@ -19,9 +19,8 @@ MICRO_ROWS = 8  # CPU 上一次前向的行数：再多，打分就放不进缓�
 
 def settings(preset: str, **changes) -> Config:
     """预设的默认值，语料用内置的；CPU 上把一步分成几小批。"""
-    config, _ = load_config("pretrain", ["--preset", preset, "--data", "builtin"])
-    for name, value in changes.items():
-        setattr(config, name, value)
+    given = {"preset": preset, "data": "builtin"} | changes
+    config, _ = load_config("pretrain", [f"--{name}={value}" for name, value in given.items()])
     if not torch.cuda.is_available():
         rows = config.batch_size * config.grad_accum
         config.batch_size = min(MICRO_ROWS, rows)

@@ -16,44 +16,38 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, option
-from settings.flags import read_options, run_script
+from config import option
+from settings.flags import read_options, run_script, word
 from tools.draw.pictures import PICTURES, draw
 from tools.draw.trained import Trained
+
+USAGE = f"用法：python -m tools.draw 图名 [--参数 值 …]\n图名：{'、'.join(PICTURES)}；all 是全部"
 
 
 @dataclass
 class Options:
     """命令行参数。"""
 
+    name: str = word("图", f"请先写要画哪一张：{'、'.join(PICTURES)}，或者 all")
     checkpoint: str = option("out/tiny/pretrain.pt", "预训练的检查点；旁边要有训练的记录")
     folder: str = option("out/lessons", "图写到哪里")
+
+    def problems(self) -> list[str]:
+        """没有这张图，就说最接近的。"""
+        if self.name in (None, "all", *PICTURES):
+            return []
+        near = difflib.get_close_matches(self.name, PICTURES, n=1, cutoff=0.0)[0]
+        return [f"没有叫 {self.name} 的图；最接近的是 {near}"]
 
 
 def main(argv: list[str] | None = None) -> None:
     """读命令行，画一张或八张。"""
-    names, options = read_arguments(sys.argv[1:] if argv is None else argv)
+    options = read_options(Options, sys.argv[1:] if argv is None else argv, USAGE)
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
+    for name in PICTURES if options.name == "all" else [options.name]:
         path = draw(name, Trained(Path(options.checkpoint)), folder)
         print(f"{name}：{path}（用浏览器打开）")
-
-
-def read_arguments(argv: list[str]) -> tuple[list[str], Options]:
-    """命令行 -> 要画哪几张与各项参数。"""
-    usage = (
-        f"用法：python -m tools.draw 图名 [--参数 值 …]\n图名：{'、'.join(PICTURES)}；all 是全部"
-    )
-    if {"--help", "-h"} & {*argv}:
-        return [], read_options(Options, argv, usage)
-    if not argv or argv[0].startswith("--"):
-        raise UserError(f"请先写要画哪一张：{'、'.join(PICTURES)}，或者 all")
-    name, *rest = argv
-    if name != "all" and name not in PICTURES:
-        near = difflib.get_close_matches(name, PICTURES, n=1, cutoff=0.0)[0]
-        raise UserError(f"没有叫 {name} 的图；最接近的是 {near}")
-    return list(PICTURES) if name == "all" else [name], read_options(Options, rest, usage)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from chat import display
 from config import UserError, option
 from generate import Sampling
-from settings.flags import is_text, read_options, run_script
+from settings.flags import read_options, run_script, word
 from tools.explain.facts import examine
 from tools.explain.page import page
 from tools.explain.report import report
@@ -27,6 +27,7 @@ USAGE = '用法：python -m tools.explain "文字" [--参数 值 …]'
 class Options:
     """命令行参数。"""
 
+    text: str = word("要看的文字", '请先写要看的文字，例如：python -m tools.explain "守株待兔："')
     checkpoint: str | None = option(None, "检查点；默认是训练脚本写下的，微调过的优先")
     html: str = option("out/explain.html", "网页写到哪里")
     write: int = option(0, "先让模型接着写多少个词元（总选最可能的），再一起看", "词元")
@@ -48,9 +49,9 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """读命令行，看一遍，印出来，写成网页。"""
-    text, options = read_arguments(sys.argv[1:] if argv is None else argv)
+    options = read_options(Options, sys.argv[1:] if argv is None else argv, USAGE)
     speaker = load_speaker(options.checkpoint, options.device)
-    ids = speaker.prompt(text)
+    ids = speaker.prompt(options.text)
     if len(ids) > speaker.config.max_len:
         limit = speaker.config.max_len
         raise UserError(f"这段文字有 {len(ids)} 个词元，模型最多看 {limit} 个；请短一些")
@@ -74,17 +75,6 @@ def main(argv: list[str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(facts, at - 1), encoding="utf-8")
     print(f"\n看一遍用了 {seconds:.2f} 秒。网页：{path}（用浏览器打开）")
-
-
-def read_arguments(argv: list[str]) -> tuple[str, Options]:
-    """命令行 -> 要看的文字与各项参数。"""
-    if {"--help", "-h"} & {*argv}:
-        return "", read_options(Options, argv, USAGE)
-    if not argv or argv[0].startswith("--") or not argv[0].strip():
-        raise UserError('请先写要看的文字，例如：python -m tools.explain "守株待兔："')
-    if not is_text(argv[0]):
-        raise UserError(f"要看的文字不是 UTF-8：{argv[0]!r}")
-    return argv[0], read_options(Options, argv[1:], USAGE)
 
 
 if __name__ == "__main__":

@@ -23,18 +23,19 @@ from config import N_TOKENS, Config, UserError, option
 from engine.checkpoint import load
 from generate import CALM, Sampling
 from settings.check import PLACES
+from settings.flags import read_options
 from tokenizer import Tokenizer
 from tools.huggingface.card import corpora, model_card
-from tools.huggingface.shapes import arguments, check_finite, quiet, qwen3
+from tools.huggingface.shapes import TwoPaths, check_finite, quiet, qwen3
 
-USAGE = "python -m tools.export 检查点.pt 文件夹 [--overwrite]"
+USAGE = "用法：python -m tools.export 检查点.pt 文件夹 [--overwrite]"
 KEY = "mini_llm"  # config.json 里，transformers 用不到、导入时才要的那一项
 # 不记在 config.json 里的：这台机器上的路径，以及只与那一次运行有关的。
 LOCAL = {*PLACES, "resume", "allow_changes", "overwrite", "device", "dtype", "compile", "parallel"}
 
 
 @dataclass
-class Options:
+class Options(TwoPaths):
     """命令行参数。"""
 
     overwrite: bool = option(False, "文件夹里已经有一个模型时，换掉它")
@@ -42,8 +43,9 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """读命令行，导出，说接下来做什么。"""
-    path, folder, options = arguments(Options, sys.argv[1:] if argv is None else argv, USAGE)
-    export(path, folder, options.overwrite)
+    options = read_options(Options, sys.argv[1:] if argv is None else argv, USAGE)
+    folder = Path(options.target)
+    export(Path(options.source), folder, options.overwrite)
     where = shlex.quote(str(folder))
     print(
         f"写好 {folder}：权重、配置、分词器与模型卡（README.md，里面有用法）\n"

@@ -12,6 +12,8 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,12 @@ from engine.checkpoint import FORMAT, SCRIPTS, build_model, versions, write
 from engine.progress import Progress
 from model import Transformer
 from settings.check import check_types, check_values
+from settings.flags import read_options
 from settings.resolve import fill_in
 from tokenizer import Tokenizer
 from tools.huggingface.export import KEY
 from tools.huggingface.shapes import (
-    arguments,
+    TwoPaths,
     check_finite,
     our_shape,
     quiet,
@@ -38,7 +41,7 @@ from tools.huggingface.shapes import (
     to_ours,
 )
 
-USAGE = "python -m tools.import_hf 文件夹 检查点.pt [--参数 值 …]"
+USAGE = "用法：python -m tools.import_hf 文件夹 检查点.pt [--参数 值 …]"
 KINDS = ((["Qwen3ForCausalLM"], "qwen3"), (["Qwen3MoeForCausalLM"], "qwen3_moe"))
 # 两边必须一样的：写着别的值，它算的就不是我们的模型。形状取自它，不必比。
 SAME = ("vocab_size", "head_dim", "hidden_act", "attention_bias", "sliding_window", "layer_types",
@@ -49,7 +52,7 @@ UNKNOWN = "没有记下"
 
 
 @dataclass
-class Options:
+class Options(TwoPaths):
     """命令行参数。"""
 
     stage: str = option(
@@ -67,8 +70,9 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """读命令行，导入，说接下来做什么。"""
-    folder, path, options = arguments(Options, sys.argv[1:] if argv is None else argv, USAGE)
-    stage = import_folder(folder, path, options)
+    options = read_options(Options, sys.argv[1:] if argv is None else argv, USAGE)
+    path = Path(options.target)
+    stage = import_folder(Path(options.source), path, options)
     chat = {"pretrain": "pre_chat.py", "sft": "sft_chat.py"}[stage]
     where = shlex.quote(str(path))
     print(
@@ -132,11 +136,22 @@ def read_config(folder: Path) -> tuple[Any, dict]:
         raise UserError(f"{folder} 的权重有 {n} 层，与 config.json 的 num_hidden_layers 不同")
     from transformers import AutoConfig  # 导入要几秒，路径不对的不必等
 
+    with unreadable(f"{path} 里有不对的值"), quiet():
+        return AutoConfig.from_pretrained(folder, local_files_only=True), raw.get(KEY) or {}
+
+
+@contextmanager
+def unreadable(what: str) -> Iterator[None]:
+    """读别人写的文件：transformers、tokenizers、safetensors 抛出的异常种类繁多，没有共同的基类。
+
+    Raises:
+        UserError: what，后面是英文异常的最后一行。
+    """
     try:
-        with quiet():
-            return AutoConfig.from_pretrained(folder, local_files_only=True), raw.get(KEY) or {}
-    except Exception as error:  # 值不对时，transformers 抛出的异常种类繁多
-        raise UserError(f"{path} 里有不对的值（{last_line(error)}）；请重新导出") from error
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:150]
+        raise UserError(f"{what}（{reason}）；请重新导出") from error
 
 
 def count_layers(folder: Path) -> int:
@@ -146,12 +161,8 @@ def count_layers(folder: Path) -> int:
         raise UserError(f"{folder} 里没有 safetensors 的权重；请用 save_pretrained 存成这一种")
     names: list[str] = []
     for path in paths:
-        try:
-            with safe_open(path, "pt") as file:
-                names += file.keys()
-        except Exception as error:  # 坏文件、读不了的文件
-            reason = last_line(error)
-            raise UserError(f"{path} 不是完好的 safetensors（{reason}）；请重新导出") from error
+        with unreadable(f"{path} 不是完好的 safetensors"), safe_open(path, "pt") as file:
+            names += file.keys()
     return len({m[1] for name in names if (m := re.match(r"model\.layers\.(\d+)\.", name))})
 
 
@@ -166,20 +177,13 @@ def parse(path: Path) -> dict:
     return raw
 
 
-def last_line(error: Exception) -> str:
-    """英文异常的最后一行，太长就截短。"""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:150]
-
-
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """文件夹里的分词器与我们的相同：同样的文字得到同样的编号。"""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder} 里没有 tokenizer.json，无从知道词表是不是这里的；请一并存下")
-    try:
+    with unreadable(f"{path} 读不出来"):
         found = Backend.from_file(str(path))
-    except Exception as error:  # tokenizers 抛出的就是 Exception
-        raise UserError(f"{path} 读不出来（{last_line(error)}）；请重新导出") from error
     theirs, ours = found.get_vocab(), tokenizer.backend.get_vocab()
     if differ := sorted(f"{t!r}" for t, _ in theirs.items() ^ ours.items()):
         raise UserError(
@@ -264,14 +268,11 @@ def read_model(folder: Path, theirs):
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        with quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                folder, config=theirs, dtype=torch.float32, local_files_only=True,
-                use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-            )  # fmt: skip
-    except Exception as error:  # 同 checkpoint.read：坏文件引起的异常种类繁多
-        raise UserError(f"{folder} 的权重读不出来（{last_line(error)}）；请重新导出") from error
+    with unreadable(f"{folder} 的权重读不出来"), quiet():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, config=theirs, dtype=torch.float32, local_files_only=True,
+            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
     problems = [f"{what}{first(found[key])}" for key, what in WRONG.items() if found[key]]
     if problems:
         raise UserError(f"{folder} 的参数与 config.json 对不上：{'；'.join(problems)}")

@@ -3,13 +3,14 @@
     qwen3_config      我们的形状 -> Qwen3Config 或 Qwen3MoeConfig；our_shape 反过来
     qwen3             同样形状的 Qwen3ForCausalLM，可以装进同样的权重
     to_theirs         我们的参数 -> 它的参数；to_ours 反过来
-    arguments         导出与导入共用的命令行：两个路径，后面是各项参数
+    TwoPaths          导出与导入共用的命令行：两个路径，后面是各项参数
 
 图例：E 专家数，C 宽度，I 前馈的中间宽度。
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, UserError
-from settings.flags import is_text, read_options
+from settings.flags import word
+
+TWO_PATHS = "要先写两个路径：从哪里、到哪里；{usage}"
 
 # 我们的配置 -> transformers 的配置。
 SHAPE = {
@@ -143,25 +146,12 @@ def check_finite(state: dict[str, Tensor], path: Path) -> None:
 # ---------- 3. 程序 ----------
 
 
-def arguments(cls: type, argv: list[str], usage: str) -> tuple[Path, Path, object]:
-    """命令行 -> (从哪里, 到哪里, 各项参数)。
+@dataclass
+class TwoPaths:
+    """命令行的开头：从哪里、到哪里；导出与导入的参数都接着它写。"""
 
-    Args:
-        cls: 带 `option` 字段的 dataclass。
-        argv: 命令行参数，不含程序名。
-        usage: 用法，一行。
-    Raises:
-        UserError: 少了路径，或者参数不对。
-    """
-    usage_line = f"用法：{usage}"
-    if {"--help", "-h"} & {*argv}:
-        return Path(), Path(), read_options(cls, argv, usage_line)
-    paths = argv[:2]
-    if len(paths) < 2 or any(not path.strip() or path.startswith("--") for path in paths):
-        raise UserError(f"要先写两个路径：从哪里、到哪里；{usage_line}")
-    if broken := [f"路径不是 UTF-8：{path!r}" for path in paths if not is_text(path)]:
-        raise UserError("；".join(broken))
-    return Path(paths[0]), Path(paths[1]), read_options(cls, argv[2:], usage_line)
+    source: str = word("路径", TWO_PATHS)
+    target: str = word("路径", TWO_PATHS)
 
 
 @contextmanager
