@@ -6,8 +6,7 @@ default_checkpoint  没有指定时，训练脚本把检查点写在哪里
 inherit             微调：形状取自预训练的检查点
 adopt               接着练：一律取自检查点
 describe / save_config / repeat_flags   印出来，存下来，写进下一个命令
-
-默认值取决于别的设置的，都在 defaults.py。"""
+"""
 
 import json
 import os
