@@ -73,7 +73,8 @@ class Run(Stepper):
 
     def __exit__(self, kind, error, trace) -> None:
         """离开：内存不够就换成一句话；断开别的进程，松开目录。"""
-        self.world.disconnect()
+        if error is None:  # 出了错的直接走：别的进程也许正等着，断开反而会卡住
+            self.world.disconnect()
         self.folder.close()
         if self.stop:
             self.stop.close()
@@ -102,7 +103,6 @@ class Run(Stepper):
 
     def fit(self, loss: nn.Module) -> None:
         """``--batch_size auto``：试出一次前向放得下几行。"""
-        self.n_params = sum(p.numel() for p in self._model.parameters())
         if self.origins["batch_size"] is Origin.TRIED:
             auto_batch(self.config, loss, self.device)
 

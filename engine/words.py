@@ -24,8 +24,9 @@ def introduction(run) -> str:
 
 def scale(run) -> str:
     """模型多大，走多少步，把数据读几遍。"""
+    n_params = sum(p.numel() for p in run._model.parameters())
     text = (
-        f"模型：{run.n_params / 1e6:.1f} M 参数；共 {run.n_steps} 步，"
+        f"模型：{n_params / 1e6:.1f} M 参数；共 {run.n_steps} 步，"
         f"每步 {run.rows_per_step * run.config.seq_len} 个词元，"
         f"合计读 {run.n_steps * run.rows_per_step / run.train.n_rows:.2g} 遍"
     )

@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from losses import loss_of
@@ -16,10 +15,8 @@ from engine.device import Device, compile_if_possible
 from engine.distributed import World
 from engine.metrics import Metrics
 from engine.progress import Progress
-from engine.shared_row import tie_unused_rows
 from loss import Loss, evaluate
 from model import Transformer
-from optimizer import build_optimizer
 from settings.resolve import Origin, load_config, repeat_flags
 
 # 词表必须装得下分词器，其余尽量小。
@@ -89,82 +86,6 @@ def test_loss_is_the_mean_negative_log_probability_of_the_counted_targets(model)
         if batch.targets[b, t] != IGNORE
     )
     assert loss_of(model, batch).item() == pytest.approx(expected, rel=1e-5)
-
-
-def shared_of(model, newborn=True):
-    """语料只用到编号 0–199 的词表；batch_of 也只用这些。"""
-    return tie_unused_rows(model, np.arange(200, dtype=np.uint16), newborn)
-
-
-def test_sharing_a_row_gives_the_loss_and_the_gradients_of_the_whole_softmax(model):
-    shared = shared_of(model)
-    assert len(shared.rows) == 256  # 200 个用到的，加上代表的一行，补到 128 的倍数
-    batch = batch_of(4, supervised=0.5)
-    losses, gradients = [], []
-    for way in (None, shared):
-        loss = loss_of(model, batch, way)
-        loss.backward()
-        losses.append(loss.item())
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-        model.zero_grad()
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    table, compact = (g.pop("embedding.weight") for g in gradients)
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4)
-    alone = shared.rows[:-1]
-    torch.testing.assert_close(compact[alone], table[alone], atol=1e-4, rtol=1e-3)
-    # 合用的每个词元受到同样的推力，代表的那一行收到的也是这么多。
-    pushes = table[shared.members]
-    torch.testing.assert_close(
-        pushes, compact[shared.rows[-1]].expand_as(pushes), atol=1e-7, rtol=1e-4
-    )
-
-
-def test_sharing_a_row_is_exact_in_half_precision_too(model):
-    """ln n 约等于 10，bf16 在那里一格是 0.06：加在半精度的打分上，概率就差几个百分点。"""
-    shared, losses = shared_of(model), []
-    with torch.autocast("cpu", torch.bfloat16):
-        for way in (None, shared):
-            batch = batch_of(4)
-            losses.append(loss_of(model, batch, way).item() / batch.targets.numel())
-    assert losses[1] == pytest.approx(losses[0], abs=2e-3)
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-6])
-def test_training_with_a_shared_row_ends_where_training_every_row_ends(model, scale):
-    """代表的那一行走的，正是每个合用的词元自己会走的路；小到与 AdamW 的 eps 相当的推力也一样。"""
-    shared = shared_of(model)
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    ends = []
-    for way in (None, shared):
-        model.load_state_dict(start)
-        optimizer = build_optimizer(model, SMALL, 0.01)
-        if way:
-            way.follow(optimizer.adamw, model.embedding.weight)
-        for step in range(5):
-            (scale * loss_of(model, batch_of(4, seed=step), way)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        ends.append({name: value.clone() for name, value in model.state_dict().items()})
-    for name, value in ends[0].items():
-        torch.testing.assert_close(ends[1][name], value, atol=1e-4, rtol=1e-3)
-    assert (ends[1]["embedding.weight"] - start["embedding.weight"]).abs().mean() > 5e-4
-
-
-def test_fine_tuning_shares_only_the_rows_that_are_already_equal(model):
-    assert shared_of(model, newborn=False) is None  # 每一行都不同，没有可以合用的
-    pretrained = tie_unused_rows(model, np.arange(1000, dtype=np.uint16), newborn=True)
-    before = model.embedding.weight.detach().clone()
-    shared = shared_of(model, newborn=False)
-    assert set(shared.members.tolist()) <= set(pretrained.members.tolist())
-    assert {*range(1000)} <= set(shared.rows.tolist())  # 预训练见过的，各有各的行
-    assert torch.equal(model.embedding.weight, before)
-
-
-def test_a_corpus_that_uses_most_of_the_vocabulary_shares_nothing(model):
-    before = model.embedding.weight.detach().clone()
-    assert tie_unused_rows(model, np.arange(20000, dtype=np.uint16), newborn=True) is None
-    assert torch.equal(model.embedding.weight, before)
 
 
 class Rows:

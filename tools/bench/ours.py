@@ -87,7 +87,7 @@ class Ours(Trainer):
     def __init__(self, config: Config, whole_vocabulary: bool = False):
         super().__init__(config, Device(config))
         self.loop = OnCall(config, self.device, whole_vocabulary)
-        self.model = self.loop.exam.speaker.model
+        self.model, self.val = self.loop.exam.speaker.model, self.loop.exam.batches
 
     @property
     def loss(self) -> float:
