@@ -5,7 +5,6 @@
     probabilities    打分 -> 概率：惩罚重复、温度、top-k、top-p、min-p
     generate         一边算一边给出编号
     is_looping       有没有陷进反复说同一句话的圈子
-    load_for_chat    读检查点，放到设备上，准备好生成
 
 图例：L 层数，B 批次，T 词元数，K 键值头数，D 头宽，V 词表大小。
 """

@@ -117,7 +117,7 @@ class Exam:
         loss: 训练用的 `Loss`（可以是编译过的、并行的）；检验时换到 eval。
         batches: 留出的一批批。
         card: 词元文件的卡片。
-        speaker: 会说话的模型；微调的写回答，预训练的接着写。
+        speaker: 会说话的模型；微调的写回答，预训练的接着写。它的 config 就是这次训练的。
         prompt: 每次都用的开头或提问。
         device: 见 `evaluate`。
     """
@@ -141,7 +141,8 @@ class Exam:
         return self.speaker.tokenizer.decode(ids)
 
     def show(self, sample: str) -> str:
-        """写出来的一段，连同它的开头或提问。"""
+        """写出来的一段，连同它的开头或提问；第二行起往里缩。"""
+        sample = sample.replace("\n", "\n    ")
         if self.speaker.stage == "sft":
             return f"问：{self.prompt}  答：{sample}"
         return f"{self.prompt}{sample}"

@@ -138,6 +138,11 @@ class MuonAdamW(torch.optim.Optimizer):
         """Muon 现在的学习率：写进记录的是它。"""
         return self.muon.param_groups[0]["lr"]
 
+    def part_of(self, p: Tensor) -> torch.optim.Optimizer:
+        """管着参数 p 的是哪一部分。"""
+        mine = {id(q) for group in self.muon.param_groups for q in group["params"]}
+        return self.muon if id(p) in mine else self.adamw
+
     def step(self, closure=None) -> None:
         """按已经算好的梯度更新一次。"""
         self.muon.step()

@@ -11,9 +11,9 @@ from config import UserError
 from settings.flags import run_script
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """载入模型，读一个开头，接着写；直接回车，接着刚才的往下写。"""
-    options, speaker = repl.start("pretrain", sys.argv[1:])
+    options, speaker = repl.start("pretrain", sys.argv[1:] if argv is None else argv)
     chat = repl.Chat(options, speaker)
     written: list[int] = []  # 到目前为止的全文，不含开头的标记
 

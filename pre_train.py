@@ -32,18 +32,18 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
         config, device = run.config, run.device
 
         # ---------- 1. 数据：一个词元文件，切成等长的行 ----------
-        wait = run.world.local_rank > 0  # 同一台机器上只由第 0 个进程分词
-        data = tokenize_corpus(config.data, "pretrain", run.tokenizer, config, wait)
+        data = tokenize_corpus(config.data, "pretrain", run.tokenizer, config, wait=run.waits)
         isolate = run.tokenizer.bos_id if config.isolate_documents else None
         train, val = (PretrainBatches(data.tokens[s], config.seq_len, isolate) for s in SIDES)
-        run.plan(train, data.card)  # 一共走几步
+        run.plan(train, data.card)  # 定下走几步，与别的进程接上
 
         # ---------- 2. 模型、损失、优化器、检验 ----------
         model = run.model()  # 刚出生的；接着练的，是上次的
         loss = run.parallel(Loss(model))  # 编译；几个进程时，梯度在它们之间求和
-        optimizer = run.optimizer(build_optimizer, config.lr)
         speaker = make_speaker(model, config, run.tokenizer, "pretrain")
+        optimizer = run.optimizer(build_optimizer, config.lr)  # 接着练的，连同它上次的状态
         exam = Exam(loss, val, data.card, speaker, config.prompt, device)
+        run.begin()  # 真要开始了：旧的盖掉，记录备好，先存一次
         if run.newborn:
             print(expected(config, run.first_check(exam, config.batch_size * config.seq_len)))
 

@@ -40,9 +40,9 @@ def ask(speaker: Speaker, turns: list[list[int]], text: str) -> tuple[list[list[
     return turns, [i for turn in turns for i in turn] + tokenizer.reply_prefix()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """载入模型，读一句话，答一句话。"""
-    options, speaker = repl.start("sft", sys.argv[1:])
+    options, speaker = repl.start("sft", sys.argv[1:] if argv is None else argv)
     chat = repl.Chat(options, speaker)
     turns: list[list[int]] = []
 

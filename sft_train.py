@@ -25,22 +25,22 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
         config, device = run.config, run.device
 
         # ---------- 1. 数据（不同）：几段对话拼成一行，互相看不见，只在助手的话上算损失 ----------
-        wait = run.world.local_rank > 0  # 同一台机器上只由第 0 个进程分词
-        data = tokenize_corpus(config.sft_data, "sft", run.tokenizer, config, wait)
+        data = tokenize_corpus(config.sft_data, "sft", run.tokenizer, config, wait=run.waits)
         train, val = (
             SFTBatches(data.tokens[s], data.starts[s], config.seq_len, run.tokenizer, config.seed)
             for s in SIDES
         )
         for sentence in train.left_out():
             print(f"（{sentence}）")
-        run.plan(train, data.card)  # 一共走几步
+        run.plan(train, data.card)  # 定下走几步，与别的进程接上
 
         # ---------- 2. 模型、损失、优化器、检验 ----------
         model = run.model()  # 不同：预训练过的，形状也是它的
         loss = run.parallel(Loss(model))  # 编译；几个进程时，梯度在它们之间求和
-        optimizer = run.optimizer(build_optimizer, config.sft_lr)  # 不同：默认是 lr 的五分之一
         speaker = make_speaker(model, config, run.tokenizer, "sft")
+        optimizer = run.optimizer(build_optimizer, config.sft_lr)  # 不同：默认是 lr 的五分之一
         exam = Exam(loss, val, data.card, speaker, config.sft_prompt, device)
+        run.begin()  # 真要开始了：旧的盖掉，记录备好，先存一次
         if run.newborn:
             before, blind = run.first_check(exam, config.eval_tokens), math.log(config.vocab_size)
             print(f"微调之前，对助手的话的损失是 {before:.2f}（全凭瞎猜是 ln V = {blind:.2f}）")

@@ -31,7 +31,6 @@ from tokenizer import Tokenizer
 FORMAT = 2
 SCRIPTS = {"pretrain": "pre_train.py", "sft": "sft_train.py"}
 NAMES = {"pretrain": "预训练", "sft": "微调"}
-IMPORTED = "是导入的"
 
 
 # 检查点的各部分，以及没有它时记下的。
@@ -140,7 +139,7 @@ def capture(
     """训练的全部状态，就是各部分的状态之和，加上几样说明；模型分开放时，要全体进程一起调用。
 
     Args:
-        parts: {名字: 有 state_dict 的一部分}，名字见 `PARTS`；没有的写空的（导入的没有优化器）。
+        parts: {名字: 有 state_dict 的一部分}，名字见 `PARTS`；没有的写空的。
         device: 在什么设备上练的，`Device.describe()`。
         max_steps: 全程的步数；学习率的曲线由它和 config 决定。
         data: 语料的身份（`data_identity`），以及读到了第几遍的第几行。
@@ -163,14 +162,14 @@ def capture(
 
 
 def restore(checkpoint: dict[str, Any], parts: dict[str, Any], path: Path) -> None:
-    """各部分取回自己的状态；上次没有的（例如不是 fp16，就没有 scaler 的），不动。
+    """各部分取回自己的状态；上次不是 fp16 的，没有 scaler 的，不动。
 
     Raises:
         Damaged: 里面的状态与这个程序对不上。
     """
     try:
         for name, part in parts.items():
-            if checkpoint[name]:
+            if checkpoint[name] or name != "scaler":
                 part.load_state_dict(checkpoint[name])
     except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise Damaged(f"{path} 里优化器或随机数的状态不对（{error}）") from error

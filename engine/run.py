@@ -95,11 +95,11 @@ class Run(Stepper):
         self.start = None  # 用完就放手，不占内存
         return model.to(self.device.place)
 
-    def shared_row(self) -> SharedRow | None:
+    def find_shared_row(self) -> SharedRow | None:
         """接着练时，合用的与上次的相同。"""
         if self.checkpoint:
             return SharedRow.from_state_dict(self.checkpoint["shared_row"], self.device.place)
-        return super().shared_row()
+        return super().find_shared_row()
 
     def fit(self, loss: nn.Module) -> None:
         """``--batch_size auto``：试出一次前向放得下几行。"""
@@ -107,7 +107,7 @@ class Run(Stepper):
             auto_batch(self.config, loss, self.device)
 
     def optimizer(self, build, lr: float):
-        """造优化器；接着练时，各部分取回上次的状态。然后万事俱备，可以开始。"""
+        """造优化器；接着练时，各部分取回上次的状态。"""
         optimizer = super().optimizer(build, lr)
         self.highest_lr = lr
         if self.checkpoint:
@@ -116,7 +116,6 @@ class Run(Stepper):
             "model": self._model, "optimizers": optimizer, "scaler": self.device.scaler,
             "shared_row": self.shared, "progress": self.progress, "rng": self.rng,
         }  # fmt: skip
-        self._get_ready()
         return optimizer
 
     def _resume(self) -> None:
@@ -145,8 +144,8 @@ class Run(Stepper):
         print(f"接着 {folder.root} 里的检查点练：已经走完 {step} 步，共 {self.n_steps} 步")
         self.checkpoint = None  # 用完就放手，不占内存
 
-    def _get_ready(self) -> None:
-        """各进程对一对，目录与记录备好；从头练的，先存一次。"""
+    def begin(self) -> None:
+        """真要开始了：各进程对一对，旧的训练盖掉，记录备好，开始留心信号；从头练的，先存一次。"""
         print(words.scale(self))
         self.eval_every = eval_interval(self.config, self.n_steps)
         identity = f"{self.progress.step} {self.card['train_sha256'][:8]}"
@@ -161,6 +160,11 @@ class Run(Stepper):
         print("第一步之前要编译，约一分钟……" if self.device.compile else "开始训练……")
         if self.newborn:
             self.saver.save(self.state, must=True)  # 现在就知道存不存得下，不必等到一小时以后
+
+    @property
+    def n_params(self) -> int:
+        """参数的个数。"""
+        return sum(p.numel() for p in self._model.parameters())
 
     @property
     def newborn(self) -> bool:
@@ -202,7 +206,7 @@ class Run(Stepper):
             return True
         epoch = self.progress.step * self.rows_per_step // self.train.n_rows
         self.notes |= skip_step(
-            self.progress, self.loss, self.micro_rows, self.losses, epoch, self.device
+            self.progress, self.step_loss, self.micro_rows, self.losses, epoch, self.device
         )
         return False
 
@@ -212,9 +216,9 @@ class Run(Stepper):
         progress.step, progress.tokens = step + 1, progress.tokens + int(self.n_targets)
         unit = {"pretrain": "词元", "sft": "个回答的词元"}[self.stage]
         self.bar.update()
-        self.bar.set_postfix_str(f"损失 {self.loss:.3f}，{speed:.0f} {unit}/秒")
+        self.bar.set_postfix_str(f"损失 {self.step_loss:.3f}，{speed:.0f} {unit}/秒")
         row = {
-            "step": step + 1, "tokens": progress.tokens, "train_loss": self.loss,
+            "step": step + 1, "tokens": progress.tokens, "train_loss": self.step_loss,
             "lr": self._optimizer.lr, "grad_norm": self.norm, "tokens_per_second": speed,
             **self.notes,
         }  # fmt: skip
@@ -242,6 +246,7 @@ class Run(Stepper):
             max_tokens: 至多用多少词元。
             everything: 最后的那一次，数据多，不与平时的比高低。
         """
+        self.micro_rows = []  # 内存若不够，是检验的这一批太大
         loss, bpc = exam.measure(max_tokens)
         load = expert_loads(self._model, self.world)  # 专家混合：留出的数据上，各位专家的负载
         self.progress.checked(loss, bpc, everything)

@@ -14,7 +14,6 @@ import filelock
 
 from config import Config, UserError
 from engine.checkpoint import (
-    IMPORTED,
     NAMES,
     SCRIPTS,
     Damaged,
@@ -80,16 +79,8 @@ class RunFolder:
         # 这一次 torchrun 自己重新启动的，才不用说 --resume 就接着练。
         restarted = self.world.restarts > 0 and self._launch_id() == self.world.launch_id != "none"
         if not config.resume and not (restarted and existing):
-            done = self._done(existing)
-            if done != "0 步" and not config.overwrite:
-                again = "" if done == IMPORTED else f"接着练：{self.how_to_resume}；"
-                raise UserError(
-                    f"{self.path} 已经有了（{done}）；{again}"
-                    f"不要它了：加上 --overwrite；两个都要：用 --out_dir 换一个目录"
-                    if done
-                    else f"{'、'.join(map(str, existing))} 已经有了，但读不出来；"
-                    f"不要了：加上 --overwrite；要留着：用 --out_dir 换一个目录"
-                )
+            if not config.overwrite:
+                self._keep(existing)
             return None
         if config.overwrite and not restarted:
             raise UserError("--resume 与 --overwrite 只能写一个")
@@ -154,16 +145,31 @@ class RunFolder:
             f"{'；'.join(problems)}；没有好的检查点，只能从头练：去掉 --resume，加上 --overwrite"
         )
 
-    def _done(self, existing: list[Path]) -> str:
-        """已有的训练走了几步；都读不出来，返回空的。一步都没走的，盖掉也不可惜，说「0 步」。"""
-        if not existing:
-            return "0 步"
+    def _keep(self, existing: list[Path]) -> None:
+        """已有的训练不许悄悄盖掉；一步都没走的，盖掉也不可惜。
+
+        Raises:
+            UserError: 已经有了，说清走了几步，接下来可以怎样。
+        """
         for path in existing:
-            with suppress(UserError):
+            try:
                 checkpoint = read(path, mmap=True)
-                step, total = checkpoint["progress"]["step"], checkpoint["max_steps"]
-                # 最新的坏了，它也许走了很远：前一个哪怕一步没走，也不能悄悄盖掉。
-                if step == 0 and path == existing[0]:
-                    return IMPORTED if imported(checkpoint) else "0 步"
-                return f"练了 {step} 步，共 {total} 步"
-        return ""
+            except UserError:
+                continue
+            step, total = checkpoint["progress"]["step"], checkpoint["max_steps"]
+            # 最新的坏了，它也许走了很远：前一个哪怕一步没走，也不能悄悄盖掉。
+            newest = path == existing[0]
+            if step == 0 and newest and not imported(checkpoint):
+                return
+            done, again = f"练了 {step} 步，共 {total} 步", f"接着练：{self.how_to_resume}；"
+            if step == 0 and newest:
+                done, again = "是导入的", ""
+            raise UserError(
+                f"{self.path} 已经有了（{done}）；{again}"
+                f"不要它了：加上 --overwrite；两个都要：用 --out_dir 换一个目录"
+            )
+        if existing:
+            raise UserError(
+                f"{'、'.join(map(str, existing))} 已经有了，但读不出来；"
+                f"不要了：加上 --overwrite；要留着：用 --out_dir 换一个目录"
+            )

@@ -45,6 +45,11 @@ class Stepper:
         self._model: nn.Module | None = None
         self.micro_rows: list[list[int]] = []  # 这一步的各小批用哪几行
 
+    @property
+    def waits(self) -> bool:
+        """同一台机器上不是第 0 个进程：备数据之类的事，等它做好。"""
+        return self.world.local_rank > 0
+
     def __enter__(self):
         return self
 
@@ -68,14 +73,15 @@ class Stepper:
     def parallel(self, loss: nn.Module) -> nn.Module:
         """损失换成能在这些设备上练的：没用到的词元合用一行，编译，几个进程并行。"""
         self._model = loss.model
-        shared = self.shared_row()
+        shared = self.find_shared_row()
         self.fit(loss)
-        loss.forward = compile_if_possible(loss.forward, self.device)
+        if self.device.compile:
+            loss.forward = compile_if_possible(loss.forward, self.device)
         self._parallel = Parallel(loss, self.world, self.config.parallel)
         self.shared = loss.shared_row = None if self._parallel.sharded else shared
         return self._parallel.loss
 
-    def shared_row(self) -> SharedRow | None:
+    def find_shared_row(self) -> SharedRow | None:
         """没用到的词元，哪些合用一行。"""
         return tie_unused_rows(self._model, self.train.tokens, newborn=self.stage == "pretrain")
 
@@ -87,8 +93,12 @@ class Stepper:
         sharding = {"gather": gather, "scatter": shard_like} if self._parallel.sharded else {}
         self._optimizer = build(self._model, self.config, lr, self.device.dtype, **sharding)
         if self.shared:
-            self.shared.follow(self._optimizer.adamw, self._model.embedding.weight)
+            table = self._model.embedding.weight
+            self.shared.follow(self._optimizer.part_of(table), table)
         return self._optimizer
+
+    def begin(self) -> None:
+        """一切都造好了，真要开始：这里没有什么要做的。"""
 
     # ---------- 2. 一步 ----------
 
@@ -118,16 +128,18 @@ class Stepper:
         return clip_grad_norm_(self._model.parameters(), limit)
 
     def finite(self, losses: Sequence[Tensor], norm: Tensor) -> bool:
-        """损失与梯度是不是都是有限的数：不是的话，这一步不能更新。一步里只在这里等设备算完。
+        """损失与梯度是不是都是有限的数：不是的话，这一步不能更新。
+
+        一步里的几个数在这里才取回来：在此之前，处理器不必等显卡（专家混合与几个进程另要等几次）。
 
         Args:
             losses: 各小批的损失，加起来是这个进程的一份。
             norm: `clip` 返回的长度。
         """
         self.losses = [x.item() for x in losses]
-        self.loss, *self.votes = self.world.sum(sum(self.losses), *self.ask())
+        self.step_loss, *self.votes = self.world.sum(sum(self.losses), *self.ask())
         self.norm = gather(norm).item()
-        return math.isfinite(self.loss) and math.isfinite(self.norm)
+        return math.isfinite(self.step_loss) and math.isfinite(self.norm)
 
     def ask(self) -> tuple[float, ...]:
         """趁着各进程对数，一起问的几件事；总和在 `votes` 里。"""

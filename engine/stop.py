@@ -69,7 +69,8 @@ class Stop:
         if not self.signal:
             sys.stdout, sys.stderr = self.streams
             for number, handler in self.before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # 不是 Python 装上的，还原不了
+                    signal.signal(number, handler)
 
     def _caught(self, number: int, frame) -> None:
         self.signal = number

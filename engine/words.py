@@ -24,9 +24,8 @@ def introduction(run) -> str:
 
 def scale(run) -> str:
     """模型多大，走多少步，把数据读几遍。"""
-    n_params = sum(p.numel() for p in run._model.parameters())
     text = (
-        f"模型：{n_params / 1e6:.1f} M 参数；共 {run.n_steps} 步，"
+        f"模型：{run.n_params / 1e6:.1f} M 参数；共 {run.n_steps} 步，"
         f"每步 {run.rows_per_step * run.config.seq_len} 个词元，"
         f"合计读 {run.n_steps * run.rows_per_step / run.train.n_rows:.2g} 遍"
     )
@@ -39,8 +38,7 @@ def scale(run) -> str:
 def exam_result(step: int, loss: float, bpc: float, load, sample: str) -> str:
     """一次检验的结果；load 是专家混合的负载，稠密模型是 None。"""
     busy = f" · {load}" if load else ""
-    shown = sample.replace("\n", "\n    ")
-    return f"第 {step} 步 · 检验损失 {loss:.3f} · 每字 {bpc:.3f} 比特{busy}\n    {shown}"
+    return f"第 {step} 步 · 检验损失 {loss:.3f} · 每字 {bpc:.3f} 比特{busy}\n    {sample}"
 
 
 def farewell(run) -> str:

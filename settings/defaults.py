@@ -13,12 +13,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from config import Config
+from config import PRESETS, Config
 
 # ---------- 1. 读完配置就能算的 ----------
 
 SFT_GENTLER = 5  # 微调是在学好的模型上轻轻推一把
-NARROW = 256  # 不比这宽的模型，路由器与别的矩阵一样
+NARROW = 256  # 预设不比这宽，路由器与别的矩阵一样
 WIDE_ROUTER = 0.2  # 宽的，专家会饿死：测量见 docs/lab-notes.md
 
 
@@ -31,7 +31,7 @@ def router_scale(config: Config) -> float | None:
     """路由器的初值与学习率是别的矩阵的几倍；没有专家就没有路由器，是 None。"""
     if config.n_experts <= 0:
         return None
-    return 1.0 if config.dim <= NARROW else WIDE_ROUTER
+    return 1.0 if PRESETS[config.preset]["dim"] <= NARROW else WIDE_ROUTER
 
 
 # 次序要紧：后面的可以用到前面的。
@@ -90,7 +90,7 @@ SENTENCES = {
     "sft_lr": f"默认是 lr 的 1/{SFT_GENTLER}",
     "epochs": f"默认 {EPOCHS} 遍，{MANY // 10**8} 亿词元以上 {EPOCHS_OF_MANY} 遍",
     "sft_epochs": f"默认 {SFT_EPOCHS} 遍",
-    "router_scale": f"别的预设分了专家，dim 不超过 {NARROW} 是 1，再宽是 {WIDE_ROUTER}",
+    "router_scale": f"别的预设分了专家，预设的 dim 不超过 {NARROW} 是 1，再宽是 {WIDE_ROUTER}",
     "eval_every": f"默认全程 {N_EVALUATIONS} 次，至多隔 {LONGEST_WAIT} 步",
     "save_every": f"默认 {SAVE_EVERY}，磁盘慢就自动少存，保存占用的时间不超过 {SAVING_SHARE:.0%}",
     "out_dir": "默认 out/预设名",

@@ -138,10 +138,10 @@ def default_checkpoint(stage: str) -> Path:
     """没有指定时，训练脚本把这个阶段的检查点写在哪里；config.py 里改过 preset、out_dir 的照它。
 
     Raises:
-        UserError: config.py 里有写错了类型的值，一次列出。
+        UserError: config.py 里有不能用的值，一次列出。
     """
     config, problems = Config(), []
-    check_types(config, problems)
+    check_values(config, problems, check_types(config, problems))
     report(problems)
     if config.preset == "auto":
         config.preset = preset_for(config.device)

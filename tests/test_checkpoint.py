@@ -539,6 +539,7 @@ def test_going_on_checks_the_corpus_the_versions_and_the_number_of_steps(
     snap["versions"]["torch"] = "1.0"
     with ready_to_resume(snap, []) as run:
         run.optimizer(build_optimizer, 0.01)
+        run.begin()
         # 每步 2 行，一遍 7 行：走完 4 步，是第二遍的第 1 行（都从 0 数）
         assert run.state()["data"] == CARD | {"epoch": 1, "row": 1}
     assert "torch 1.0 → " in (said := capsys.readouterr().out)

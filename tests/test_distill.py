@@ -87,6 +87,7 @@ def lesson_of(teacher, student, shared=None, **options) -> TaughtLoss:
     """听这位老师的损失。"""
     lesson = TaughtLoss(student, Teacher(teacher, Options(**options)))
     lesson.shared_row = shared
+    lesson.teacher.prepare(shared)
     return lesson
 
 
@@ -110,7 +111,7 @@ def test_sharing_a_row_teaches_the_same(same_corpus, tau):
         lesson = lesson_of(teacher, student, way, alpha=0.7, temperature=tau)
         loss = lesson(batch)
         found.append((loss.item(), gradients(loss, student)))
-    columns = len(lesson.teacher.score_table(shared)[1])
+    columns = len(lesson.teacher.table[1])
     assert columns == (len(shared.rows) if same_corpus else SMALL.vocab_size)
     (whole, wanted), (compact, got) = found
     assert (compact == pytest.approx(whole, rel=1e-5)) == same_corpus

@@ -19,6 +19,7 @@ from settings.resolve import (
     describe,
     inherit,
     load_config,
+    repeat_flags,
 )
 
 
@@ -222,3 +223,16 @@ def test_where_the_chats_look(monkeypatch):
     with pytest.raises(UserError, match="dtype 只能是") as caught:  # 一次说全
         default_checkpoint("sft")
     assert "out_dir 不能是空的" in str(caught.value)
+
+
+def test_the_next_command_repeats_what_it_needs():
+    config, origins = load_config(
+        "pretrain", ["--out_dir", "out/my run", "--preset", "tiny", "--lr", "0.1", "--no-compile"]
+    )
+    assert repeat_flags(config, origins) == " --preset tiny --out_dir 'out/my run' --no-compile"
+    assert repeat_flags(*load_config("pretrain", ["--device", "cpu"])) == " --device cpu"
+    config, origins = load_config("pretrain", ["--out_dir", "out/x"])
+    config.preset, origins["preset"], origins["device"] = (
+        "deep", Origin.CHECKPOINT, Origin.CHECKPOINT,
+    )  # fmt: skip
+    assert repeat_flags(config, origins) == " --preset deep --out_dir out/x"  # 接着练的

@@ -3,23 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from losses import loss_of
-from test_training import SMALL, batch_of
+from losses import SMALL, batch_of, loss_of, small_model
 
 from dataset import Batch
 from engine.shared_row import SharedRow, tie_unused_rows
 from loss import Loss
-from model import Transformer
 from optimizer import build_optimizer
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    model = Transformer(SMALL)
-    for p in model.blocks.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+    return small_model()
 
 
 def shared_of(model, newborn=True):

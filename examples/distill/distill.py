@@ -77,7 +77,7 @@ class Teacher:
     def __init__(self, model: Transformer, options: Options):
         self.model = model.eval().requires_grad_(False)
         self.alpha, self.temperature = options.alpha, options.temperature
-        self.table: tuple[Tensor, Tensor] | None = None
+        self.table: tuple[Tensor, Tensor] | None = None  # 见 prepare
 
     @torch.no_grad()  # 不用 inference_mode：反向要用老师的概率，而那样得到的张量不让反向用
     def log_probs(
@@ -92,9 +92,9 @@ class Teacher:
             logits = torch.cat([logits[..., :n], merged], dim=-1)
         return logits.log_softmax(-1)
 
-    @torch.compiler.disable  # 只在第一步真的算，编译器不必看
-    def score_table(self, shared: SharedRow | None) -> tuple[Tensor, Tensor]:
-        """老师要算哪几行的打分 (N, C)，各加上多少 (N,)；一次训练里 shared 不变。
+    @torch.no_grad()
+    def prepare(self, shared: SharedRow | None) -> None:
+        """备好 table：老师要算哪几行的打分 (N, C)，各加上多少 (N,)；一次训练里 shared 不变。
 
         学生有 n 个词元合用一行，给它们的概率各是 S / n；KL 里与学生有关的就只有
 
@@ -103,16 +103,14 @@ class Teacher:
         老师给这些词元多少概率，只有总和 T 要紧。老师没见过的词元在它那里也是同样的一行，
         k 个相同的只算一个，加上 ln k：老师学的若是同一份语料，列数便与学生的一样多。
         """
-        if self.table is None:
-            table = self.model.embedding.weight
-            if shared is None:
-                self.table = table, table.new_zeros(len(table))
-            else:
-                rows, counts = table[shared.members].unique(dim=0, return_counts=True)
-                alone = shared.rows[:-1]
-                bias = torch.cat([table.new_zeros(len(alone)), counts.to(table.dtype).log()])
-                self.table = torch.cat([table[alone], rows]), bias
-        return self.table
+        table = self.model.embedding.weight
+        if shared is None:
+            self.table = table, table.new_zeros(len(table))
+            return
+        rows, counts = table[shared.members].unique(dim=0, return_counts=True)
+        alone = shared.rows[:-1]
+        bias = torch.cat([table.new_zeros(len(alone)), counts.to(table.dtype).log()])
+        self.table = torch.cat([table[alone], rows]), bias
 
 
 class TaughtLoss(Loss):
@@ -128,7 +126,7 @@ class TaughtLoss(Loss):
         if not self.training:
             return hard
         shared, alpha, tau = self.shared_row, self.teacher.alpha, self.teacher.temperature
-        teacher = self.teacher.log_probs(batch, *self.teacher.score_table(shared), shared)
+        teacher = self.teacher.log_probs(batch, *self.teacher.table, shared)
         soft = logits.float() / tau
         if shared is not None:  # n 个相同的打分除以 τ 之后还是 n 个：ln n 不跟着除
             soft = soft + (1 - 1 / tau) * shared.bias
@@ -206,8 +204,10 @@ class Distillation(Run):
         self.teacher = teacher
 
     def parallel(self, loss: Loss):
-        """同 `Run.parallel`，先把损失换掉。"""
-        return super().parallel(TaughtLoss(loss.model, self.teacher))
+        """同 `Run.parallel`，先把损失换掉；老师的打分表在第一步之前备好，编译器不必看。"""
+        taught = super().parallel(TaughtLoss(loss.model, self.teacher))
+        self.teacher.prepare(self.shared)
+        return taught
 
 
 def main(argv: list[str] | None = None) -> None:

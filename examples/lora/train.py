@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from config import Config, UserError, option
-from corpus import readers
+from corpus import shapes
+from corpus.readers import ReadLog
 from corpus.token_file import is_held_out
 from dataset import IGNORE, SFTBatches, rows_of_step
 from examples.common import (
@@ -175,13 +176,13 @@ Asked = tuple[list[Messages], list[str]]  # 各段对话最后一答之前的各
 
 
 def questions_and_answers(source: str, fraction: float, seq_len: int) -> tuple[Asked, Asked]:
-    """自己的问答里，练的与留出的；划分与 `dataset.prepare` 的相同。
+    """自己的问答里，练的与留出的；划分与 `tokenize_corpus` 的相同。
 
     每边至多 ASKED 段，均匀地取；一行放不下的不要：练的时候它没有末尾。
     """
     tokenizer = Tokenizer()
     sides = [], []
-    for key, turns in readers.read_conversations(Path(source), readers.ReadLog(source)):
+    for key, turns in shapes.read_conversations(Path(source), ReadLog(source)):
         last = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
         sides[is_held_out(key, fraction)].append(turns[: last + 1])
     chosen: tuple[Asked, Asked] = ([], []), ([], [])

@@ -37,8 +37,13 @@ class OnCall(Stepper):
             self.answers.put(error)
 
     def _answer(self):
-        answer = self.answers.get()
+        try:
+            answer = self.answers.get()
+        except KeyboardInterrupt:
+            self.answers.get()  # 那边还在算：等它交回来再走，中途退出会惊动 PyTorch
+            raise
         if isinstance(answer, BaseException):
+            self.answers.put(answer)  # 那边已经停了，再问还是这一句
             raise answer
         return answer
 
@@ -58,9 +63,9 @@ class OnCall(Stepper):
         torch.manual_seed(self.config.seed)
         return Transformer(self.config).to(self.device.place)
 
-    def shared_row(self) -> SharedRow | None:
+    def find_shared_row(self) -> SharedRow | None:
         """没用到的词元合不合用一行。"""
-        return None if self.whole_vocabulary else super().shared_row()
+        return None if self.whole_vocabulary else super().find_shared_row()
 
     def optimizer(self, build, lr: float):
         """学习率不照循环里的曲线，听测速的。"""
@@ -92,7 +97,7 @@ class Ours(Trainer):
     @property
     def loss(self) -> float:
         """上一步的损失，奈特每词元。"""
-        return self.loop.loss
+        return self.loop.step_loss
 
     def step(self, factor: float) -> int:
         """走一步；factor 是学习率的倍数。"""

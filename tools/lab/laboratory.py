@@ -159,7 +159,7 @@ class Trial(Stepper):
         for self.step in super().steps(exam):
             yield self.step
             bar.update()
-            bar.set_postfix_str(f"损失 {self.loss:.3f}")
+            bar.set_postfix_str(f"损失 {self.step_loss:.3f}")
             if self.record.died:
                 break
         bar.close()
@@ -173,7 +173,7 @@ class Trial(Stepper):
     def finite(self, losses, norm) -> bool:
         """记下损失；不是有限的数，就是死了。"""
         alive = super().finite(losses, norm)
-        self.record.losses.append(self.loss)
+        self.record.losses.append(self.step_loss)
         self.record.died = 0 if alive else self.step + 1
         return alive
 

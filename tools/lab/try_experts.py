@@ -46,7 +46,7 @@ class Options(DataOptions):
         return {n: self.tiny(preset=p, max_steps=self.steps) for n, p in PRESET_OF.items()}
 
     def base(self) -> Config:
-        """实验台用的：优化器要知道路由器的步子，所以取专家混合的；别的两个模型都一样。"""
+        """实验台用的：步数、批次与优化器的各项，两个模型都一样。"""
         return self.shapes()[EXPERTS]
 
     def plan(self) -> str:

@@ -1,33 +1,20 @@
-"""训练途中出了意外：叫得停，不更新坏的一步，内存不够说得清。"""
+"""叫停：Ctrl-C 与 kill，做完这一步、存好了再走，并且说清怎样接着练。"""
 
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
-import torch
 from scripts import REPO, listen_to_ctrl_c
 
-from config import Config, UserError
-from engine.device import Device
 from engine.distributed import World
-from engine.guard import skip_step, too_many_skipped
-from engine.memory import fit_batch, memory_needed, out_of_memory
 from engine.progress import Progress
 from engine.run_folder import RunFolder
 from engine.saver import Saver
 from engine.stop import Stop
-from model import Transformer
 from settings.resolve import load_config
-
-SMALL = Config(
-    dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, seq_len=8,
-    device="cpu", dtype="float32", compile=False,
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -101,67 +88,3 @@ def test_leaving_says_how_to_resume_with_the_code_of_the_signal(tmp_path, capsys
     with pytest.raises(SystemExit):
         stop.leave(saver, progress, 10)
     assert "没有存下，走到第 3 步的检查点还在" in capsys.readouterr().out
-
-
-def test_a_skipped_step_names_its_data(capsys):
-    device = Device(SMALL)
-    progress = Progress(step=10)
-    nan = float("nan")
-    notes = skip_step(progress, nan, [[1, 2], [3, 4]], [0.5, nan], 2, device)
-    assert notes == {"skipped_rows": [3, 4]}  # 第二个小批的错
-    assert "第 11 步的损失不是有限的数" in (said := capsys.readouterr().out)
-    assert "第 3 遍，词元切成等长的行之后的第 3、4 行" in said
-    assert skip_step(progress, 1.0, [[1, 2]], [1.0], 2, device) == {"skipped_rows": [1, 2]}
-    assert "梯度" in capsys.readouterr().out
-    assert not too_many_skipped(progress, device.scaler)
-    # 错在别的进程的行里：我的损失是好的，记下的却是它的行。
-    device.world.gather = lambda mine: [mine, ([7, 8], [7, 8])]
-    assert skip_step(progress, nan, [[1]], [1.0], 2, device) == {"skipped_rows": [7, 8]}
-    assert too_many_skipped(progress, device.scaler)
-    assert progress.skipped == 3
-    device = Device(SMALL)
-    device.scaler = torch.amp.GradScaler("cpu", enabled=True)
-    capsys.readouterr()
-    skip_step(progress, 1.0, [[1]], [1.0], 2, device)  # fp16 溢出是常事，不必说
-    assert capsys.readouterr().out == ""
-    assert not too_many_skipped(progress, device.scaler)
-
-
-def test_out_of_memory_names_the_knobs_and_how_much_they_save():
-    model = Transformer(SMALL)
-    config = replace(SMALL, batch_size=4, grad_accum=1, seq_len=128)
-    fixed, per_row = memory_needed(config, model)
-    said = str(out_of_memory(config, model, 4))
-    assert re.search(r"--batch_size 2 --grad_accum 2，约省 \d.*--seq_len 64", said)
-    # 几个进程分着读，一次前向只有两行；接着练时长度不能改。
-    text = str(out_of_memory(replace(config, resume=True), model, 2))
-    assert "--batch_size 1 --grad_accum 4" in text
-    assert "--seq_len" not in text
-    assert "--batch_size" not in str(out_of_memory(config, model, 1))
-    assert memory_needed(replace(config, seq_len=256), model) == (fixed, 2 * per_row)
-
-
-@pytest.mark.parametrize(("fits", "expected"), [(100, 12), (11, 6), (5, 4), (1, 1)])
-def test_auto_batch_is_the_largest_divisor_that_fits(fits, expected):
-    tried = []
-
-    def attempt(size):
-        tried.append(size)
-        if size > fits:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    assert fit_batch(12, attempt) == expected
-    assert tried == [n for n in (12, 6, 4, 3, 2, 1) if n >= expected]
-
-
-def test_auto_batch_says_when_not_even_one_row_fits_and_hides_no_other_error():
-    def never(size):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    def bug(size):
-        raise RuntimeError("shape mismatch")
-
-    with pytest.raises(UserError, match="一行也放不下"):
-        fit_batch(4, never)
-    with pytest.raises(RuntimeError, match="shape"):
-        fit_batch(4, bug)

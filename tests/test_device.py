@@ -1,0 +1,71 @@
+"""设备：精度跟着硬件走，没有的说出来，编译不了就用原来的。"""
+
+import pytest
+import torch
+from losses import loss_of
+
+from config import Config, UserError
+from engine import device as device_module
+from engine.device import Device, compile_if_possible
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "bf16", "expected"),
+    [
+        ("cuda", (9, 0), False, torch.bfloat16),
+        ("cuda", (7, 5), False, torch.float16),
+        ("cpu", None, True, torch.bfloat16),
+        ("cpu", None, False, torch.float32),
+    ],
+)
+def test_precision_follows_the_hardware(monkeypatch, device, capability, bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(device_module, "cpu_has_bf16", lambda: bf16)
+    chosen = Device(Config())
+    assert (chosen.place.type, chosen.dtype) == (device, expected)
+    assert chosen.scaler.is_enabled() == (expected == torch.float16)
+    assert any("float32" in note for note in chosen.notes) == (expected == torch.float32)
+
+
+def test_missing_devices_and_precisions_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="没有 cuda"):
+        Device(Config(device="cuda"))
+    with pytest.raises(UserError, match="float16"):
+        Device(Config(device="cpu", dtype="float16"))
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):
+    monkeypatch.setattr(device_module.shutil, "which", lambda name: None)
+    device = Device(Config(device="cpu"))
+    assert not device.compile
+    assert any("编译器" in note for note in device.notes)
+    assert compile_if_possible(loss_of, device) is loss_of
+
+
+def test_a_failing_compiler_falls_back_to_plain_execution(monkeypatch, capsys, tmp_path):
+    """有编译器却编译不成（例如缺少头文件）：真的让它失败一次。"""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # 不用上次编译好的
+    device = Device(Config(device="cpu"))
+    device.compile = True
+    # 不用 monkeypatch：它把这一项设回去之后，同一个进程里就再也编译不成了。
+    with torch._inductor.config.patch({"cpp.cxx": ("/bin/false",)}):
+        found = compile_if_possible(lambda x: (x * 3).sin() + 1, device)(torch.zeros(64))
+    assert found.tolist() == [1.0] * 64
+    assert "改为不编译" in capsys.readouterr().err
+    assert not device.compile
+
+
+def test_what_the_compiler_refuses_runs_uncompiled(capsys):
+    """编译器推不出形状的（这里是只认 bf16 的 grouped_mm）：也改为不编译，不是一页英文。"""
+    device = Device(Config(device="cpu"))
+    device.compile = True
+    ends = torch.tensor([4, 8], dtype=torch.int32)
+    rows, matrices = torch.randn(8, 16), torch.randn(2, 16, 16)
+    found = compile_if_possible(lambda: torch.nn.functional.grouped_mm(rows, matrices, offs=ends),
+                                device)()  # fmt: skip
+    torch.testing.assert_close(found[:4], rows[:4] @ matrices[0])
+    assert "改为不编译" in capsys.readouterr().err
+    assert not device.compile
