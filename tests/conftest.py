@@ -19,9 +19,9 @@ settings.load_profile("mini-llm")  # 机器忙时慢一点不算错；同样的�
 
 DOORS = {"test_align.py", "test_lora.py", "test_serve.py"}  # 整份都要 examples 各自的包
 # 久的几份在前，短的垫后，两个进程才差不多同时做完；开头的两份，只有一份要语料与训练好的模型。
-LONG = ["test_download.py", "test_resume.py", "test_bench.py", "test_evaluate.py",
-        "test_experts.py", "test_laboratory.py", "test_web.py", "test_export.py",
-        "test_distributed.py", "test_end_to_end.py", "test_distill.py"]  # fmt: skip
+LONG = ["test_download.py", "test_resume.py", "test_export.py", "test_web.py", "test_bench.py",
+        "test_evaluate.py", "test_laboratory.py", "test_experts.py", "test_distributed.py",
+        "test_distill.py", "test_end_to_end.py", "test_checkpoint.py"]  # fmt: skip
 
 
 def pytest_ignore_collect(collection_path, config) -> bool | None:

@@ -71,7 +71,7 @@ def test_fine_tuning_survives_a_kill(little, tmp_path):
     assert script.until(lambda: last_step(out, "sft") >= 1)
     assert script.end(signal.SIGKILL) == -signal.SIGKILL
 
-    run_apart(tmp_path, "sft_train.py", "--resume")  # 预训练的检查点不在这里，也不需要
+    run(tmp_path, "sft_train.py", "--resume")  # 预训练的检查点不在这里，也不需要
     assert_same_run(little / "out/tiny", out, "sft")
 
 
