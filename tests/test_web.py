@@ -303,7 +303,7 @@ def talkative_seed(path, texts):
     speaker = actions.open_model(path)
 
     def length(seed, text):
-        return len(last(actions.reply(speaker, [], text, Sampling(**WILD, seed=seed)))[2])
+        return len(list(speaker.generate(speaker.prompt(text), Sampling(**WILD, seed=seed))))
 
     return next(s for s in range(1, 99) if all(length(s, text) == 400 for text in texts))
 
