@@ -1,5 +1,6 @@
 """损失与检验：累积不改变结果，每个目标恰好算一次，一行不多、一行不少。"""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from losses import SMALL, batch_of, loss_of, small_model
 from config import Config
 from dataset import IGNORE, Batch
 from engine.device import Device, compile_if_possible
-from loss import Loss, evaluate
+from loss import Loss, bits_per_character, evaluate
 
 
 @pytest.fixture
@@ -103,3 +104,11 @@ def test_compiled_bf16_loss_on_the_gpu_is_close_to_fp32(model):
     with device.autocast():
         found = fn(batch.to(device.place)).item()
     assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_bits_per_character_do_not_depend_on_how_text_is_cut():
+    """ln 2 奈特是一个比特；同样的文字切成两倍多的词元，每个词元少错一半，每个字的比特数不变。"""
+    whole = bits_per_character(math.log(2), {"val_targets": 10, "val_characters": 20})
+    assert whole == pytest.approx(0.5)
+    cut = bits_per_character(math.log(2) / 2, {"val_targets": 20, "val_characters": 20})
+    assert cut == pytest.approx(whole)
