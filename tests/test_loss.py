@@ -1,5 +1,6 @@
 """损失与检验：累积不改变结果，每个目标恰好算一次，一行不多、一行不少。"""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from losses import SMALL, batch_of, loss_of, small_model
 from config import Config
 from dataset import IGNORE, Batch
 from engine.device import Device, compile_if_possible
-from loss import Loss, evaluate
+from loss import Loss, bits_per_character, evaluate
 
 
 @pytest.fixture
@@ -56,6 +57,12 @@ class Rows:
     def get(self, rows):
         batches = [batch_of(1, seed=row) for row in rows]
         return Batch(*(torch.cat(parts) for parts in zip(*(b[:2] for b in batches), strict=True)))
+
+
+def test_bits_per_character_is_independent_of_the_tokenizer():
+    """每个词元 3 比特、一个词元两个字：每个字 1.5 比特。"""
+    card = {"val_targets": 100, "val_characters": 200}
+    assert bits_per_character(3 * math.log(2), card) == pytest.approx(1.5)
 
 
 def test_evaluation_counts_every_row_once_whatever_the_batch_size(model):
