@@ -117,7 +117,10 @@ def test_two_processes_give_the_losses_of_one(little, tmp_path, script):
     assert text.count("完成，用时") == 1
     assert "2 个进程" in text
     out = tmp_path / "out/tiny"
-    gap = assert_same_losses(metrics(little / "out/tiny", stage), metrics(out, stage))
+    one, two = (metrics(folder, stage) for folder in (little / "out/tiny", out))
+    gap = assert_same_losses(one, two)
+    # 优化器只看方向，梯度大了几倍损失也一样：长度另外核对。
+    assert two[1]["grad_norm"] == pytest.approx(one[1]["grad_norm"], rel=1e-3)
     print(f"\n{script}：两个进程与一个进程的损失最多差 {gap:.1e}")
     if stage == "pretrain":
         written, _ = run(tmp_path, "pre_chat.py", "--prompt", "守株待兔：", "--max", "5")

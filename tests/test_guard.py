@@ -1,16 +1,31 @@
 """不是有限的数：跳过这一步，说出是哪些数据；接连几步就停下。"""
 
+import math
+
+import pytest
 import torch
 
 from config import Config
 from engine.device import Device
 from engine.guard import skip_step, too_many_skipped
 from engine.progress import Progress
+from engine.stepper import Stepper
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, seq_len=8,
     device="cpu", dtype="float32", compile=False,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "good"),
+    [([1.0, 2.0], 3.0, True), ([1.0, math.nan], 3.0, False), ([1.0, math.inf], 3.0, False),
+     ([1.0, 2.0], math.nan, False), ([1.0, 2.0], math.inf, False)],
+)  # fmt: skip
+def test_a_bad_loss_or_a_bad_gradient_is_not_used(tokenizer, losses, norm, good):
+    """损失好好的，梯度也可能坏了：有一个不是有限的数，就不能更新。"""
+    step = Stepper("pretrain", SMALL, Device(SMALL), tokenizer)
+    assert step.finite([torch.tensor(x) for x in losses], torch.tensor(norm)) == good
 
 
 def test_a_skipped_step_names_its_data(capsys):

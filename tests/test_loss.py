@@ -59,6 +59,12 @@ class Rows:
         return Batch(*(torch.cat(parts) for parts in zip(*(b[:2] for b in batches), strict=True)))
 
 
+def test_bits_per_character_is_independent_of_the_tokenizer():
+    """每个词元 3 比特、一个词元两个字：每个字 1.5 比特。"""
+    card = {"val_targets": 100, "val_characters": 200}
+    assert bits_per_character(3 * math.log(2), card) == pytest.approx(1.5)
+
+
 def test_evaluation_counts_every_row_once_whatever_the_batch_size(model):
     results = [evaluate(Loss(model), Rows(), size, 1000, Device(SMALL)) for size in (1, 5, 3)]
     assert results[0] == pytest.approx(results[1], rel=1e-6)
