@@ -190,8 +190,7 @@ def build_optimizer(
     dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     experts = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
     pace = {m.router.weight: m.router_scale for m in experts}
-    momentum, decay = config.muon_momentum, config.weight_decay
-    muon = Muon(matrices, lr, momentum, decay, dtype, pace, **sharding)
+    muon = Muon(matrices, lr, config.muon_momentum, config.weight_decay, dtype, pace, **sharding)
     adamw = torch.optim.AdamW(
         rest,
         lr * config.embed_lr_scale,

@@ -6,7 +6,8 @@
     torchrun --nproc_per_node=4 pre_train.py                   四块显卡一起
 
 从上到下就是训练的全过程：备数据，造模型，然后一步一步地猜、对答案、改参数。
-循环之外的一切（配置、检查点、记录、叫停、几个进程的分工）都交给 `run`，见 engine/run.py。
+循环之外的一切（配置、检查点、记录、叫停）都交给 `run`，见 engine/run.py；
+循环里 `run` 的几个动作（取一批、反向、截短、更新）在 engine/stepper.py，每个只有几行。
 """
 
 import math
@@ -33,8 +34,8 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
 
         # ---------- 1. 数据：一个词元文件，切成等长的行 ----------
         data = tokenize_corpus(config.data, "pretrain", run.tokenizer, config, wait=run.waits)
-        isolate = run.tokenizer.bos_id if config.isolate_documents else None
-        train, val = (PretrainBatches(data.tokens[s], config.seq_len, isolate) for s in SIDES)
+        start = run.tokenizer.bos_id if config.isolate_documents else None  # 认出每篇的开头
+        train, val = (PretrainBatches(data.tokens[s], config.seq_len, start) for s in SIDES)
         run.plan(train, data.card)  # 定下走几步，与别的进程接上
 
         # ---------- 2. 模型、损失、优化器、检验 ----------
@@ -49,18 +50,18 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
 
         # ---------- 3. 训练：检验、记录、保存、叫停都在两步之间 ----------
         for step in run.steps(exam):
-            # 3.1 这一步的学习率
+            # 3.1 这一步的学习率：最高值的几倍
             optimizer.set_lr(learning_rate(step, run.n_steps, config.warmup, config.decay))
 
-            # 3.2 前向与反向：几个小批的梯度累积成一大批，按整个大批的目标数求平均
+            # 3.2 前向与反向：几个小批的梯度累积成一大批，按整个大批的目标数（n_targets）求平均
             losses = []
             for batch in run.batches(step):
-                with device.autocast():
+                with device.autocast():  # 矩阵乘法用半精度算，快
                     part = loss(batch) / run.n_targets
                 run.backward(part)
                 losses.append(part.detach())
 
-            # 3.3 梯度太长就截短；都是有限的数，才更新参数
+            # 3.3 梯度太长就截短；损失与梯度都是有限的数，才更新参数
             norm = run.clip(optimizer, config.grad_clip)
             if run.finite(losses, norm):
                 run.update(optimizer)

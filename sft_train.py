@@ -1,7 +1,7 @@
 """监督微调（SFT）：让会接着写的模型学会回答。
 
     python sft_train.py                                   接着 pre_train.py 的结果
-    python sft_train.py --sft_data data/my.jsonl          用自己的对话
+    python sft_train.py --sft_data data/my_chat.jsonl     用自己的对话
     python sft_train.py --resume                          接着上次中断的地方
 
 循环与 pre_train.py 的一字不差；不同的只有三处，都标着「不同」：数据是问答，只学答；
@@ -47,18 +47,18 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
 
         # ---------- 3. 训练：检验、记录、保存、叫停都在两步之间 ----------
         for step in run.steps(exam):
-            # 3.1 这一步的学习率
+            # 3.1 这一步的学习率：最高值的几倍
             optimizer.set_lr(learning_rate(step, run.n_steps, config.warmup, config.decay))
 
-            # 3.2 前向与反向：几个小批的梯度累积成一大批，按整个大批的目标数求平均
+            # 3.2 前向与反向：几个小批的梯度累积成一大批，按整个大批的目标数（n_targets）求平均
             losses = []
             for batch in run.batches(step):
-                with device.autocast():
+                with device.autocast():  # 矩阵乘法用半精度算，快
                     part = loss(batch) / run.n_targets
                 run.backward(part)
                 losses.append(part.detach())
 
-            # 3.3 梯度太长就截短；都是有限的数，才更新参数
+            # 3.3 梯度太长就截短；损失与梯度都是有限的数，才更新参数
             norm = run.clip(optimizer, config.grad_clip)
             if run.finite(losses, norm):
                 run.update(optimizer)
