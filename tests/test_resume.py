@@ -111,7 +111,7 @@ SHAPE = ["--dim", "32", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "1"
          "--hidden_dim", "48"]  # fmt: skip
 MANY = ["--no-compile", "--eval_tokens", "2048", "--batch_size", "2", "--grad_accum", "4",
         "--seq_len", "64", "--eval_every", "3", "--save_every", "0", "--max_steps",
-        "100"]  # fmt: skip
+        "300"]  # fmt: skip
 KILLS = 10
 
 
