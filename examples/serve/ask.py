@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from chat.piped import piped_lines
 from config import UserError, option
 from settings.flags import read_options, run_script, words
 
@@ -87,9 +88,12 @@ def main() -> None:
 
 def typed() -> Iterator[str]:
     """一行一句，直到输入结束。"""
+    if not sys.stdin.isatty():
+        yield from piped_lines(sys.stdin.buffer)
+        return
     with suppress(EOFError):
         while True:
-            yield input("\n问：" if sys.stdin.isatty() else "")
+            yield input("\n问：")
 
 
 def answer(
