@@ -105,7 +105,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def give_ordinary_permissions(folder: Path) -> None:
-    """每个文件都像平常新建的那样（由 umask 定）：safetensors 写的只有自己能读，容器里的服务就打不开。"""
+    """每个文件都像平常新建的那样，由 umask 定：safetensors 写的只有自己能读，别的用户打不开。"""
     sample = folder / ".permissions"
     sample.touch()
     mode = sample.stat().st_mode & 0o777
