@@ -6,7 +6,12 @@
 这里没有模型：模型在 `transformers serve` 的进程里，怎样启动它，见 examples/serve/README.md。
 """
 
+import os
 import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}examples{os.sep}")[0]
+
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
