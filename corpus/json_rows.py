@@ -64,11 +64,14 @@ def read_jsonl(stream: BinaryIO, log: ReadLog) -> Rows:
             if not values:
                 log.refuse(where, bad_line(line, error))
         for value in values:
-            yield from one_by_one(value, where, log)
+            if isinstance(value, list):
+                yield from one_by_one(value, where, log)
+            else:
+                yield where, value
 
 
 def one_by_one(value: Any, where: str, log: ReadLog) -> Rows:
-    """一个数组里的每一个；不是数组的，以及是一段对话的，就是它自己。"""
+    """一个数组里的每一个，里面还有数组的也拆开；一段对话不拆，是它自己。"""
     waiting = [value]
     while waiting:
         value = waiting.pop()

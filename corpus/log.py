@@ -6,7 +6,7 @@ Unusable   一条不能用，为什么
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from config import UserError
@@ -88,10 +88,10 @@ class ReadLog:
         self.place = name
         self.files.append(FileCount(name, kind, self.rows))
 
-    def use(self, changes: Iterable[str] = ()) -> None:
+    def use(self, changes: Sequence[str] = ()) -> None:
         """记下用了的一条；changes 是对它做了哪些改动。"""
-        if how := "；".join(dict.fromkeys(changes)):
-            self.changed[how] += 1
+        if changes:
+            self.changed["；".join(dict.fromkeys(changes))] += 1
         else:
             self.used += 1
 

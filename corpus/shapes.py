@@ -58,7 +58,7 @@ class Fields:
         """同 `first`，但只要文字；不是文字的不取，于是会被数出来。"""
         for name in names:
             value = self.row.get(name)
-            if isinstance(value, str | None):
+            if value is None or isinstance(value, str):
                 self.taken.add(name)
                 if value and value.strip():
                     return value
@@ -108,15 +108,15 @@ def documents_of(row: Any, where: str, log: ReadLog) -> list[str]:
     fields = Fields(row) if isinstance(row, dict) else None
     try:
         text = well_formed(document_text(fields or row, changes))
-        documents = split_markers(text.replace("\r\n", "\n"))
+        documents = split_markers(text.replace("\r\n", "\n") if "\r" in text else text)
         if not documents:
             raise Unusable("空白文档", broken=False)
     except Unusable as error:
         log.refuse(where, error)
         return []
-    if fields:
-        log.unused.update(fields.unused())
-    if any(len(document) > LONGEST for document in documents):
+    if fields and (left := fields.unused()):
+        log.unused.update(left)
+    if max(map(len, documents)) > LONGEST:
         changes.append(f"长于 {LONGEST:,} 字，在句末切成几篇")
         pieces = [piece.strip() for document in documents for piece in cut(document, LONGEST)]
         documents = [piece for piece in pieces if piece]
@@ -196,11 +196,12 @@ def well_formed(text: str) -> str:
 def split_markers(text: str) -> list[str]:
     """按文件格式里的首尾标记分成若干篇；没有标记就是一篇。首尾空白不要。"""
     text = text.strip()
-    end = next((end for end in DOCUMENT_ENDS if text.endswith(end)), None)
     if text.startswith("<|im_start|>"):
         pieces = re.split(r"<\|im_start\|>|<\|im_end\|>", text)
     elif text.startswith("<s>"):
         pieces = re.split(r"</?s>", text)
+    elif text.endswith(DOCUMENT_ENDS):
+        pieces = text.split(next(end for end in DOCUMENT_ENDS if text.endswith(end)))
     else:
-        pieces = text.split(end) if end else [text]
+        pieces = [text]
     return [piece.strip() for piece in pieces if piece.strip()]

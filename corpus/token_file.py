@@ -187,8 +187,7 @@ def _build(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) 
         stack.enter_context(bar)
         records, encoder = _reading(identity, paths, log)
         for chunk in chunks(records):
-            for record, encoded in zip(chunk, encoder(chunk, tokenizer), strict=True):
-                writer.add(record, encoded, tokenizer.unk_id)
+            writer.add(chunk, list(encoder(chunk, tokenizer)), tokenizer.unk_id)
             bar.update(log.bytes_read() - bar.n)
         bar.update(identity["size"] - bar.n)
     log.check()

@@ -10,7 +10,7 @@ import numpy as np
 
 from corpus import split
 from corpus.encode import Encoded
-from corpus.shapes import Record
+from corpus.shapes import Conversation, Record
 
 BLOCK = 1 << 12  # 分成两边时，一次抄多少篇
 N_COMMON, OPENING = 10, 8  # 数最常见的几样；一篇的开头看几个字
@@ -26,35 +26,36 @@ class Writer:
         self.file = self.part.open("wb")
         # 每篇几个 64 位整数：一千万篇约半个 GB
         self.counts = {name: array("q") for name in self.COUNTS}
-        self.keys, self.finer, self.same = array("Q"), array("Q"), array("Q")
+        self.keys, self.finer, self.same = array("Q"), array("Q"), array("q")
         self.keyed = array("b")
         self.read = self.unknown = 0
         self.missing: Counter[str] = Counter()
         self.openings: Counter[str] = Counter()
 
-    def add(self, record: Record, encoded: Encoded, unk_id: int) -> None:
-        """一篇。"""
-        data = encoded.ids.tobytes()
-        self.file.write(data)
-        row = (len(encoded.ids), encoded.targets, encoded.characters, encoded.lost)
-        for column, value in zip(self.counts.values(), row, strict=True):
-            column.append(value)
-        key = split.hash_of(record.key) if record.key is not None else 0
-        self.keyed.append(record.key is not None)
-        self.keys.append(key)
-        self.finer.append(key if record.finer is None else split.hash_of(record.finer))
-        self.same.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"))
-        self.read += encoded.read
-        self.unknown += int((encoded.ids == unk_id).sum())
-        self.missing.update(encoded.missing)
-        self.openings[opening_of(record)] += 1
+    def add(self, records: list[Record], encoded: list[Encoded], unk_id: int) -> None:
+        """几篇，连同它们的编号。"""
+        together = np.concatenate([e.ids for e in encoded])
+        self.file.write(together.tobytes())
+        self.unknown += int(np.count_nonzero(together == unk_id))
+        rows = ((len(e.ids), e.targets, e.characters, e.lost) for e in encoded)
+        for column, values in zip(self.counts.values(), zip(*rows, strict=True), strict=True):
+            column.extend(values)
+        keys = [0 if r.key is None else split.hash_of(r.key) for r in records]
+        pairs = zip(records, keys, strict=True)
+        self.keyed.extend(r.key is not None for r in records)
+        self.keys.extend(keys)
+        self.finer.extend(key if r.finer is None else split.hash_of(r.finer) for r, key in pairs)
+        self.same.extend(hash(as_tuple(r.content)) for r in records)
+        self.read += sum(e.read for e in encoded)
+        self.missing.update("".join(e.missing for e in encoded))
+        self.openings.update(map(opening_of, records))
         if len(self.openings) > 1 << 18:  # 只要最常见的，不必都记着
             self.openings = Counter(dict(self.openings.most_common(1 << 14)))
 
     def totals(self) -> dict:
         """写进卡片的几项，两边合起来的。"""
         n_tokens = sum(self.counts["length"])
-        repeated = len(self.same) - len(np.unique(np.frombuffer(self.same, np.uint64)))
+        repeated = len(self.same) - len(np.unique(np.frombuffer(self.same, np.int64)))
         return {
             "unk_rate": self.unknown / n_tokens if n_tokens else 0.0,
             "characters": self.read,
@@ -105,6 +106,11 @@ class Writer:
             "sha256": digest.hexdigest(),  # 接着练时，据此确认数据没有变
         }
         return {f"{side}_{name}": value for name, value in counted.items()}
+
+
+def as_tuple(content: str | Conversation) -> str | tuple:
+    """对话换成算得出散列的。"""
+    return content if isinstance(content, str) else tuple(content)
 
 
 def opening_of(record: Record) -> str:
