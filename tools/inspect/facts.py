@@ -8,7 +8,7 @@ lengths         每篇多少个词元，多少篇长过一行
 samples         三个样本，照模型看到的样子
 """
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,9 +47,8 @@ def of_log(log) -> dict[str, Any]:
     """训练不收的，读到那里为止知道的；log 是读数据时的 `ReadLog`，一条也没有读到的是 None。"""
     if log is None:
         return {}
-    kinds = dict.fromkeys(file["kind"] for file in log.files)
     return {
-        "kind": "、".join(kinds) or None, "files": list(log.files), "rows": log.rows,
+        "kind": log.kind or None, "files": log.counted_files(), "rows": log.rows,
         "used": log.used, "changed": dict(log.changed), "refused": dict(log.refused),
         "unused_fields": dict(log.unused), "notes": list(log.notes),
     }  # fmt: skip
@@ -101,7 +100,7 @@ def histogram(counts: np.ndarray) -> list[dict[str, int]]:
     Returns:
         每格 {"from", "to", "documents"}，两端都含。
     """
-    powers = np.ceil(np.log2(np.maximum(counts, 1))).astype(np.int8)  # 2^(p-1) < n <= 2^p
+    powers = np.frexp(counts - 1)[1]  # 2^(p-1) < n <= 2^p 的 p
     found = np.bincount(powers)
     low, high = int(powers.min()), int(powers.max())
     amounts = found[low : high + 1].tolist()
@@ -137,22 +136,24 @@ class Sample(NamedTuple):
 def samples(data: TokenFile, rows: Rows, seq_len: int, tokenizer: Tokenizer) -> list[Sample]:
     """训练用的最前、中间、最后一个；不满三个就有几个给几个。微调的只从用上的里挑。"""
     tokens, starts = data.tokens["train"], data.starts["train"]
-    row_of = {i: r for r, row in enumerate(rows["train"].rows) for i in row} if rows else {}
-    found = sorted(row_of) if rows else range(len(starts) - 1)
-    chosen = sorted({found[i * (len(found) - 1) // (N_SAMPLES - 1)] for i in range(N_SAMPLES)})
+    found = range(len(starts) - 1)
+    if rows:
+        found = np.sort(np.fromiter(chain.from_iterable(rows["train"].rows), np.int64))
+    chosen = sorted({int(found[i * (len(found) - 1) // (N_SAMPLES - 1)]) for i in range(N_SAMPLES)})
     made = []
     for index in chosen:
         ids = tokens[starts[index] : starts[index + 1]]
         learned, room = np.ones(len(ids), bool), seq_len  # 预训练：每个词元都要学
         if rows:
-            learned = learned_in_row(rows["train"], row_of[index], index, len(ids))
+            learned = learned_in_training(rows["train"], index, len(ids))
             room = seq_len + 1  # 最后一个词元只作目标，不占格子
         made.append(Sample(pieces(ids, learned, tokenizer), len(ids), len(ids) > room))
     return made
 
 
-def learned_in_row(batches: SFTBatches, row: int, index: int, n: int) -> np.ndarray:
+def learned_in_training(batches: SFTBatches, index: int, n: int) -> np.ndarray:
     """第 index 段对话的 n 个词元各要不要学：看训练时真的送进去的那一行。"""
+    row = next(r for r, items in enumerate(batches.rows) if index in items)
     batch = batches.get([row])
     here = batch.segments[0] == batches.rows[row].index(index)
     targets = batch.targets[0][here].numpy() != IGNORE  # 目标是右移一位的

@@ -22,7 +22,7 @@ from model import Transformer
 from settings.flags import is_out_of_memory
 from tokenizer import Tokenizer
 
-SECONDS = 5.0  # 至多走多久，头两步除外
+SECONDS = 4.0  # 至多走多久，头两步除外
 STEPS = 3
 
 
