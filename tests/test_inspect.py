@@ -107,7 +107,8 @@ def test_exactly_what_is_learned_is_marked(tmp_path):
     asked = "<|im_start|><|user|>{}<|im_end|><|im_start|><|assistant|>{}<|im_end|>"
     assert sample["text"] == asked.format("你好", "好！") + asked.format("几点了？", "三点。")
     assert sample["supervised"] == ["好！<|im_end|>", "三点。<|im_end|>"]
-    assert "【好！<|im_end|>】" in out and "【三点。<|im_end|>】" in out
+    shown = out.replace("\n", "")
+    assert "【好！<|im_end|>】" in shown and "【三点。<|im_end|>】" in shown
     learned = sum(report[f"{side}_targets"] for side in ("train", "val"))
     assert f"要学的 {learned:,}" in out
 
@@ -228,7 +229,8 @@ def test_what_the_data_says_cannot_reach_the_terminal(tmp_path):
 
 def test_a_field_name_that_is_no_text(tmp_path):
     """JSON 写得出不成对的代理字符；体检结果也写得出，读回来还是它。"""
-    (tmp_path / "a.jsonl").write_text('{"text": "春天", "\\ud800": 1}\n' * 9)
+    rows = "".join(f'{{"text": "春天 {i}", "\\ud800": 1}}\n' for i in range(9))
+    (tmp_path / "a.jsonl").write_text(rows, encoding="utf-8")
     report, _, _ = look(tmp_path, "a.jsonl")
     assert report["unused_fields"] == {"\ud800": 9}
 

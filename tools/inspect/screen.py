@@ -138,12 +138,10 @@ def shape(report: dict, unit: str) -> Iterator[str]:
 
 
 def openings(report: dict, unit: str) -> Iterator[str]:
-    """最常见的开头；每一个都只出现一次的，不必列。"""
-    repeated = {words: n for words, n in report["openings"] or [] if n > 1}
-    if repeated:
-        yield "最常见的开头：" + several(repeated, most=10)
-    elif report["openings"]:
-        yield "最常见的开头：没有两篇相同的"
+    """最常见的开头；卡片上只有出现过不止一次的。"""
+    if report["openings"] is not None:
+        common = {words: n for words, n in report["openings"]}
+        yield "最常见的开头：" + (several(common, most=10) or f"没有两{unit}相同的")
 
 
 def several(counts: dict[str, int], most: int = MOST, by_count: bool = True) -> str:
