@@ -123,12 +123,13 @@ class Sample(NamedTuple):
     """一篇文档或一段对话，照模型看到的样子；控制词元看得见。"""
 
     pieces: list[tuple[str, bool]]  # 一截一截的文字，各要不要学
-    tokens: int
+    cut_off: str  # 微调：一行装不下，末尾截掉的
+    tokens: int  # 连截掉的
     cut: bool  # 长过一行
 
     def to_dict(self) -> dict[str, Any]:
         """写进 JSON 的样子。"""
-        text = "".join(piece for piece, _ in self.pieces)
+        text = "".join(piece for piece, _ in self.pieces) + self.cut_off
         learned = [piece for piece, supervised in self.pieces if supervised]
         return {"text": text, "tokens": self.tokens, "cut": self.cut, "supervised": learned}
 
@@ -143,30 +144,30 @@ def samples(data: TokenFile, rows: Rows, seq_len: int, tokenizer: Tokenizer) -> 
     made = []
     for index in chosen:
         ids = tokens[starts[index] : starts[index + 1]]
-        learned, room = np.ones(len(ids), bool), seq_len  # 预训练：每个词元都要学
+        learned, too_long = np.ones(len(ids), bool), len(ids) > seq_len  # 预训练的全都要学
         if rows:
-            learned = learned_in_training(rows["train"], index, len(ids))
-            room = seq_len + 1  # 最后一个词元只作目标，不占格子
-        made.append(Sample(pieces(ids, learned, tokenizer), len(ids), len(ids) > room))
+            learned = learned_in_training(rows["train"], index)
+            too_long = len(learned) < len(ids)
+        seen, rest = ids[: len(learned)], written(ids[len(learned) :], tokenizer)
+        made.append(Sample(pieces(seen, learned, tokenizer), rest, len(ids), too_long))
     return made
 
 
-def learned_in_training(batches: SFTBatches, index: int, n: int) -> np.ndarray:
-    """第 index 段对话的 n 个词元各要不要学：看训练时真的送进去的那一行。"""
+def learned_in_training(batches: SFTBatches, index: int) -> np.ndarray:
+    """第 index 段对话的词元各要不要学，截掉的不算：看训练时真的送进去的那一行。"""
     row = next(r for r, items in enumerate(batches.rows) if index in items)
     batch = batches.get([row])
     here = batch.segments[0] == batches.rows[row].index(index)
-    targets = batch.targets[0][here].numpy() != IGNORE  # 目标是右移一位的
-    learned = np.zeros(n, bool)
-    learned[1 : 1 + len(targets)] = targets
-    return learned
+    targets = batch.targets[0][here].numpy() != IGNORE
+    return np.concatenate([[False], targets])  # 目标是右移一位的：第一个词元不用猜
 
 
 def pieces(ids: np.ndarray, learned: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """在要不要学改变的地方断开，各自写成文字。"""
-    edges = np.flatnonzero(np.diff(learned)) + 1
-    bounds = [0, *edges.tolist(), len(ids)]
-    return [
-        (tokenizer.backend.decode(ids[a:b].tolist(), skip_special_tokens=False), bool(learned[a]))
-        for a, b in pairwise(bounds)
-    ]
+    bounds = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+    return [(written(ids[a:b], tokenizer), bool(learned[a])) for a, b in pairwise(bounds)]
+
+
+def written(ids: np.ndarray, tokenizer: Tokenizer) -> str:
+    """写成文字，控制词元与 [UNK] 看得见。"""
+    return tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False)

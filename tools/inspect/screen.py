@@ -7,18 +7,20 @@ import re
 import sys
 from collections.abc import Iterator
 from itertools import groupby
+from operator import itemgetter
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from tokenizer import VISIBLE
 from tools.inspect.facts import TITLE, Sample
 
 STAGES = {"pretrain": ("预训练", "篇"), "sft": ("微调", "段")}
 MOST = 5  # 一件事至多列几项
 LINES_OF_SAMPLE = 3
 LEARNED = "bold underline"
-SHOWN = {"\n": "⏎", "\t": "⇥"}
+UNIT = re.compile(r"<\|\w+\|>|\[UNK\]|.", re.DOTALL)  # 略去中间时，不从中间断开的
 
 
 def show(report: dict, samples: list[Sample]) -> None:
@@ -107,7 +109,7 @@ def content(report: dict, unit: str) -> Iterator[str]:
     )
     lost = report["lost_characters"]
     share = lost / max(1, report["characters"])
-    most = "、".join(f"{visible(c)}（{n:,}）" for c, n in report["lost_top"])
+    most = "、".join(f"{alone(c)}（{n:,}）" for c, n in report["lost_top"])
     yield f"词表写不出的字：{lost:,}（{percent(share)}）" + (f"，最多的是 {most}" if lost else "")
     n = report["duplicates"]
     amount = f"{n:,} {unit}（{percent(n / (train + val))}）" if n else "没有"
@@ -140,14 +142,14 @@ def shape(report: dict, unit: str) -> Iterator[str]:
 def openings(report: dict, unit: str) -> Iterator[str]:
     """最常见的开头；卡片上只有出现过不止一次的。"""
     if report["openings"] is not None:
-        common = {words: n for words, n in report["openings"]}
-        yield "最常见的开头：" + (several(common, most=10) or f"没有两{unit}相同的")
+        common = several(dict(report["openings"]), most=10)
+        yield "最常见的开头：" + (common or f"没有两{unit}相同的")
 
 
 def several(counts: dict[str, int], most: int = MOST, by_count: bool = True) -> str:
     """几项与各自的数目写成一行；太多的只列最多的几项。"""
     items = sorted(counts.items(), key=lambda item: -item[1]) if by_count else [*counts.items()]
-    text = "、".join(f"{shorten_line(plain(name))}（{n:,}）" for name, n in items[:most])
+    text = "、".join(f"{shorten_line(plain(name.strip()))}（{n:,}）" for name, n in items[:most])
     return text + (f"，另有 {len(items) - most} 种" if len(items) > most else "")
 
 
@@ -179,16 +181,18 @@ def sample_lines(report: dict, samples: list[Sample], console: Console) -> Itera
         how = "每个词元都要学"
     yield Text(f"模型看到的样子（{how}）：", "bold")
     for sample in samples:
-        note = {"pretrain": "，长过一行", "sft": "，末尾截掉"}[report["stage"]] * sample.cut
-        head = f"  {sample.tokens:,} 词元{note}："
-        room = console.width * LINES_OF_SAMPLE - cell_len(head) - 4
+        note = "，长过一行" if sample.cut and report["stage"] == "pretrain" else ""
+        head, end = f"  {sample.tokens:,} 词元{note}：", ""
+        if sample.cut_off:
+            end = f"……（第 {report['seq_len'] + 1} 个词元以后的截掉）"
+        room = console.width * LINES_OF_SAMPLE - cell_len(head + end) - 4
         line = Text(head)
         for text, learned in middle_left_out(sample.pieces, room):
             if learned and report["stage"] == "sft":  # 预训练的全都要学，不必标
                 line.append(*((text, LEARNED) if styled else (f"【{text}】",)))
             else:
                 line.append(text)
-        yield line
+        yield line.append(end)
 
 
 Pieces = list[tuple[str, bool]]
@@ -196,30 +200,31 @@ Pieces = list[tuple[str, bool]]
 
 def middle_left_out(pieces: Pieces, room: int) -> Pieces:
     """看得见的样子；宽过 room 格的，留下头尾，中间写一个省略号。"""
-    head = take(((c, m) for text, m in pieces for c in text), room)
-    if len(head) == sum(len(text) for text, _ in pieces):
+    every = ((unit, m) for text, m in pieces for unit in map(itemgetter(0), UNIT.finditer(text)))
+    head = take(every, room)
+    if sum(len(unit) for unit, _ in head) == sum(len(text) for text, _ in pieces):
         return joined(head)
     head = take(iter(head), room * 2 // 3)
-    backwards = ((c, m) for text, m in reversed(pieces) for c in reversed(text))
+    backwards = ((u, m) for text, m in reversed(pieces) for u in reversed(UNIT.findall(text)))
     tail = take(backwards, room - room * 2 // 3)[::-1]
     return [*joined(head), (" …… ", False), *joined(tail)]
 
 
-def take(characters: Iterator[tuple[str, bool]], room: int) -> list[tuple[str, bool]]:
+def take(units: Iterator[tuple[str, bool]], room: int) -> Pieces:
     """从头取，直到放不下。"""
     taken = []
-    for character, learned in characters:
-        room -= cell_len(visible(character))
+    for unit, learned in units:
+        room -= cell_len(plain(unit))
         if room < 0:
             break
-        taken.append((character, learned))
+        taken.append((unit, learned))
     return taken
 
 
-def joined(characters: list[tuple[str, bool]]) -> Pieces:
+def joined(units: Pieces) -> Pieces:
     """连着的、要不要学相同的，合成一截。"""
-    groups = groupby(characters, key=lambda pair: pair[1])
-    return [(plain("".join(c for c, _ in group)), learned) for learned, group in groups]
+    groups = groupby(units, key=itemgetter(1))
+    return [(plain("".join(u for u, _ in group)), learned) for learned, group in groups]
 
 
 # ---------- 3. 要多久 ----------
@@ -258,7 +263,12 @@ def visible(character: str) -> str:
     """一个字给人看的样子。"""
     if character.isprintable():
         return character
-    return SHOWN.get(character, f"U+{ord(character):04X}")
+    return VISIBLE.get(character, f"U+{ord(character):04X}")
+
+
+def alone(character: str) -> str:
+    """一个字单独写出来：叠在前一个字上的、看不见的，写成编号。"""
+    return visible(character) if cell_len(character) else f"U+{ord(character):04X}"
 
 
 def shorten_line(text: str, room: int = 60) -> str:
