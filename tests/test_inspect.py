@@ -12,7 +12,8 @@ from rich.cells import cell_len
 from rich.text import Text
 from scripts import run
 
-from tools.inspect.facts import BUCKETS, histogram
+from corpus.log import ReadLog, Refused
+from tools.inspect.facts import BUCKETS, histogram, of_refusal
 from tools.inspect.screen import fold, middle_left_out, percent, plain, spoken
 
 ROWS = [{"text": f"第 {i} 篇说的是春天里的第 {i} 朵花。"} for i in range(40)]
@@ -148,6 +149,17 @@ def test_refused_with_the_same_sentence_as_in_training(tmp_path):
     assert sum(report["refused"].values()) == 9
     assert report["samples"] is None and report["characters"] is None
     assert "不用 9" in out
+
+
+def test_what_was_counted_before_refusing_is_kept():
+    log = ReadLog("a.txt")
+    log.begin("a.txt", "text")
+    log.use()
+    error = Refused("大半写不出", log)
+    error.totals = {"characters": 9, "lost_characters": 6, "别的": 1}
+    found = of_refusal(error)
+    assert (found["kind"], found["rows"], found["error"]) == ("text", 1, "大半写不出")
+    assert (found["characters"], found["lost_characters"]) == (9, 6) and "别的" not in found
 
 
 def test_a_missing_file_is_one_sentence(tmp_path):

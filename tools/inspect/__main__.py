@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             samples += examine(report, config, options.time)
         except UserError as error:  # 不收的，知道多少写多少
-            report |= facts.of_log(getattr(error, "log", None)) | {"error": str(error)}
+            report |= facts.of_refusal(error)
             raise
         finally:
             if report["samples"] is not None or report["error"] is not None:

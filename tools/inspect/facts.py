@@ -2,7 +2,7 @@
 
 nothing_known   体检结果的样子：每一项都在，还不知道的是 None
 of_card         词元文件的卡片上写着的
-of_log          训练不收的，读到那里为止知道的
+of_refusal      训练不收的，读到那里为止知道的
 rows_of         微调的对话装成的行，与训练用的是同一段程序
 lengths         每篇多少个词元，多少篇长过一行
 samples         三个样本，照模型看到的样子
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import Config
+from config import Config, UserError
 from corpus.token_file import TokenFile
 from dataset import IGNORE, SIDES, SFTBatches
 from tokenizer import Tokenizer
@@ -43,11 +43,13 @@ def of_card(card: dict) -> dict[str, Any]:
     return {name: card[name] for name in CARD}
 
 
-def of_log(log) -> dict[str, Any]:
-    """训练不收的，读到那里为止知道的；log 是读数据时的 `ReadLog`，一条也没有读到的是 None。"""
-    if log is None:
-        return {}
-    return {
+def of_refusal(error: UserError) -> dict[str, Any]:
+    """训练不收的，读到那里为止知道的：读数据时的账（log），数完了字的还有字数（totals）。"""
+    log, totals = getattr(error, "log", None), getattr(error, "totals", None) or {}
+    known = {name: totals[name] for name in CARD if name in totals} | {"error": str(error)}
+    if log is None:  # 一条也没有读到
+        return known
+    return known | {
         "kind": log.kind or None, "files": log.counted_files(), "rows": log.rows,
         "used": log.used, "changed": dict(log.changed), "refused": dict(log.refused),
         "unused_fields": dict(log.unused), "notes": list(log.notes),
