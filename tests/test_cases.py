@@ -301,7 +301,7 @@ def check_tools(path: Path, outcome: Outcome) -> None:
     for turns in found:
         tools = originals[dump([t for t in turns if t[0] != "system"])]
         assert turns[0][0] == "system"
-        assert squeezed(json.dumps(tools, ensure_ascii=False)) in squeezed(turns[0][1])
+        assert all(squeezed(dump(tool)) in squeezed(turns[0][1]) for tool in tools)
 
 
 def check_no_blank_answer(path: Path, outcome: Outcome) -> None:
@@ -810,7 +810,7 @@ def test_tools_at_the_top_join_the_system_turn(tmp_path):
             assert first == ""
         else:
             assert "你守着渡口。" in first
-            assert squeezed(dump(tools)) in squeezed(first)
+            assert all(squeezed(dump(tool)) in squeezed(first) for tool in tools)
         assert [role for role, _ in turns].count("system") <= 1
 
 
@@ -951,7 +951,7 @@ def test_odd_rows_are_read_or_named(tmp_path, name):
         )
     if outcome.card["used"] == 301:  # 照原样读了：至少回答要在
         assert "assistant" in {role for turns in conversations(outcome.file) for role, _ in turns}
-    else:
+    elif outcome.card["refused"]:
         assert "第 1 行" in outcome.out, outcome.out
 
 
