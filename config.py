@@ -105,6 +105,9 @@ class Config:
     compile: bool = option(True, "用 torch.compile 加速（需要 C++ 编译器；没有会自动跳过）")
 
     # 数据与记录
+    keep_reasoning: bool = option(
+        False, "微调时把思考过程（reasoning_content）也学进去，写在回答之前的 <think> 里"
+    )
     val_fraction: float = option(0.03, "留出多大比例的文档不训练，只用来检验")
     eval_tokens: int = option(16384, "每次检验最多用多少词元；最后一次用十倍", "词元")
     eval_every: int | None = option(None, "每隔多少步检验并采样一次", "步")

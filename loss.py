@@ -101,13 +101,22 @@ def evaluate(
     return total / count
 
 
+# 词表写不出的字，除了 [UNK] 自己的损失，每个另记这么多：从 Unicode 的全部编号里指出它来。
+BITS_OF_A_LOST_CHARACTER = math.log2(0x110000)  # 约 20.1
+
+
 def bits_per_character(loss: float, card: dict) -> float:
     """每个词元的损失（奈特）-> 原文每个字的比特数。
 
+    它是一种真的写得回原文的编码的长度，所以丢字不会让它变好：一个 [UNK] 可以顶替许多字，
+    除了它自己的损失，顶替的每个字还要从 Unicode 里指出来。除以全部的字，写不出的也在内。
+
     Args:
-        card: 词元文件的卡片：检验的那一边要猜多少词元，它们写出多少字。
+        card: 词元文件的卡片：检验的那一边要猜多少词元，它们写出多少字，其中多少写不出。
     """
-    return loss / math.log(2) * card["val_targets"] / card["val_characters"]
+    model = loss / math.log(2) * card["val_targets"]
+    spelled = card["val_lost"] * BITS_OF_A_LOST_CHARACTER
+    return (model + spelled) / card["val_characters"]
 
 
 class Exam:

@@ -9,7 +9,8 @@ BERT 的分词器是为「读」设计的：它丢掉空格、认不得中文引
    逐个词元解码与整段解码的结果因此相同，可以边生成边打印；
 3. 文本里写着 ``<|im_end|>`` 这样的字样时，它们只是普通文字；控制词元只能由程序按编号放入。
 
-会丢失的信息：大写字母变小写，重音符号被去掉，词表里没有的生僻字与表情符号变成 [UNK]。
+会丢失的信息：大写字母变小写，重音符号被去掉，词表里没有的生僻字与表情符号变成 [UNK]，
+一百个字母以上的单词也是。
 """
 
 import hashlib
@@ -72,7 +73,8 @@ def _build_backend(vocab_file: Path) -> Backend:
     # 自己按行读：`WordPiece.read_file` 会剥掉 U+2028，使两个词元变成空的。
     lines = vocab_file.read_text(encoding="utf-8").split("\n")[:-1]
     vocab = {token: number for number, token in enumerate(lines)}
-    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=1000))
+    # 一个单词至多 100 个字母，与 BERT 的相同：切一个单词的用时，随它的长度成平方地长。
+    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
     # 词表里没有 A–Z：不转小写的话，凡是有大写字母的单词都会变成 [UNK]。
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -107,7 +109,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, *roles = map(self.backend.token_to_id, CONTROL_TOKENS)
         self.role_ids = dict(zip(["user", "assistant", "system", "tool"], roles, strict=True))
         self.unk_id = self.backend.token_to_id("[UNK]")
-        self._seen: dict[str, np.ndarray] = {}
+        self._seen: dict[str, tuple[np.ndarray, str]] = {}
         self._self_test()
 
     def _self_test(self) -> None:
@@ -123,7 +125,14 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """同 `encode`，一次许多篇，每篇是一个 uint16 数组。
+        """同 `encode`，一次许多篇，每篇是一个 uint16 数组。"""
+        return [ids for ids, _ in self.encode_and_lose(texts)]
+
+    def encode_and_lose(self, texts: list[str]) -> list[tuple[np.ndarray, str]]:
+        """同 `encode_batch`，另外给出每篇里写不出的字，连成一串。
+
+        写不出的：变成 [UNK] 的，以及被规范化悄悄去掉的（例如 U+200B）。一个 [UNK] 可以代表许多字，
+        所以要数字，而不是数 [UNK]。
 
         汉字与标点从不与左右相连，一个字就是一个词元，查表即可；夹在中间的字母、数字、假名等，
         才一截一截地交给 `tokenizers`。结果相同，快好几倍。
@@ -132,16 +141,18 @@ class Tokenizer:
         for text in texts:
             codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)  # 每个字的 Unicode 编号
             ids = self._alone[np.minimum(codes, 0xFFFF)]
+            unknown = ids == self.unk_id
+            lost = "".join(text[i] for i in np.flatnonzero(unknown)) if unknown.any() else ""
             together = ids == NOT_ALONE
-            if not together.any():  # 短的一问一答大多如此
-                encoded.append(ids)
-                continue
-            edges = np.flatnonzero(np.diff(together, prepend=False, append=False))
-            pieces, done = [], 0
-            for start, end in edges.reshape(-1, 2).tolist():
-                pieces += [ids[done:start], self._joined(text[start:end])]
-                done = end
-            encoded.append(np.concatenate([*pieces, ids[done:]]))
+            if together.any():  # 短的一问一答大多没有
+                edges = np.flatnonzero(np.diff(together, prepend=False, append=False))
+                pieces, done = [], 0
+                for start, end in edges.reshape(-1, 2).tolist():
+                    joined, missing = self._joined(text[start:end])
+                    pieces += [ids[done:start], joined]
+                    lost, done = lost + missing, end
+                ids = np.concatenate([*pieces, ids[done:]])
+            encoded.append((ids, lost))
         return encoded
 
     @cached_property
@@ -157,13 +168,19 @@ class Tokenizer:
                 table[ord(character)] = ids[1]
         return table
 
-    def _joined(self, text: str) -> np.ndarray:
-        """一截会与左右相连的字的编号；常见的（年份、单位）记住，不必再算。"""
-        if (ids := self._seen.get(text)) is None:
-            ids = np.array(self.encode(text), np.uint16)
+    def _joined(self, text: str) -> tuple[np.ndarray, str]:
+        """一截会与左右相连的字的编号，以及其中写不出的字；常见的（年份、单位）记住，不必再算。"""
+        if (found := self._seen.get(text)) is None:
+            encoding = self.backend.encode(text, add_special_tokens=False)
+            kept = np.zeros(len(text), bool)
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                if token != self.unk_id:
+                    kept[start:end] = True
+            lost = "" if kept.all() else "".join(text[i] for i in np.flatnonzero(~kept))
+            found = np.array(encoding.ids, np.uint16), lost
             if len(text) <= 16 and len(self._seen) < 100_000:
-                self._seen[text] = ids
-        return ids
+                self._seen[text] = found
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         """编号 -> 文本，略去控制词元。逐个解码再相接，与整段解码结果相同。"""

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import dataset
 from config import PRESETS, Config, UserError
 from corpus import idioms, token_file
-from corpus.token_file import TokenFile, encode_documents, is_held_out, tokenize_corpus
+from corpus.split import is_held_out
+from corpus.token_file import TokenFile, tokenize_corpus
 from dataset import IGNORE, SIDES, PretrainBatches, SFTBatches, pack, rows_of_step
 from model import Transformer
 from tokenizer import Tokenizer

@@ -33,7 +33,7 @@ from chat import repl
 from chat.repl import Chat, ChatOptions, obey
 from config import SHAPE, Config, UserError, option
 from corpus import readers, token_file
-from corpus.readers import ReadLog
+from corpus.log import ReadLog
 from corpus.shapes import ROLES, Record, conversation_turns, read_conversations, read_documents
 from corpus.token_file import TokenFile, encode_conversations, encode_documents, tokenize_corpus
 from dataset import SIDES

@@ -14,7 +14,7 @@ from test_export import SMALL, random_model, save
 
 from config import N_TOKENS, Config, UserError
 from corpus.idioms import GREETINGS
-from corpus.readers import ReadLog
+from corpus.log import ReadLog
 from corpus.shapes import read_conversations
 from dataset import IGNORE
 from engine.checkpoint import load

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from config import UserError
 from corpus import readers
-from corpus.readers import ReadLog
+from corpus.log import ReadLog
 from corpus.shapes import read_conversations, read_documents, split_markers
 
 TEXTS = ["第一篇：守株待兔。", "第二篇，\n分两行。", "第三篇"]

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from config import Config, UserError, option
 from corpus import shapes
-from corpus.readers import ReadLog
-from corpus.token_file import is_held_out
+from corpus.log import ReadLog
+from corpus.split import is_held_out
 from dataset import IGNORE, SFTBatches, rows_of_step
 from examples.common import (
     Folders,

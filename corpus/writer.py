@@ -1,0 +1,116 @@
+"""写词元文件：先写成一份，读完之后再分成训练与检验两边，同时数清各种账。"""
+
+import hashlib
+import os
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from corpus import split
+from corpus.encode import Encoded
+from corpus.shapes import Record
+
+N_COMMON, OPENING = 10, 8  # 数最常见的几样；一篇的开头看几个字
+
+
+class Writer:
+    """先把全部的编号写在一个临时文件里，读完了再分成训练与检验两边。"""
+
+    COUNTS = ("length", "targets", "characters", "lost")
+
+    def __init__(self, base: Path):
+        self.base, self.part = base, Path(f"{base}.all.part")
+        self.file = self.part.open("wb")
+        # 每篇几个 64 位整数：一千万篇约半个 GB
+        self.counts = {name: array("q") for name in self.COUNTS}
+        self.keys, self.finer, self.same = array("Q"), array("Q"), array("Q")
+        self.keyed = array("b")
+        self.read = self.unknown = 0
+        self.missing: Counter[str] = Counter()
+        self.openings: Counter[str] = Counter()
+
+    def add(self, record: Record, encoded: Encoded, unk_id: int) -> None:
+        """一篇。"""
+        data = encoded.ids.tobytes()
+        self.file.write(data)
+        row = (len(encoded.ids), encoded.targets, encoded.characters, encoded.lost)
+        for column, value in zip(self.counts.values(), row, strict=True):
+            column.append(value)
+        key = split.hash_of(record.key) if record.key is not None else 0
+        self.keyed.append(record.key is not None)
+        self.keys.append(key)
+        self.finer.append(key if record.finer is None else split.hash_of(record.finer))
+        self.same.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"))
+        self.read += encoded.read
+        self.unknown += int((encoded.ids == unk_id).sum())
+        self.missing.update(encoded.missing)
+        self.openings[opening_of(record)] += 1
+        if len(self.openings) > 1 << 18:  # 只要最常见的，不必都记着
+            self.openings = Counter(dict(self.openings.most_common(1 << 14)))
+
+    def totals(self) -> dict:
+        """写进卡片的几项，两边合起来的。"""
+        n_tokens = sum(self.counts["length"])
+        repeated = len(self.same) - len(np.unique(np.frombuffer(self.same, np.uint64)))
+        return {
+            "unk_rate": self.unknown / n_tokens if n_tokens else 0.0,
+            "characters": self.read,
+            "lost_characters": self.missing.total(),
+            "lost_top": self.missing.most_common(N_COMMON),
+            "duplicates": repeated,
+            "openings": [pair for pair in self.openings.most_common(N_COMMON) if pair[1] > 1],
+        }
+
+    def held_out(self, fraction: float) -> np.ndarray | None:
+        """哪些留出来检验，布尔 (n,)；分不成两边的是 None。"""
+        keyed = np.frombuffer(self.keyed, bool)
+        keys, finer = (np.frombuffer(x, np.uint64)[keyed] for x in (self.keys, self.finer))
+        if (chosen := split.choose(keys, finer, fraction)) is None:
+            return None
+        held_out = np.zeros(len(keyed), bool)
+        held_out[keyed] = chosen
+        return held_out
+
+    def write_side(self, side: str, mine: np.ndarray) -> dict:
+        """把归这一边的抄出来，改成正式的名字；返回写进卡片的几项。
+
+        不在原处改写：正在用旧文件训练的程序，手里的还是旧的那一份。
+        """
+        lengths = np.frombuffer(self.counts["length"], np.int64)
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        tokens = np.memmap(self.part, np.uint16, mode="r")
+        part, digest = Path(f"{self.base}.{side}.part"), hashlib.sha256()
+        with part.open("wb") as f:
+            for first in range(0, len(lengths), 1 << 14):
+                some = slice(first, first + (1 << 14))
+                piece = tokens[ends[first] : ends[min(first + (1 << 14), len(lengths))]]
+                kept = piece[np.repeat(mine[some], lengths[some])].tobytes()
+                f.write(kept)
+                digest.update(kept)
+        os.replace(part, f"{self.base}.{side}.bin")
+        starts = np.concatenate([[0], np.cumsum(lengths[mine])]).astype(np.int64)
+        starts.tofile(part)
+        os.replace(part, f"{self.base}.{side}.idx")
+        digest.update(starts)
+        targets, characters, lost = (
+            int(np.frombuffer(self.counts[name], np.int64)[mine].sum()) for name in self.COUNTS[1:]
+        )
+        counted = {
+            "documents": len(starts) - 1,
+            "tokens": int(starts[-1]),
+            "targets": targets,  # 要猜的词元数，它们写出的字数，其中写不出的：
+            "characters": characters,  # 由此换算每个字的比特数
+            "lost": lost,
+            "sha256": digest.hexdigest(),  # 接着练时，据此确认数据没有变
+        }
+        return {f"{side}_{name}": value for name, value in counted.items()}
+
+
+def opening_of(record: Record) -> str:
+    """一篇的开头几个字；对话是头一句提问的。"""
+    text = record.content
+    if not isinstance(text, str):
+        text = next((words for role, words in text if role == "user"), text[0][1])
+    return text[:OPENING].split("\n")[0]
