@@ -126,10 +126,9 @@ def conversations(file: TokenFile, side: str | None = None) -> list[list[tuple[s
     for s in SIDES if side is None else [side]:
         for piece in pieces(file, s):
             turns = np.split(piece, np.flatnonzero(piece == TOKENIZER.bos_id))[1:]
-            assert all(t[-1] == TOKENIZER.eos_id for t in turns)
-            found.append(
-                [(roles[t[1]], TOKENIZER.decode(t[2:].tolist())) for t in map(list, turns)]
-            )
+            assert all(ids[-1] == TOKENIZER.eos_id for ids in turns)
+            found.append([(roles[int(ids[1])], TOKENIZER.decode(ids[2:].tolist()))
+                          for ids in turns])  # fmt: skip
     return found
 
 
