@@ -171,7 +171,7 @@ def check_accounts(card: dict) -> None:
 def check_sentence(error: str, path) -> None:
     """报错是写给人看的一句话：说出是哪个文件，不是别的程序的英文。"""
     assert Path(path).name in error
-    assert re.search("[一-龥]{4}", error)
+    assert re.search("[一-龥]{3}", error), error
     for foreign in ("Traceback", "Error(", "errno", "codec can't", "Expecting", "object at 0x"):
         assert foreign not in error, error
     assert len(error) < 1500, error

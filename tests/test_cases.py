@@ -184,14 +184,14 @@ def tarred(content: bytes, mode: str = "w", name: str = "corpus/part0.jsonl") ->
 
 
 def unpacked(path: Path) -> bytes:
-    """压缩文件里唯一的一个文件。"""
+    """压缩文件里的内容；打成包的，几个文件接起来。"""
     data = path.read_bytes()
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
-            return archive.read(archive.namelist()[0])
+            return b"".join(map(archive.read, archive.namelist()))
     if ".tar" in path.name:
         with tarfile.open(path) as archive:
-            return archive.extractfile(archive.next()).read()
+            return b"".join(archive.extractfile(m).read() for m in archive if m.isfile())
     return (bz2 if path.suffix == ".bz2" else lzma).decompress(data)
 
 
@@ -516,7 +516,7 @@ LAYOUTS = {
     "endoftext_first.txt": "".join(f"<|endoftext|>{t}" for t in TEXTS),
     "end_of_text.txt": "".join(f"{t}<|end_of_text|>\n" for t in TEXTS),
     "eos.txt": "".join(f"{t}</s>\n" for t in TEXTS),
-    "doc_tags.txt": "".join(f"<doc>\n{t}\n</doc>\n" for t in TEXTS),
+    "doc_tags.txt": "".join(f'<doc id="1">\n{t}\n</doc>\n' for t in TEXTS),
     "windows.txt": "\r\n\r\n".join(TEXTS) + "\r\n",
     "mixed.jsonl": jsonl(t if i % 2 else {"text": t} for i, t in enumerate(TEXTS)),
 }  # fmt: skip
@@ -669,7 +669,7 @@ def test_one_bad_file_among_several_is_named(parts, name, content, word):
     outcome = prepare(parts)
     text = outcome.error or outcome.out
     assert name in text
-    assert word is None or word in text
+    assert word is None or word.lower() in text.lower()
 
 
 @pytest.mark.parametrize("name", [".DS_Store", ".gitattributes", "._a.jsonl"])
@@ -1002,8 +1002,7 @@ def reasoned(n: int = 30) -> list[dict]:
 
 def test_reasoning_is_left_out_and_said(tmp_path):
     outcome = same_conversations(tmp_path, reasoned(), PLAIN)
-    assert "reasoning_content" in outcome.out and "30" in outcome.out
-    assert "keep_reasoning" in outcome.out
+    assert "30" in outcome.out and "keep_reasoning" in outcome.out
 
 
 def test_reasoning_is_kept_when_asked_for(tmp_path):
