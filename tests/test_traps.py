@@ -281,42 +281,59 @@ MEDDLERS = {
 }  # fmt: skip
 
 
+def check_honest(outcome, old: list[str], source: Path, path: Path, data_dir: Path) -> None:
+    """变了的文件：一句话；或者用的整个是旧的、整个是新的，而下一次用的是新的，不沿用旧的。"""
+    if outcome.file is None:
+        check_sentence(outcome.error, path)
+        assert re.search("变|改|长|换|不见|没有了|找不到", outcome.error), outcome.error
+        assert not list(data_dir.rglob("*.part"))
+        assert not list(data_dir.rglob("*.json"))
+    else:
+        assert sorted(documents(outcome.file)) in (sorted(old), sorted(fresh(source)))
+    if path.exists():
+        again = prepare(source, data_dir=data_dir)
+        assert sorted(documents(again.file)) == sorted(fresh(source)), "沿用了旧的"
+
+
+def fresh(source: Path) -> list[str]:
+    """现在从头读，会读出什么。"""
+    return documents(prepare(source).file)
+
+
 @pytest.mark.parametrize("n", [300, 9000], ids=["short", "long"])
 @pytest.mark.parametrize("name", MEDDLERS)
 def test_a_file_that_changes_while_it_is_read(tmp_path, name, n):
-    """读到一半，文件变了：一句话，不会没完没了，也不会把半新半旧的当成准备好的。"""
-    path = write(tmp_path / "source.jsonl", documents_like(n, 1))
+    """读到一半，文件变了：不会没完没了，不会把半新半旧的当成准备好的，也不会把旧的当成新的。"""
+    path = write(tmp_path / "source.jsonl", old := documents_like(n, 1))
     outcome = prepare(path, tokenizer=Meddling(MEDDLERS[name](path)), data_dir=tmp_path / "data")
-    assert outcome.file is None, f"文件变了，却说准备好了：{outcome.out}"
-    check_sentence(outcome.error, path)
-    assert re.search("变|改|长|换|不见|没有了|找不到", outcome.error), outcome.error
-    assert not list((tmp_path / "data").rglob("*.part"))
-    assert not list((tmp_path / "data").rglob("*.json"))
+    check_honest(outcome, old, path, path, tmp_path / "data")
 
 
 @pytest.mark.parametrize("kind", ["gz", "zip"])
 def test_an_archive_that_changes_while_it_is_read(tmp_path, kind):
     """压缩包也一样。"""
-    path = repeat_into(tmp_path / f"a.jsonl.{kind}", jsonl(documents_like(9000, 1)).encode(), 1)
+    old = documents_like(9000, 1)
+    path = repeat_into(tmp_path / f"a.jsonl.{kind}", jsonl(old).encode(), 1)
     other = jsonl(documents_like(9000, 1, seed=3)).encode()
 
     def meddle(call: int) -> None:
         if call == 1:
             repeat_into(path, other, 1)
 
-    outcome = prepare(path, tokenizer=Meddling(meddle))
-    assert outcome.file is None, outcome.out
-    check_sentence(outcome.error, path)
+    outcome = prepare(path, tokenizer=Meddling(meddle), data_dir=tmp_path / "data")
+    check_honest(outcome, old, path, path, tmp_path / "data")
 
 
-def test_a_file_added_while_the_folder_is_read(tmp_path):
-    """读目录的时候，里面的一个文件变了。"""
-    write(tmp_path / "d" / "a.jsonl", documents_like(3000, 1))
-    path = write(tmp_path / "d" / "b.jsonl", documents_like(3000, 1, seed=4))
-    meddle = Meddling(lambda call: append(path, 10) if call == 1 else None)
-    outcome = prepare(tmp_path / "d", tokenizer=meddle)
-    assert outcome.file is None, outcome.out
-    assert "b.jsonl" in outcome.error
+@pytest.mark.parametrize("name, call", [("a", 1), ("b", 1), ("a", 2), ("a", 3), ("b", 3)])
+def test_a_file_that_changes_while_its_folder_is_read(tmp_path, name, call):
+    """读目录的时候，里面的一个文件变了：还没有读到的、正在读的、读完了的。"""
+    old = documents_like(3000, 1) + documents_like(3000, 1, seed=4)
+    write(tmp_path / "d" / "a.jsonl", old[:3000])
+    write(tmp_path / "d" / "b.jsonl", old[3000:])
+    path = tmp_path / "d" / f"{name}.jsonl"
+    meddle = Meddling(lambda now: append(path, 10) if now == call else None)
+    outcome = prepare(tmp_path / "d", tokenizer=meddle, data_dir=tmp_path / "data")
+    check_honest(outcome, old, tmp_path / "d", path, tmp_path / "data")
 
 
 @pytest.mark.parametrize("layout", ["file", "directory", "gz", "zip"])
