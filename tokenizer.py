@@ -38,21 +38,40 @@ TEXT_TOKENS = ["“", "”", "‘", "’", "—", "–", "…", "`", "\n", " ", 
 # 每一篇文档、每一轮发言都写成同一种样子：<|im_start|> [角色] 正文 <|im_end|>。
 # 这是给 transformers 用的：它先拼成一段文字再分词，正文里写着的控制词元字样会被当真；
 # 所以在其中夹一个 U+200B，字样不再完整，规范化时它又被去掉，编号与 `Tokenizer.encode` 的相同。
+# 思考过程、工具的说明与调用写成文字，写法与 corpus/turns.py 的相同：说明归到开头的 system 一轮。
 # generation 标出助手要学的那一段，与 SFT 算损失的相同。
 CHAT_TEMPLATE = r"""
+{%- macro as_text(value) %}{{ value if value is string else value | tojson }}{% endmacro %}
+{%- macro safe(text) %}
+{{- text | replace('<|', '<\u200b|') | replace('[PAD]', '[\u200bPAD]')
+    | replace('[UNK]', '[\u200bUNK]') }}
+{%- endmacro %}
+{%- if tools and messages[0]['role'] != 'system' %}
+{{- '<|im_start|><|system|>' ~ safe(as_text(tools)) ~ '<|im_end|>' }}
+{%- endif %}
 {%- for message in messages %}
 {%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}
 {{- raise_exception('role 只能是 system、user、assistant 或 tool') }}
-{%- elif message['content'] is not string %}
+{%- elif message['content'] is not string and not message['tool_calls'] %}
 {{- raise_exception('content 只能是一段文字') }}
 {%- endif %}
-{%- set text = message['content'] | replace('<|', '<\u200b|') %}
-{%- set text = text | replace('[PAD]', '[\u200bPAD]') | replace('[UNK]', '[\u200bUNK]') %}
+{%- set pieces = namespace(all=[message['content']] if message['content'] else []) %}
+{%- for name in ['tools', 'tool_calls'] if message[name] %}
+{%- set pieces.all = pieces.all + [as_text(message[name])] %}
+{%- endfor %}
+{%- if tools and loop.first and message['role'] == 'system' %}
+{%- set pieces.all = pieces.all + [as_text(tools)] %}
+{%- endif %}
+{%- set text = pieces.all | join('\n') %}
+{%- set thought = message['reasoning_content'] or '' %}
+{%- if KEEP_REASONING and message['role'] == 'assistant' and thought | trim %}
+{%- set text = '<think>\n' ~ thought | trim ~ '\n</think>\n\n' ~ text %}
+{%- endif %}
 {{- '<|im_start|><|' ~ message['role'] ~ '|>' }}
 {%- if message['role'] == 'assistant' %}
-{%- generation %}{{ text ~ '<|im_end|>' }}{% endgeneration %}
+{%- generation %}{{ safe(text) ~ '<|im_end|>' }}{% endgeneration %}
 {%- else %}
-{{- text ~ '<|im_end|>' }}
+{{- safe(text) ~ '<|im_end|>' }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|><|assistant|>' }}{% endif %}
@@ -219,22 +238,26 @@ class Tokenizer:
         added = "\x00".join(CONTROL_TOKENS + TEXT_TOKENS)
         return hashlib.sha256((VOCAB_SHA256 + added).encode()).hexdigest()[:16]
 
-    def to_transformers(self, stage: str = "sft", max_len: int | None = None):
+    def to_transformers(
+        self, stage: str = "sft", max_len: int | None = None, keep_reasoning: bool = True
+    ):
         """包装成 `transformers` 的分词器，可以 `save_pretrained` 后由 `AutoTokenizer` 读回。
 
         Args:
             stage: 微调过的才带对话模板；只会接着写的套上它，答的也不是回答。
             max_len: 模型最多看多长；更长的，它会提醒。
+            keep_reasoning: 真时，消息里的思考过程也写出来；没有学过它的模型，不写。
         """
         from transformers import PreTrainedTokenizerFast
 
+        template = CHAT_TEMPLATE.replace("KEEP_REASONING", str(keep_reasoning).lower())
         return PreTrainedTokenizerFast(
             tokenizer_object=self.backend,
             bos_token="<|im_start|>",
             eos_token="<|im_end|>",
             unk_token="[UNK]",
             pad_token="[PAD]",
-            chat_template=CHAT_TEMPLATE if stage == "sft" else None,
+            chat_template=template if stage == "sft" else None,
             response_template=RESPONSE_TEMPLATE if stage == "sft" else None,
             model_max_length=max_len,
             clean_up_tokenization_spaces=False,

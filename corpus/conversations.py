@@ -120,11 +120,12 @@ def question_and_answer(fields: Fields, reading: Reading) -> Conversation:
     answered, answer = fields.first(ANSWER)
     if not answered and fields.row.get("chosen") is None:
         answered, answer = fields.first(("content",)) if asked else ("", None)
-    if not asked or (not answered and fields.row.get("chosen") is None):
-        named = "conversations 或 instruction 字段" if not asked else "回答（output 之类）的字段"
-        if asked and "rejected" in fields.row:
+    if not asked:
+        raise fields.missing((*TURNS, *QUESTION), " conversations 或 instruction 字段")
+    if not answered and fields.row.get("chosen") is None:
+        if "rejected" in fields.row:
             raise Unusable("只有 rejected（不好的回答），没有 chosen", broken=False)
-        raise Unusable(f"没有 {named}", f"有的是：{fields.names()}")
+        raise fields.missing(ANSWER, "写着回答的 output 之类的字段")
     turns = history_of(fields.get("history"), reading)
     turns += turns_of(question, asked, reading, "user")
     if added and (more := plain_text(context, added)):

@@ -64,12 +64,20 @@ def read_jsonl(stream: BinaryIO, log: ReadLog) -> Rows:
             if not values:
                 log.refuse(where, bad_line(line, error))
         for value in values:
-            if isinstance(value, list) and not is_message_list(value):
-                yield from ((where, row) for row in value)
-                if not value:
-                    log.refuse(where, Unusable("空的数组", broken=False))
-            else:
-                yield where, value
+            yield from one_by_one(value, where, log)
+
+
+def one_by_one(value: Any, where: str, log: ReadLog) -> Rows:
+    """一个数组里的每一个；不是数组的，以及是一段对话的，就是它自己。"""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, list) or is_message_list(value):
+            yield where, value
+        elif value:
+            waiting += reversed(value)
+        else:
+            log.refuse(where, Unusable("空的数组", broken=False))
 
 
 def bad_line(line: str, error: ValueError) -> Unusable:
@@ -109,7 +117,7 @@ class Text:
         """再读进来一些：还没用的越长，一次读得越多，几十 MB 的一条也只解析几次。"""
         block = self.stream.read(max(BLOCK, len(self.text) - self.at))
         self.more, self.n_bytes = bool(block), self.n_bytes + len(block)
-        self.text = self.text[self.at :] + self.decode(block, final=not block)
+        self.text = self.text[self.at :] + self.decode(block)
         self.at = 0
 
     def look_ahead(self) -> None:
@@ -167,7 +175,7 @@ def read_values(stream: BinaryIO, log: ReadLog) -> Rows:
     try:
         for row in values_of(text, log):
             number += 1
-            yield f"第 {number} 条", row
+            yield from one_by_one(row, f"第 {number} 条", log)
     except UnicodeDecodeError as error:
         position = text.n_bytes - len(error.object) + error.start
         raise UserError(f"{log.place} 第 {number} 条之后{NOT_UTF8.format(position)}") from error

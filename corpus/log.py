@@ -71,7 +71,8 @@ class ReadLog:
         self.changed: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
-        self.examples: list[str] = []
+        self.examples: list[str] = []  # 最先遇到的几条坏的
+        self.seen_at: dict[str, str] = {}  # 不用的，每一种最先在哪里
         self.notes: list[str] = []
         self.files: list[FileCount] = []
         self.file: OnDisk | None = None
@@ -97,6 +98,7 @@ class ReadLog:
     def refuse(self, row: str, error: Unusable) -> None:
         """记下不用的一条；row 例如「第 3 行」。"""
         self.refused[error.why] += 1
+        self.seen_at.setdefault(error.why, row)
         if not error.broken:
             return
         self.bad += 1
@@ -149,7 +151,8 @@ class ReadLog:
         return lines
 
     def _reasons(self) -> str:
-        return "，".join(f"{n:,} 条{why}" for why, n in self.refused.most_common(N_FIELDS))
+        common = self.refused.most_common(N_FIELDS)
+        return "，".join(f"{n:,} 条{why}（例如{self.seen_at[why]}）" for why, n in common)
 
     def check(self) -> None:
         """读完之后：一条好的都没有，或者坏行超过 1%，就报错。"""

@@ -48,6 +48,12 @@ class Fields:
                 return name, self.row[name]
         return "", None
 
+    def missing(self, names: tuple[str, ...], what: str) -> Unusable:
+        """names 里一个有值的也没有，怎样说。"""
+        if empty := next((name for name in names if name in self.row), ""):
+            return Unusable(f"{empty} 是 null", broken=False)
+        return Unusable(f"没有{what}", f"有的是：{self.names()}")
+
     def words(self, names: tuple[str, ...]) -> str:
         """同 `first`，但只要文字；不是文字的不取，于是会被数出来。"""
         for name in names:
@@ -135,7 +141,7 @@ def document_text(row: Any, changes: list[str]) -> str:
     if not name:
         name, text = row.first(PARTS)
     if not name:
-        raise Unusable("没有写着文字的 text 或 content 字段", f"有的是：{row.names()}")
+        raise row.missing((*TEXT, *PARTS), "写着文字的 text 或 content 字段")
     text = joined_text(text, changes, name)
     above = [line for line in (row.words(TITLE), row.words((DETAIL,))) if line]
     while above and text.lstrip().startswith(above[-1].strip()):

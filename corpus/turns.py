@@ -164,8 +164,9 @@ def as_json(value: Any, name: str) -> str:
 
 def thoughts(fields: Fields, reading: Reading) -> str:
     """思考过程：留着的，连同两个标记；不留的是空的，记一笔。"""
-    thought = fields.words(REASONING)
+    name = next((name for name in REASONING if fields.row.get(name)), REASONING[0])
+    thought = fields.words((name,))
     if thought and not reading.keep_reasoning:
-        reading.changes.append("思考过程没有学（要学就加 --keep_reasoning）")
+        reading.changes.append(f"{name}（思考过程）没有学（要学就加 --keep_reasoning）")
         return ""
     return THINK.format(well_formed(thought).strip()) if thought else ""

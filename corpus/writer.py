@@ -12,6 +12,7 @@ from corpus import split
 from corpus.encode import Encoded
 from corpus.shapes import Record
 
+BLOCK = 1 << 12  # 分成两边时，一次抄多少篇
 N_COMMON, OPENING = 10, 8  # 数最常见的几样；一篇的开头看几个字
 
 
@@ -79,13 +80,11 @@ class Writer:
         不在原处改写：正在用旧文件训练的程序，手里的还是旧的那一份。
         """
         lengths = np.frombuffer(self.counts["length"], np.int64)
-        ends = np.concatenate([[0], np.cumsum(lengths)])
-        tokens = np.memmap(self.part, np.uint16, mode="r")
         part, digest = Path(f"{self.base}.{side}.part"), hashlib.sha256()
-        with part.open("wb") as f:
-            for first in range(0, len(lengths), 1 << 14):
-                some = slice(first, first + (1 << 14))
-                piece = tokens[ends[first] : ends[min(first + (1 << 14), len(lengths))]]
+        with part.open("wb") as f, self.part.open("rb") as whole:
+            for first in range(0, len(lengths), BLOCK):
+                some = slice(first, first + BLOCK)
+                piece = np.fromfile(whole, np.uint16, int(lengths[some].sum()))
                 kept = piece[np.repeat(mine[some], lengths[some])].tobytes()
                 f.write(kept)
                 digest.update(kept)
