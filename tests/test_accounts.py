@@ -148,6 +148,15 @@ def test_fields_of_a_turn_are_counted_too(fields, n):
         assert field in outcome.out
 
 
+def test_a_field_of_two_turns_is_one_row():
+    """说的是「多少条」：一条里两轮都有，还是一条。"""
+    rows = [{"messages": [turn("user", question(i), mood="喜"), turn("assistant", answer(i),
+                                                                   mood="喜")]}
+            for i in range(6)]  # fmt: skip
+    counted = prepare_rows(rows, "sft").card["unused_fields"]
+    assert [n for name, n in counted.items() if "mood" in name] == [6]
+
+
 def test_thousands_of_field_names_do_not_flood_the_screen():
     """每条的字段名都不同（拿编号当字段名的）：数得清，印出来的还是几行。"""
     rows = [{"text": t, f"id_{i}": 1} for i, t in enumerate(documents_like(3000, 1))]

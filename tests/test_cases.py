@@ -551,6 +551,31 @@ def test_a_text_with_commas_is_not_a_table(tmp_path):
     same_documents(write(tmp_path / "a.txt", "\n\n".join(texts)), texts)
 
 
+def test_a_blank_text_does_not_hide_the_content(tmp_path):
+    """text 空着、正文在 content 里：读 content，或者说出它没有用上。"""
+    outcome = prepare(write(tmp_path / "a.jsonl", [{"text": "", "content": t} for t in TEXTS]))
+    if outcome.file is None:
+        assert "content" in outcome.error, outcome.error
+    else:
+        compare(TEXTS, outcome)
+
+
+def test_a_column_of_texts_is_not_one_document(tmp_path):
+    """整份是 {"text": [一篇, 一篇, …]}（列而不是行）：各是一篇，或者说是接起来的。"""
+    outcome = prepare(write(tmp_path / "a.json", dump({"text": TEXTS})))
+    if sorted(documents(outcome.file)) != sorted(map(seen, TEXTS)):
+        assert outcome.card["changed"], outcome.out
+
+
+def test_dialogue_in_ascii_quotes_is_a_text(tmp_path):
+    """小说里一行是 "走吧。"：不是 JSON。"""
+    lines = [line for t in TEXTS for line in ('"走吧。"', t)]
+    outcome = prepare(write(tmp_path / "a.txt", "\n".join(lines)))
+    check_accounts(outcome.card)
+    found = squeezed("".join(documents(outcome.file)))
+    assert len(found) == len(squeezed("".join(lines)))
+
+
 @pytest.mark.parametrize("value", [["甲。", "乙。"], [{"type": "text", "text": "甲。"}]])
 def test_lists_under_text_are_joined_or_named(tmp_path, value):
     """正文是列表：接起来，或者说出是列表；不说「没有 text（有的是：text）」。"""
@@ -763,6 +788,13 @@ def test_shapes_of_a_conversation(tmp_path, name):
     same_conversations(tmp_path, [SHAPES[name](i) for i in range(30)], PLAIN)
 
 
+def test_the_same_questions_answered_differently(tmp_path):
+    """二十段对话问的都一样、答的不同：整段是键，留得出检验的。"""
+    made = [[turn("user", "你是谁？"), turn("assistant", answer(i)), turn("user", "你会什么？"),
+             turn("assistant", answer(i + 50))] for i in range(20)]  # fmt: skip
+    same_conversations(tmp_path, [{"messages": row} for row in made], list(map(pairs, made)))
+
+
 def test_history_becomes_earlier_turns_in_order(tmp_path):
     """history 的几问几答在前，次序不变；有的有、有的没有也行。"""
     made, expected = [], []
@@ -865,6 +897,13 @@ BAD_LESSONS = {
                                 turn("user", "再问"), turn("assistant", "好答")]},
     "turn_loss_mask": {"messages": [turn("user", "问法"), turn("assistant", BAD, loss_mask=0),
                                     turn("user", "再问"), turn("assistant", "好答")]},
+    "row_weight_text": {"instruction": "问法", "output": BAD, "weight": "0"},
+    "row_label_text": {"instruction": "问法", "output": BAD, "label": "rejected"},
+    "turn_loss_weight": {"messages": [turn("user", "问法"), turn("assistant", BAD, loss_weight=0),
+                                      turn("user", "再问"), turn("assistant", "好答")]},
+    "turn_train_on_turn": {"messages": [turn("user", "问法"),
+                                        turn("assistant", BAD, train_on_turn=False),
+                                        turn("user", "再问"), turn("assistant", "好答")]},
     "turn_last": {"messages": [turn("user", "问法"), turn("assistant", "好答"),
                                turn("user", "再问"), turn("assistant", BAD, weight=0)]},
     "turn_value_loss": {"conversations": [{"from": "human", "value": "问法"},
