@@ -7,7 +7,6 @@
 字段与角色的名字见 fields.py。
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,24 @@ from corpus.fields import (
     CALLS,
     CONTEXT,
     DETAIL,
-    LEARN,
-    NEVER_LEARN,
     QUESTION,
     TITLE,
     TURNS,
 )
-from corpus.log import ReadLog, Unusable
+from corpus.log import ReadLog, Unusable, shown
 from corpus.readers import read_rows
 from corpus.shapes import Conversation, Fields, Record, type_name
 from corpus.sniff import is_message_list
-from corpus.turns import Reading, as_json, is_one_of, plain_text, thoughts, turns_of
+from corpus.turns import (
+    JSON_TEXT,
+    Reading,
+    as_json,
+    judging,
+    plain_text,
+    thoughts,
+    turns_of,
+    verdict,
+)
 
 
 def read_conversations(
@@ -36,7 +42,7 @@ def read_conversations(
     """微调数据：逐段给出对话。
 
     键是头一句提问，同一个问题的几种回答、接着问下去的几段，都在同一边；以寒暄开头的太多时，
-    改看 finer：全部的提问，都空着的就是全文。
+    改看 finer：全文（只有一问的，仍是那一问）。
 
     Args:
         keep_reasoning: 真时，思考过程写在回答之前。
@@ -48,12 +54,13 @@ def read_conversations(
         except Unusable as error:
             log.refuse(where, error)
             continue
-        log.unused.update(reading.unused)
+        log.leave(reading.unused)
         log.use(reading.changes)
-        asked = [text for role, text in conversation if role == "user"]
         whole = "\n".join(f"{role} {text}" for role, text in conversation)
-        finer = "\n".join(asked) if "".join(asked).strip() else whole
-        yield Record(next(filter(str.strip, asked), whole), conversation, finer)
+        asked = [text for role, text in conversation if role == "user" and text.strip()]
+        yield Record(
+            asked[0] if asked else whole, conversation, asked[0] if len(asked) == 1 else whole
+        )
 
 
 def conversation_turns(row: Any, reading: Reading) -> Conversation:
@@ -61,7 +68,8 @@ def conversation_turns(row: Any, reading: Reading) -> Conversation:
     if is_message_list(row):
         row = {TURNS[0]: row}
     if not isinstance(row, dict):
-        raise Unusable("要的是对象", f"得到的是{type_name(row)}")
+        todo = "；纯文本只能用来预训练" if isinstance(row, str) else ""
+        raise Unusable("要的是写着对话的对象", f"得到的是{type_name(row)}{todo}")
     fields = Fields(row)
     check_wanted(fields)
     name, turns = fields.first(TURNS)
@@ -79,19 +87,18 @@ def conversation_turns(row: Any, reading: Reading) -> Conversation:
 
 def check_wanted(fields: Fields) -> None:
     """标着不该学的一条。Raises Unusable。"""
-    for name, never in NEVER_LEARN.items():
-        value = fields.row.get(name)
-        if is_one_of(value, never):
-            raise Unusable(f"标着 {name}: {json.dumps(value)}，不该学", broken=False)
-        if name in fields.row and is_one_of(value, LEARN):
-            fields.get(name)
+    for name in judging(fields.row):
+        value = fields.get(name)
+        if verdict(name, value) is False:
+            why = f"标着 {shown(name)}: {JSON_TEXT.encode(value)}，不该学"
+            raise Unusable(why[:100], broken=False)
 
 
 def better_answer(fields: Fields, turns: Conversation, reading: Reading) -> Conversation:
     """chosen 是最后的回答；rejected 从来不学。"""
     name, rejected = fields.first(("rejected",))
     if name and rejected not in ("", [], {}):
-        reading.changes.append("rejected（不好的回答）没有学")
+        reading.changes.append("以 chosen 为回答，rejected（不好的回答）没有学")
     chosen = fields.get("chosen")
     if chosen is None or isinstance(chosen, bool):
         if name and (not turns or turns[-1][0] != "assistant"):

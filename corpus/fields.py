@@ -30,14 +30,12 @@ ROLES = {
     "ipython": "tool",
 }  # fmt: skip
 
-# 值是这样时，说的是「不该学它」。
-NEVER_LEARN = {
-    "label": (False, 0, "false"), "loss": (False, 0, "false"), "weight": (0, False),
-    "train": (False, 0, "false"), "trainable": (False, 0), "is_chosen": (False, 0),
-    "chosen": (False,), "rejected": (True,), "is_rejected": (True, 1), "masked": (True, 1),
-    "mask": (True, 1), "ignore": (True, 1),
-}  # fmt: skip
-LEARN = (True, 1, 1.0, "true", None)  # 值是这样时，说的是照常学；别的值说的是另外的事
+# 名字里有这些词的字段，说的是学不学：前一种是假的、0、负的就不该学，后一种是真的、1 就不该学。
+LEARN_WORDS = {"loss", "weight", "train", "trainable", "learn", "label", "tag", "mask", "accept",
+               "accepted", "chosen"}  # fmt: skip
+AVOID_WORDS = {"reject", "rejected", "masked", "ignore", "ignored", "bad", "wrong", "exclude"}
+NO = {"false", "0", "no", "reject", "rejected", "bad", "negative", "dislike"}
+YES = {"true", "1", "yes"}
 
 # 一个对象包着全部数据时，那一项常用的名字。
 WRAPPERS = ("data", "rows", "items", "examples", "instances", "records", "documents", "train",

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from config import UserError
-from corpus.fields import PARTS, TURNS, WRAPPERS
+from corpus.fields import KNOWN, PARTS, TURNS, WRAPPERS
 from corpus.log import ReadLog, Unusable
 from corpus.sniff import JSON, is_message, is_message_list, reaches_the_end
 
@@ -20,7 +20,7 @@ BLOCK = 1 << 18  # 一次读进来多少字节
 NOT_UTF8 = "不是 UTF-8（第 {} 字节）；可以先用 iconv -f GB18030 -t UTF-8 转换编码"
 CUT_LINE = "最后一行不完整，多半是下载中断了；请接着下载，或删掉这一行"
 CUT_ARRAY = "数组没有写完，不完整，多半是下载中断了；请接着下载"
-BLANK = re.compile(r"[ \t\n\r]*")
+BLANK = re.compile("[ \t\n\r\ufeff]*")  # 接起来的文件，中间也会有 BOM
 
 Rows = Iterator[tuple[str, Any]]  # (在哪里, 解析好的值)
 
@@ -40,7 +40,7 @@ def read_lines(stream: BinaryIO, log: ReadLog) -> Iterator[tuple[int, str]]:
                 line = stream.readline(MAX_LINE)
             continue
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode("utf-8").removeprefix("\ufeff")  # 接起来的文件，中间也会有 BOM
         except UnicodeDecodeError as error:
             cut = not complete and error.start >= len(line) - 3  # 文件断在一个字的中间
             log.refuse(where, Unusable(CUT_LINE if cut else NOT_UTF8.format(error.start)))
@@ -66,6 +66,9 @@ def read_jsonl(stream: BinaryIO, log: ReadLog) -> Rows:
         for value in values:
             if isinstance(value, list):
                 yield from one_by_one(value, where, log)
+            elif isinstance(value, dict) and (name := wrapper_in(value)):
+                log.leave(other for other in value if other != name)
+                yield from one_by_one(value[name], where, log)
             else:
                 yield where, value
 
@@ -81,6 +84,17 @@ def one_by_one(value: Any, where: str, log: ReadLog) -> Rows:
             waiting += reversed(value)
         else:
             log.refuse(where, Unusable("空的数组", broken=False))
+
+
+def wrapper_in(row: dict) -> str:
+    """一个对象若是包着几条数据的，那一项的名字；不是的，是空的。"""
+    if not KNOWN.isdisjoint(row):
+        return ""
+    for name in WRAPPERS:
+        rows = row.get(name)
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict | list):
+            return "" if is_message(rows[0]) else name
+    return ""
 
 
 def bad_line(line: str, error: ValueError) -> Unusable:
@@ -114,7 +128,7 @@ class Text:
     def __init__(self, stream: BinaryIO):
         self.stream, self.text, self.at, self.more = stream, "", 0, True
         self.n_bytes = 0  # 读进来的
-        self.decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
 
     def read_on(self) -> None:
         """再读进来一些：还没用的越长，一次读得越多，几十 MB 的一条也只解析几次。"""
@@ -282,7 +296,7 @@ def leave_wrapper(text: Text, log: ReadLog) -> None:
         text.at += 1
         if text.next_character() == "}":
             break
-        log.unused[str(text.value())] += 1
+        log.leave([str(text.value())])
         if text.next_character() != ":":
             raise BadValue("少了 :", at_end=False)
         text.at += 1

@@ -5,8 +5,9 @@ Refused    这份数据不能用；账在里面
 Unusable   一条不能用，为什么
 """
 
+import reprlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from config import UserError
@@ -31,11 +32,16 @@ class Unusable(ValueError):
 
 
 class Refused(UserError):
-    """这份数据不能用；`log` 是读到那时的账。"""
+    """这份数据不能用；`log` 是读到那时的账，`totals` 是词元的账（算过的话）。"""
 
-    def __init__(self, message: str, log: "ReadLog"):
+    def __init__(self, message: str, log: "ReadLog", totals: dict | None = None):
         super().__init__(message)
-        self.log = log
+        self.log, self.totals = log, totals
+
+
+def shown(name: str) -> str:
+    """一个字段名，写给人看。"""
+    return name if name.isprintable() and len(name) <= 60 else reprlib.repr(name)[1:-1]
 
 
 class FileCount(NamedTuple):
@@ -94,6 +100,10 @@ class ReadLog:
             self.changed["；".join(dict.fromkeys(changes))] += 1
         else:
             self.used += 1
+
+    def leave(self, fields: Iterable[str]) -> None:
+        """记下一条里没有用到的字段；名字里看不见的字符转义，太长的截短。"""
+        self.unused.update({shown(name) for name in fields})
 
     def refuse(self, row: str, error: Unusable) -> None:
         """记下不用的一条；row 例如「第 3 行」。"""

@@ -24,8 +24,9 @@ def cut(text: str, size: int) -> list[str]:
     """在句末切开，每段不超过 size 字；一句比 size 还长的，只好从中间切。接起来与原文一字不差。"""
     pieces, start = [], 0
     while len(text) - start > size:
-        ends = [m.end() for m in SENTENCE_END.finditer(text, start + size // 2, start + size)]
-        end = ends[-1] if ends else start + size
+        limit = start + size
+        ends = [m.end() for m in SENTENCE_END.finditer(text, start + size // 2, limit + 9)]
+        end = max((end for end in ends if end <= limit), default=limit)
         pieces.append(text[start:end])
         start = end
     return [*pieces, text[start:]]
@@ -47,17 +48,24 @@ def read_pieces(stream: BinaryIO, log: ReadLog) -> Iterator[tuple[int, str]]:
         held += block
         ends = block.endswith(b"\n")
         try:
-            text, held = held.decode("utf-8-sig" if number == 1 else "utf-8"), b""
+            text, held = held.decode("utf-8").removeprefix("\ufeff"), b""
         except UnicodeDecodeError as error:
             if not ends and error.start >= len(held) - 3:  # 切在一个字的中间
-                text, held = held[: error.start].decode("utf-8-sig"), held[error.start :]
+                text, held = (
+                    held[: error.start].decode("utf-8").removeprefix("\ufeff"),
+                    held[error.start :],
+                )
             else:
                 log.refuse(f"第 {number} 行", Unusable(NOT_UTF8.format(error.start)))
                 while block and not block.endswith(b"\n"):
                     block = stream.readline(PIECE)
                 number, held = number + 1, b""
                 continue
-        yield number, text.replace("\r\n", "\n")
+        lines = [text]
+        if "\r" in text:  # Windows 的，或者老式 Mac 的
+            lines = text.replace("\r\n", "\n").replace("\r", "\n").splitlines(keepends=True)
+        for line in lines:
+            yield number, line
         number += ends
     if held:
         log.refuse(f"第 {number} 行", Unusable("最后一个字不完整，多半是下载中断了；请接着下载"))

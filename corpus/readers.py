@@ -43,10 +43,19 @@ def read_rows(source: str | Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
                 yield from rows_of(part, kind, log)
         except Broken as error:
             log.refuse("末尾", Unusable(f"{error}，多半是下载中断了；请接着下载"))
-        if (now := stamp(path)) != before:
-            raise UserError(
-                f"{path} 在读的时候变了（{before[0]:,} → {now[0]:,} 字节）；请等它写完，再运行一次"
-            )
+        check_unchanged(path, before)
+
+
+def check_unchanged(path: Path, before: list[int]) -> None:
+    """文件还是读之前的那一个。Raises UserError：变了，或者不见了。"""
+    try:
+        now = stamp(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} 在读的时候不见了；请检查它是不是被挪走或删掉了") from None
+    if now != before:
+        raise UserError(
+            f"{path} 在读的时候变了（{before[0]:,} → {now[0]:,} 字节）；请等它写完，再运行一次"
+        )
 
 
 def rows_of(part: Part, kind: Kind, log: ReadLog) -> Iterator[tuple[str, Any]]:
@@ -60,7 +69,7 @@ def rows_of(part: Part, kind: Kind, log: ReadLog) -> Iterator[tuple[str, Any]]:
     if kind.name == "parquet":
         return read_parquet(part)
     if kind.name in ("csv", "tsv"):
-        return read_table(part, "\t" if kind.name == "tsv" else ",", log)
+        return read_table(part, kind.layout, log)
     size = MAX_DOCUMENT
     if kind.layout == "sentence":  # 小文件也要切成几篇，才留得出检验的
         n_characters = len(part.head.decode("utf-8", "replace"))

@@ -16,7 +16,7 @@ from corpus.fields import DETAIL, HEADING, PARTS, TEXT, TITLE
 from corpus.log import ReadLog, Unusable
 from corpus.prose import cut, cut_one
 from corpus.readers import read_rows
-from corpus.sniff import DOCUMENT_ENDS
+from corpus.sniff import document_end
 
 Conversation = list[tuple[str, str]]  # [(角色, 正文), …]
 LONGEST = 1 << 16  # 一篇最长多少字；再长的在句末切成几篇
@@ -43,10 +43,16 @@ class Fields:
 
     def first(self, names: tuple[str, ...]) -> tuple[str, Any]:
         """头一个有值的字段：(名字, 值)；都没有，是 ("", None)。空着的也算看过了。"""
+        blank = "", None
         for name in names:
-            if name in self.row and self.get(name) is not None:
-                return name, self.row[name]
-        return "", None
+            value = self.row.get(name)
+            if value is None or (isinstance(value, str) and not value.strip()):
+                self.taken.add(name)
+                blank = (name, value) if value is not None and not blank[0] else blank
+            else:
+                self.taken.add(name)
+                return name, value
+        return blank  # 只有空白的，也比没有强
 
     def missing(self, names: tuple[str, ...], what: str) -> Unusable:
         """names 里一个有值的也没有，怎样说。"""
@@ -115,7 +121,7 @@ def documents_of(row: Any, where: str, log: ReadLog) -> list[str]:
         log.refuse(where, error)
         return []
     if fields and (left := fields.unused()):
-        log.unused.update(left)
+        log.leave(left)
     if max(map(len, documents)) > LONGEST:
         changes.append(f"长于 {LONGEST:,} 字，在句末切成几篇")
         pieces = [piece.strip() for document in documents for piece in cut(document, LONGEST)]
@@ -142,6 +148,8 @@ def document_text(row: Any, changes: list[str]) -> str:
         name, text = row.first(PARTS)
     if not name:
         raise row.missing((*TEXT, *PARTS), "写着文字的 text 或 content 字段")
+    if isinstance(text, list):
+        changes.append(f"{name} 是一列，接成一篇")
     text = joined_text(text, changes, name)
     above = [line for line in (row.words(TITLE), row.words((DETAIL,))) if line]
     while above and text.lstrip().startswith(above[-1].strip()):
@@ -200,8 +208,8 @@ def split_markers(text: str) -> list[str]:
         pieces = re.split(r"<\|im_start\|>|<\|im_end\|>", text)
     elif text.startswith("<s>"):
         pieces = re.split(r"</?s>", text)
-    elif text.endswith(DOCUMENT_ENDS):
-        pieces = text.split(next(end for end in DOCUMENT_ENDS if text.endswith(end)))
+    elif end := document_end(text):
+        pieces = text.split(end)
     else:
         pieces = [text]
     return [piece.strip() for piece in pieces if piece.strip()]

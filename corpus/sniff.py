@@ -16,7 +16,8 @@ JSON = json.JSONDecoder()
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 BOM = b"\xef\xbb\xbf"
 # 一篇的结尾：各个项目写在纯文本里的。
-DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|endofdoc|>", "<eod>", "<|eos|>", "[EOS]")
+DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|endofdoc|>", "<eod>", "<|eos|>", "[EOS]",
+                 "</s>")  # fmt: skip
 
 MAGIC = {
     b"%PDF": "PDF；请先运行 pdftotext {name} 文字.txt",
@@ -36,6 +37,7 @@ MAGIC = {
     b"\x80\x04\x95": "Python 的 pickle；请先存成 JSONL",
     b"\x04\x22\x4d\x18": "lz4 压缩的；请先运行 lz4 -d {name}",
     b"\x1f\x9d": "compress 压缩的（.Z）；请先运行 uncompress {name}",
+    b"\x89HDF": "HDF5 文件；请先把里面的文字存成 JSONL",
     b"GGUF": "GGUF 模型，不是数据；请检查路径",
 }  # fmt: skip
 
@@ -45,7 +47,8 @@ class Kind(NamedTuple):
 
     Fields:
         name: jsonl（一行一条）、json（别的摆法）、csv、tsv、parquet、wikiextractor 或 text。
-        layout: 纯文本怎样分篇：一篇结尾的标记，"blank"（空行）、"line"（一行）或 "sentence"（句末）
+        layout: 纯文本怎样分篇：一篇结尾的标记，"blank"（空行）、"line"（一行）
+            或 "sentence"（句末）；表格的，是各格之间的那个字。
     """
 
     name: str
@@ -85,9 +88,9 @@ def recognise(part: Part) -> Kind:
         return Kind("wikiextractor")
     if is_json(text, part.suffix):
         return Kind(json_layout(text, whole, part.suffix))
-    if (table := table_kind(text, part.suffix)) is not None:
-        return Kind(table)
-    return Kind("text", text_layout(text, whole))
+    if (comma := separator(text, part.suffix)) is not None:
+        return Kind("tsv" if comma == "\t" else "csv", comma)
+    return Kind("text", text_layout(text.replace("\r\n", "\n").replace("\r", "\n"), whole))
 
 
 def guess_utf16(head: bytes) -> str:
@@ -127,19 +130,21 @@ def is_json(text: str, suffix: str) -> bool:
         return True
     if not re.match(r"""\{\s*["'}]|(\[\s*)+["{\]]|\"""", text):
         return False
-    first = text.split("\n", 1)[0]
-    if text.startswith('"'):  # 引号开头的文章很多：整行恰好是一个字符串才算
-        return parses(first)
-    if text.startswith("{") and re.match(r"\{\s*'", text):
+    if re.match(r"\{\s*'", text):
+        return False
+    first, *rest = [line for line in text.split("\n")[:20] if line.strip()]
+    if parses(first):  # 文章里也会有一行恰好是 "走吧。"：别的行也要有一半是
+        return sum(map(parses, rest)) * 2 >= len(rest)
+    if text.startswith('"'):
         return False
     try:
-        JSON.raw_decode(text)
-        return True
+        _, end = JSON.raw_decode(text)
+        return text[end:].lstrip()[:1] in ("", ",", "{", "[", '"')
     except RecursionError:
         return True
     except ValueError as error:
         cut = isinstance(error, json.JSONDecodeError) and reaches_the_end(error, text)
-        return cut or any(parses(line) for line in text.split("\n")[1:20] if line.strip())
+        return cut or any(map(parses, rest))
 
 
 def parses(line: str) -> bool:
@@ -193,15 +198,15 @@ def is_message(value: object) -> bool:
 # ---------- 表格与纯文本 ----------
 
 
-def table_kind(text: str, suffix: str) -> str | None:
-    """有表头的 csv 或 tsv；都不是，返回 None。"""
-    first = text.split("\n", 1)[0].rstrip("\r")
+def separator(text: str, suffix: str) -> str | None:
+    """有表头的表格，各格之间用什么隔开；不是表格，返回 None。"""
+    first = re.split(r"[\r\n]", text, maxsplit=1)[0]
     if suffix in (".csv", ".tsv"):
-        return "tsv" if suffix == ".tsv" or first.count("\t") > first.count(",") else "csv"
-    for kind, comma in (("tsv", "\t"), ("csv", ",")):
+        return max("\t,;" if suffix == ".tsv" else ",\t;", key=first.count)
+    for comma in "\t,;":
         names = [name.strip() for name in next(csv.reader([first], delimiter=comma), [])]
         if len(names) > 1 and any(name in KNOWN for name in names) and all(map(is_name, names)):
-            return kind
+            return comma
     return None
 
 
@@ -210,12 +215,25 @@ def is_name(text: str) -> bool:
     return len(text) <= 40 and re.fullmatch(r"[\w .\-/]*", text) is not None
 
 
+def document_end(text: str) -> str:
+    """用哪一种标记写着一篇的结尾；没有，是空的。
+
+    文章里顺口提到的不算：要有一半写在行末，或者不止一处。<s>…</s> 成对的是网页的删除线，只认行末。
+    """
+    for end in DOCUMENT_ENDS:
+        if end not in text:
+            continue
+        at_line_end = re.findall(re.escape(end) + r"[ \t\r]*(?=\n|$)", text)
+        struck = end == "</s>" and "<s>" in text
+        if len(at_line_end) * 2 >= text.count(end) or (text.count(end) > 1 and not struck):
+            return end
+    return ""
+
+
 def text_layout(text: str, whole: bool) -> str:
     """纯文本怎样分篇，见 `Kind`。"""
-    for end in DOCUMENT_ENDS:
-        # 文章里顺口提到一次的不算：要写在行末，或者不止一处
-        if text.count(end) > 1 or re.search(re.escape(end) + r"\s*(\n|$)", text):
-            return end
+    if end := document_end(text):
+        return end
     lines = text.rstrip().split("\n")
     if not whole and len(lines) > 1:
         lines.pop()  # 可能没有读完

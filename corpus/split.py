@@ -23,17 +23,19 @@ def is_held_out(key: str | None, fraction: float) -> bool:
     return key is not None and hash_of(key) < fraction * 2**64
 
 
-def choose(keys: np.ndarray, finer: np.ndarray, fraction: float) -> np.ndarray | None:
+def choose(
+    keys: np.ndarray, finer: np.ndarray, whole: np.ndarray, fraction: float
+) -> np.ndarray | None:
     """哪些留出来检验。
 
     语料大时，与逐个问 `is_held_out` 的结果相同；碰巧留出得太多或太少时，才按散列的大小增减几个。
-    键相同的多到留不下时，先改看更细的键；还是太多的，整个归训练。
+    键相同的多到留不下时，先改看更细的键；还是太多的，整个归训练。只有一种键的，才改看全文。
 
     Args:
-        keys, finer: 每篇的两个键的散列，uint64 (n,)。
+        keys, finer, whole: 每篇的两个键与全文的散列，uint64 (n,)。
         fraction: 想留出的比例。
     Returns:
-        布尔 (n,)；只有一种键，分不成两边的，是 None。
+        布尔 (n,)；篇篇相同，分不成两边的，是 None。
     """
     n = len(keys)
     wanted = fraction * n
@@ -42,6 +44,8 @@ def choose(keys: np.ndarray, finer: np.ndarray, fraction: float) -> np.ndarray |
         low = high = max(1, round(wanted))
     _, index, counts = np.unique(keys, return_inverse=True, return_counts=True)
     keys = np.where(counts[index] > high, finer, keys)
+    if (keys == keys[0]).all():
+        keys = whole
     groups, index, counts = np.unique(keys, return_inverse=True, return_counts=True)
     if len(groups) < 2:
         return None

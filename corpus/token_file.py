@@ -108,6 +108,10 @@ def _make(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) -
                 finally:
                     for part in base.parent.glob(f"{glob.escape(base.name)}.*.part"):
                         part.unlink()
+    except FileNotFoundError as error:
+        if any(not os.path.exists(path) for path in paths):
+            raise UserError(f"{identity['source']} 在读的时候不见了；请检查路径") from error
+        raise
     except OSError as error:
         raise UserError(
             f"准备数据时读写失败（{error.strerror}：{error.filename or base.parent}）；"
@@ -201,11 +205,14 @@ def _build(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) 
             f"留不出检验的；请增加数据",
             log,
         )
-    card = identity | {"stamps": stamps, "sha256": hash_of(paths)} | account(log) | totals
+    digest = hash_of(paths)
+    for path, before in zip(paths, stamps, strict=True):
+        readers.check_unchanged(path, before)
+    card = identity | {"stamps": stamps, "sha256": digest} | account(log) | totals
     for side, mine in (("train", ~held_out), ("val", held_out)):
         card |= writer.write_side(side, mine)
     part = Path(f"{base}.json.part")
-    part.write_text(json.dumps(card, ensure_ascii=False, indent=2), encoding="utf-8")
+    part.write_text(json.dumps(card, ensure_ascii=False, indent=2), "utf-8", "backslashreplace")
     os.replace(part, f"{base}.json")
 
 
@@ -246,6 +253,7 @@ def check_lost(totals: dict, log: ReadLog) -> list[str]:
             f"（最多的是 {most}）：bert-base-chinese 的词表只有中文、英文与常见的符号，这份语料"
             f"学不了；请换一份，或先去掉这些字",
             log,
+            totals,
         )
     return [
         f"{log.source} 有 {share:.1%} 的字词表里没有（最多的是 {most}）：它们变成 [UNK]，"

@@ -1,10 +1,22 @@
 """一列发言 -> [(角色, 正文), …]：各种写法都读，读不了的说出是第几轮、哪个字段、得到的是什么。"""
 
 import json
+import re
 import reprlib
 from typing import Any
 
-from corpus.fields import CALLS, LEARN, NEVER_LEARN, REASONING, ROLE, ROLES, TURNS, WORDS
+from corpus.fields import (
+    AVOID_WORDS,
+    CALLS,
+    LEARN_WORDS,
+    NO,
+    REASONING,
+    ROLE,
+    ROLES,
+    TURNS,
+    WORDS,
+    YES,
+)
 from corpus.log import Unusable
 from corpus.shapes import Conversation, Fields, part_name, type_name, well_formed
 from corpus.sniff import is_message_list
@@ -23,11 +35,28 @@ class Reading:
         self.unused: list[str] = []
 
 
-def is_one_of(value: Any, values: tuple) -> bool:
-    """值是不是其中之一；文字不分大小写，别的类型不与它们比。"""
+def verdict(name: str, value: Any) -> bool | None:
+    """一个字段说的是学（真）还是不学（假）；说的是另外的事，是 None。"""
+    words = set(re.findall("[a-z]+", name.lower()))
+    if not isinstance(value, bool | int | float | str):
+        return None
     if isinstance(value, str):
-        value = value.lower()
-    return isinstance(value, bool | int | float | str | None) and value in values
+        text = value.strip().lower()
+        no, yes = text in NO, text in YES
+    else:
+        no, yes = value <= 0, value > 0
+    if words & AVOID_WORDS:
+        no, yes = yes, no
+    elif not words & LEARN_WORDS:
+        return None
+    if words == {"mask"} and (no or yes):
+        return False  # 1 是遮住还是留下，各家说法不一：宁可不学
+    return False if no else True if yes else None
+
+
+def judging(row: dict[str, Any]) -> list[str]:
+    """说学不学的字段。"""
+    return [name for name, value in row.items() if verdict(name, value) is not None]
 
 
 def plain_text(value: Any, name: str) -> str:
@@ -108,15 +137,12 @@ def turn_of(message: Any, where: str, name: str, reading: Reading) -> Any:
         shown = reprlib.repr(role)
         raise Unusable("不认识的角色", f"{where}是 {shown}；认识 system、user、assistant、tool 等")
     role = ROLES[role.lower()]
-    masked = False
-    for mark, never in NEVER_LEARN.items():
-        value = message.get(mark)
-        masked |= role == "assistant" and is_one_of(value, never)
-        if mark in message and (is_one_of(value, LEARN) or is_one_of(value, never)):
-            fields.get(mark)
-    if masked:
+    verdicts = [verdict(mark, fields.get(mark)) for mark in judging(message)]
+    if role == "assistant" and False in verdicts:
         return MASKED
     written, text = fields.first(WORDS)
+    if role == "tool" and isinstance(text, dict):  # 工具的回答常是一个对象
+        text = as_json(text, written)
     text = message_text(text, written, where, reading)
     extras = [as_json(fields.get(field), field) for field in CALLS]
     calls = [extra for extra in extras if extra]

@@ -26,7 +26,7 @@ HEAD = 1 << 18  # 看开头多少字节，来辨认是什么
 BUFFER = 1 << 18
 NESTED = 3  # 压缩与打包至多套几层
 # 文字很少压得到二十分之一；解出这么多之后，还压得这么小的，不是文字。
-BOMB_RATIO, BOMB_SIZE = 100, 256 << 20
+BOMB_RATIO, BOMB_SIZE = 100, 32 << 20
 
 
 class Part(NamedTuple):

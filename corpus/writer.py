@@ -10,7 +10,7 @@ import numpy as np
 
 from corpus import split
 from corpus.encode import Encoded
-from corpus.shapes import Conversation, Record
+from corpus.shapes import Record
 
 BLOCK = 1 << 12  # 分成两边时，一次抄多少篇
 N_COMMON, OPENING = 10, 8  # 数最常见的几样；一篇的开头看几个字
@@ -26,7 +26,7 @@ class Writer:
         self.file = self.part.open("wb")
         # 每篇几个 64 位整数：一千万篇约半个 GB
         self.counts = {name: array("q") for name in self.COUNTS}
-        self.keys, self.finer, self.same = array("Q"), array("Q"), array("q")
+        self.keys, self.finer, self.whole = array("Q"), array("Q"), array("Q")
         self.keyed = array("b")
         self.read = self.unknown = 0
         self.missing: Counter[str] = Counter()
@@ -45,7 +45,7 @@ class Writer:
         self.keyed.extend(r.key is not None for r in records)
         self.keys.extend(keys)
         self.finer.extend(key if r.finer is None else split.hash_of(r.finer) for r, key in pairs)
-        self.same.extend(hash(as_tuple(r.content)) for r in records)
+        self.whole.extend(hash_of_all(r, key) for r, key in zip(records, keys, strict=True))
         self.read += sum(e.read for e in encoded)
         self.missing.update("".join(e.missing for e in encoded))
         self.openings.update(map(opening_of, records))
@@ -55,7 +55,7 @@ class Writer:
     def totals(self) -> dict:
         """写进卡片的几项，两边合起来的。"""
         n_tokens = sum(self.counts["length"])
-        repeated = len(self.same) - len(np.unique(np.frombuffer(self.same, np.int64)))
+        repeated = len(self.whole) - len(np.unique(np.frombuffer(self.whole, np.uint64)))
         return {
             "unk_rate": self.unknown / n_tokens if n_tokens else 0.0,
             "characters": self.read,
@@ -68,8 +68,9 @@ class Writer:
     def held_out(self, fraction: float) -> np.ndarray | None:
         """哪些留出来检验，布尔 (n,)；分不成两边的是 None。"""
         keyed = np.frombuffer(self.keyed, bool)
-        keys, finer = (np.frombuffer(x, np.uint64)[keyed] for x in (self.keys, self.finer))
-        if (chosen := split.choose(keys, finer, fraction)) is None:
+        hashes = (self.keys, self.finer, self.whole)
+        chosen = split.choose(*(np.frombuffer(x, np.uint64)[keyed] for x in hashes), fraction)
+        if chosen is None:
             return None
         held_out = np.zeros(len(keyed), bool)
         held_out[keyed] = chosen
@@ -108,9 +109,13 @@ class Writer:
         return {f"{side}_{name}": value for name, value in counted.items()}
 
 
-def as_tuple(content: str | Conversation) -> str | tuple:
-    """对话换成算得出散列的。"""
-    return content if isinstance(content, str) else tuple(content)
+def hash_of_all(record: Record, key: int) -> int:
+    """全文的散列；键就是全文的，不必再算。"""
+    if record.content is record.key:
+        return key
+    if isinstance(record.content, str):
+        return split.hash_of(record.content)
+    return split.hash_of("\0".join(text for turn in record.content for text in turn))
 
 
 def opening_of(record: Record) -> str:

@@ -229,7 +229,8 @@ def test_any_split_of_conversations_is_non_empty_and_disjoint(talks, fraction):
 def test_the_share_is_close_to_what_was_asked(n, fraction, seed):
     """两百篇起，检验的一边与要求的相差不超过两成。"""
     outcome = prepare_rows(documents_like(n, 1, seed), val_fraction=fraction)
-    assert 0.8 * fraction * n <= outcome.card["val_documents"] <= 1.2 * fraction * n
+    share = outcome.card["val_documents"] / n / fraction
+    assert 0.8 - 1e-9 <= share <= 1.2 + 1e-9
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.03, 0.1, 0.4])
@@ -240,7 +241,8 @@ def test_the_share_of_conversations_too(fraction, greeting):
     rows = [{"messages": [*greeting, turn("user", question(i)), turn("assistant", answer(i))]}
             for i in range(300)]  # fmt: skip
     outcome = prepare_rows(rows, "sft", val_fraction=fraction)
-    assert 0.8 * fraction * 300 <= outcome.card["val_documents"] <= 1.2 * fraction * 300
+    share = outcome.card["val_documents"] / 300 / fraction
+    assert 0.8 - 1e-9 <= share <= 1.2 + 1e-9
 
 
 def test_one_document_twice_cannot_be_split():

@@ -184,11 +184,11 @@ def questions_and_answers(source: str, fraction: float, seq_len: int) -> tuple[A
     tokenizer = Tokenizer()
     sides = [], []
     records = list(read_conversations(source, ReadLog(source)))
-    keys, finer = (
-        np.array([hash_of(key) for key in keys], np.uint64)
-        for keys in zip(*((record.key, record.finer) for record in records), strict=True)
-    )
-    held_out = choose(keys, finer, fraction)
+    texts = [
+        (r.key, r.finer, "\0".join(text for turn in r.content for text in turn)) for r in records
+    ]
+    hashes = (np.array(list(map(hash_of, keys)), np.uint64) for keys in zip(*texts, strict=True))
+    held_out = choose(*hashes, fraction)
     for record, side in zip(records, held_out, strict=True):
         turns = record.content
         last = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
