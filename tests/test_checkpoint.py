@@ -36,7 +36,8 @@ from engine.saver import Saver
 from loss import Loss
 from model import Transformer
 from optimizer import build_optimizer
-from settings.resolve import Origin, inherit, load_config
+from settings.resolve import Origin, load_config
+from settings.stored import inherit
 from tokenizer import Tokenizer
 
 SMALL = Config(
@@ -45,7 +46,7 @@ SMALL = Config(
     compile=False, lr=0.01, sft_lr=0.002, max_steps=10, muon_momentum=0.9, isolate_documents=True,
     router_scale=1.0, out_dir="out/x", data="builtin",
 )  # fmt: skip
-CARD = {"train_sha256": "a" * 64, "val_sha256": "b" * 64}
+CARD = {"train_sha256": "a" * 64, "val_sha256": "b" * 64, "format": 2}
 
 
 def trained(config=SMALL, steps=3):

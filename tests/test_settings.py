@@ -14,13 +14,12 @@ from settings.defaults import eval_interval, total_steps
 from settings.flags import help_text, read_options, word, words
 from settings.resolve import (
     Origin,
-    adopt,
     default_checkpoint,
     describe,
-    inherit,
     load_config,
     repeat_flags,
 )
+from settings.stored import adopt, inherit
 
 
 @pytest.fixture(autouse=True)
