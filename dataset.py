@@ -10,7 +10,6 @@
 图例：B 批次（行数），T 每行的词元数，V 词表大小。
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -220,7 +219,8 @@ class Replay:
     def __init__(self, new: PretrainBatches, old: PretrainBatches, share: float, seed: int):
         self.new, self.old, self.seed, self.seq_len = new, old, seed, new.seq_len
         self.n_new = new.n_rows
-        self.n_old = math.ceil(self.n_new * share / (1 - share))  # 每一遍里旧的有几行
+        # 每一遍里旧的有几行：要掺，就至少一行
+        self.n_old = max(round(self.n_new * share / (1 - share)), int(share > 0))
         self.n_rows = self.n_new + self.n_old
         # 只用来数出现过哪些编号，所以每个写一次就够。
         used = used_ids(new.tokens, 1 << 16)

@@ -525,11 +525,17 @@ def test_going_on_checks_the_corpus_the_versions_and_the_number_of_steps(
 ):
     monkeypatch.chdir(tmp_path)
     snap = snapshot(tokenizer, step=4)
-    with (
-        pytest.raises(UserError, match=r"语料与 out/x/pretrain\.pt 训练时的不同"),
-        ready_to_resume(snap | {"data": {"train_sha256": "c"}}, []) as run,
+    for data, part in (
+        (CARD | {"train_sha256": "c"}, r"语料与 out/x/pretrain\.pt 训练时的不同"),
+        # 读法或划分改过：怪的不是语料，说的是怎样从它的参数开始
+        ({"train_sha256": "c"}, r"读数据、分检验的办法与现在的不同.*--init_from out/x/pretrain"),
+        (CARD | {"val_sha256": "c", "format": 1}, r"不会逐位相同.*python pre_train\.py"),
     ):
-        run.optimizer(build_optimizer, 0.01)
+        with (
+            pytest.raises(UserError, match=part),
+            ready_to_resume(snap | {"data": data}, []) as run,
+        ):
+            run.optimizer(build_optimizer, 0.01)
     more = ["--allow_changes", "--max_steps", "3"]
     with (
         pytest.raises(UserError, match="比现在要的 3 步还多"),
@@ -538,6 +544,7 @@ def test_going_on_checks_the_corpus_the_versions_and_the_number_of_steps(
         run.optimizer(build_optimizer, 0.01)
     capsys.readouterr()
     snap["versions"]["torch"] = "1.0"
+    snap["data"].pop("format")  # 早先的没有记；词元一个没变，就接得上
     with ready_to_resume(snap, []) as run:
         run.optimizer(build_optimizer, 0.01)
         run.begin()
