@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scripts import (
+    LITTLE,
     LITTLE_STEPS,
     QUICK,
     Running,
@@ -22,7 +23,7 @@ from scripts import (
 from config import PRESETS, Config, MissingData, UserError
 from corpus import readers
 from dataset import PretrainBatches, Replay, rows_of_step
-from engine.checkpoint import read
+from engine.checkpoint import read, write
 from settings import resolve
 from settings.defaults import CONTINUED_GENTLER, MOST_EPOCHS, fewer_steps
 from settings.resolve import Origin, load_config
@@ -225,6 +226,32 @@ def test_replay_with_two_processes_gives_the_losses_of_one(folder):
         for name in ("train_loss", "val_loss", "val_loss_old"):
             assert (name in a) == (name in b)
             assert a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=1e-3)
+
+
+def test_anything_of_the_same_shape_can_be_the_start(folder, little):
+    """微调过的、导入的、分了专家的。"""
+    shutil.copy(little / "out/tiny/sft.pt", folder / "start/sft.pt")
+    steps = ["--max_steps", "2", "--data", "new.jsonl", *QUICK]
+    out, _ = run(folder, "pre_train.py", "--init_from", "start/sft.pt", *steps,
+                 "--replay", "0.2", "--out_dir", "out/sft")  # fmt: skip
+    assert "起点：start/sft.pt（微调 " in out and " · 旧语料 " in out and "留出的不同" not in out
+
+    foreign = read(folder / "start/pretrain.pt")
+    foreign["config"]["data"] = "没有记下"
+    foreign |= {"optimizers": [], "data": {"train_sha256": "", "val_sha256": ""}}
+    write(folder / "start/foreign.pt", foreign)
+    out, _ = run(folder, "pre_train.py", "--init_from", "start/foreign.pt", *steps,
+                 "--out_dir", "out/foreign")  # fmt: skip
+    assert "起点：start/foreign.pt（预训练过，导入的）" in out and "旧语料读不了" in out
+    out, _ = run(folder, "pre_train.py", "--init_from", "start/foreign.pt", *steps,
+                 "--replay_data", "builtin", "--out_dir", "out/known")  # fmt: skip
+    assert " · 旧语料 " in out and "留出的不同" not in out  # 它没有记下留出了哪些
+
+    experts = [*LITTLE, "--n_experts", "4", "--n_active", "2", "--max_steps", "1", *QUICK]
+    run(folder, "pre_train.py", *experts, "--out_dir", "out/moe")
+    out, _ = run(folder, "pre_train.py", "--init_from", "out/moe/pretrain.pt", *steps,
+                 "--replay", "0.2", "--out_dir", "out/more-moe")  # fmt: skip
+    assert read(folder / "out/more-moe/pretrain.pt")["config"]["n_experts"] == 4
 
 
 def test_the_start_is_not_overwritten_by_accident(folder):
