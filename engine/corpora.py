@@ -93,10 +93,9 @@ def read_old(run, read: Callable):
 
 def warn_if_split_anew(run, card: dict) -> None:
     """旧语料留出的若不是起点训练时留出的那些，检验的题里便有学过的。"""
-    start = run.start or {}
-    if run.resumed or start["stage"] != "pretrain" or imported(start):
-        return  # 微调的、导入的，没有记下预训练留出了哪些
-    if start["data"].get("val_sha256") != card["val_sha256"]:
+    if run.resumed or run.start["stage"] != "pretrain" or imported(run.start):
+        return  # 接着练的已经说过；微调的、导入的，没有记下预训练留出了哪些
+    if run.start["data"].get("val_sha256") != card["val_sha256"]:
         print(
             f"（旧语料现在留出的，与 {run.start_path} 训练时留出的不同："
             f"检验的题里也许有它学过的，旧语料的检验损失会偏低）"

@@ -63,6 +63,7 @@ AUTOMATIC: dict[str, Callable[[Config], Any]] = {
 # 语料不大时读四遍，再多便只是背书（Scaling Data-Constrained LMs，arXiv 2305.16264）。
 EPOCHS, EPOCHS_OF_MANY, MANY = 4, 1, 10**8  # 一亿个词元以上，读一遍就够
 SFT_EPOCHS = 2
+FEWEST_STEPS = 20  # 遍数也没有写的，至少走这么多步：数据再少，一两步也学不到什么
 MOST_EPOCHS = 20  # 预设的步数是照内置语料定的；自己的数据少，再多便只是背书
 N_EVALUATIONS, LONGEST_WAIT = 10, 500  # 全程检验几次，至多隔多少步
 SAVE_EVERY, SAVING_SHARE = 60, 0.02  # 秒；保存占用的时间不超过这么多
@@ -82,8 +83,9 @@ def total_steps(config: Config, stage: str, n_rows: int, n_train_tokens: int) ->
     else:
         few = n_train_tokens < MANY
         steps, epochs = config.max_steps, config.epochs or (EPOCHS if few else EPOCHS_OF_MANY)
+    fewest = 1 if (config.sft_epochs if stage == "sft" else config.epochs) else FEWEST_STEPS
     rows_per_step = config.batch_size * config.grad_accum
-    return steps or max(1, math.ceil(epochs * n_rows / rows_per_step))
+    return steps or max(fewest, math.ceil(epochs * n_rows / rows_per_step))
 
 
 def fewer_steps(config: Config, n_steps: int, n_rows: int) -> int:
@@ -117,8 +119,9 @@ SENTENCES = {
     "sft_lr": f"默认是 lr 的 1/{SFT_GENTLER}",
     "max_steps": f"预设的步数若要把语料读 {MOST_EPOCHS} 遍以上，就改为 {MOST_EPOCHS} 遍",
     "sft_max_steps": f"预设的步数至多把对话读 {MOST_EPOCHS} 遍",
-    "epochs": f"默认 {EPOCHS} 遍，{MANY // 10**8} 亿词元以上 {EPOCHS_OF_MANY} 遍",
-    "sft_epochs": f"默认 {SFT_EPOCHS} 遍",
+    "epochs": f"默认 {EPOCHS} 遍，{MANY // 10**8} 亿词元以上 {EPOCHS_OF_MANY} 遍，"
+    f"至少 {FEWEST_STEPS} 步",
+    "sft_epochs": f"默认 {SFT_EPOCHS} 遍，至少 {FEWEST_STEPS} 步",
     "router_scale": f"别的预设分了专家，预设的 dim 不超过 {NARROW} 是 1，再宽是 {WIDE_ROUTER}",
     "eval_every": f"默认全程 {N_EVALUATIONS} 次，至多隔 {LONGEST_WAIT} 步",
     "save_every": f"默认 {SAVE_EVERY}，磁盘慢就自动少存，保存占用的时间不超过 {SAVING_SHARE:.0%}",

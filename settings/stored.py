@@ -30,7 +30,8 @@ def inherit(
         raise UserError(f"{path} 是 {source.preset} 预设的；请加上 --preset {source.preset}")
     conflicts = []
     # 读的是同一份语料时，留出的必须是同样的几篇；自己的数据，留多少由自己定。
-    same = source.data == (config.data if stage == "pretrain" else config.sft_data)
+    learned = (source.data, source.replay_data)
+    same = (config.data if stage == "pretrain" else config.sft_data) in learned
     free = stage == "pretrain" and origins["val_fraction"] is not Origin.FLAG
     for name in (*SHAPE, *(("val_fraction",) if same or free else ())):
         mine, theirs = getattr(config, name), getattr(source, name)
