@@ -20,7 +20,7 @@ from config import PRESETS, Config
 # ---------- 1. 读完配置就能算的 ----------
 
 SFT_GENTLER = 5  # 微调是在学好的模型上轻轻推一把
-CONTINUED_GENTLER = 5  # 增量预训练也是：测量见 docs/lab-notes.md
+CONTINUED_GENTLER = 2  # 增量预训练：再小，新的学得慢；再大，旧的忘得多。测量见 docs/lab-notes.md
 NARROW = 256  # 预设不比这宽，路由器与别的矩阵一样
 WIDE_ROUTER = 0.2  # 宽的，专家会饿死：测量见 docs/lab-notes.md
 

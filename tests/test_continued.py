@@ -299,6 +299,13 @@ def test_a_changed_old_corpus_stops_only_a_run_that_replays_it(folder):
     assert "旧语料与 out/replay/pretrain.pt 训练时的不同" in err
     out, _ = run(folder, "pre_train.py", *more, "--out_dir", "out/exam")
     assert "旧语料与上次的不同：不影响训练" in out
+    old.unlink()  # 没有了，也只是从此看不到忘了多少
+    for step in ("4", "5"):
+        more[-1] = step
+        out, _ = run(folder, "pre_train.py", *more, "--out_dir", "out/exam")
+        assert ("旧语料读不了" in out) == (step == "4")  # 说一次就够
+    rows = metrics(folder / "out/exam", "pretrain")
+    assert [{*row} >= OLD for row in rows if "val_loss" in row][-3:] == [True, False, False]
 
 
 # ---------- 数据搬了家 ----------
@@ -333,6 +340,19 @@ def test_moved_data_says_where_the_path_came_from_and_how_to_give_another(folder
     run(folder, "pre_train.py", *more, "--data", str(new), "--replay_data", "old2.jsonl")
     _, err = run(folder, "pre_train.py", "--data", "nope.jsonl", "--out_dir", "out/x", code=2)
     assert "里记着的" not in err  # 自己写错的，不怪检查点
+
+
+def test_moved_conversations_too(folder, strict):
+    talks = [{"instruction": f"{t}？", "output": f"{t}。"} for t in documents(60)]
+    lines = "".join(json.dumps(talk, ensure_ascii=False) + "\n" for talk in talks)
+    (folder / "chat.jsonl").write_text(lines, encoding="utf-8")
+    run(folder, "sft_train.py", "--init_from", "start/pretrain.pt", "--sft_data", "chat.jsonl",
+        "--max_steps", "1", "--out_dir", "out/chat", "--val_fraction", "0.2", *QUICK)  # fmt: skip
+    (folder / "chat.jsonl").rename(folder / "talks.jsonl")
+    _, err = run(folder, "sft_train.py", "--resume", "--out_dir", "out/chat", code=2)
+    assert "这个路径是 out/chat/sft.pt 里记着的" in err
+    assert "python sft_train.py --out_dir out/chat --resume --sft_data 新的路径" in err
+    run(folder, "sft_train.py", "--resume", "--out_dir", "out/chat", "--data", "talks.jsonl")
 
 
 # ---------- 语料少 ----------
