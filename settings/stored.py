@@ -1,6 +1,6 @@
 """检查点里已经有的设置，哪些听它的。
 
-inherit         从它开始（微调、增量预训练）：形状取自它
+inherit         从它开始（微调、增量预训练）：形状取自它，学习率与旧语料跟着它（follow）
 adopt           接着它练：一律取自它
 check_changes   接着练时改了的，能不能改
 """
@@ -44,13 +44,18 @@ def inherit(
     if conflicts:
         raise UserError(f"与 {path} 不符：{'；'.join(conflicts)}；请去掉这些设置")
     fill_automatic(config, origins)  # 有没有专家，现在才知道
-    if origins["sft_lr"] is Origin.AUTO:
-        # 起点若是增量的，它的 lr 已经小了，不再除一次
-        config.sft_lr = source.sft_lr if source.replay_data else sft_lr(source)
     if origins["seq_len"] is Origin.PRESET:
         config.seq_len = min(config.seq_len, config.max_len)
     if config.seq_len > config.max_len:
         raise UserError(f"seq_len（{config.seq_len}）超过了 {path} 的 max_len（{config.max_len}）")
+    follow(config, origins, source, stage)
+
+
+def follow(config: Config, origins: Origins, source: Config, stage: str) -> None:
+    """没有写明的学习率与旧语料，由起点的来定；参数同 `inherit`。"""
+    if origins["sft_lr"] is Origin.AUTO:
+        # 起点若是增量的，它的 lr 已经小了，不再除一次
+        config.sft_lr = source.sft_lr if source.replay_data else sft_lr(source)
     if stage == "sft":  # 预训练读过什么，跟着模型走
         config.data, origins["data"] = source.data, Origin.CHECKPOINT
         return
