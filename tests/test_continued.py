@@ -21,7 +21,7 @@ from scripts import (
 )
 
 from config import PRESETS, Config, MissingData, UserError
-from corpus import readers
+from corpus import token_file
 from dataset import PretrainBatches, Replay, rows_of_step
 from engine.checkpoint import read, write
 from settings import resolve
@@ -314,14 +314,14 @@ def test_a_changed_old_corpus_stops_only_a_run_that_replays_it(folder):
 @pytest.fixture
 def strict(monkeypatch):
     """找不到的文件一律是 MissingData。"""
-    check = readers.check_source
+    prepare = token_file.tokenize_corpus
 
-    def check_source(path):
-        if not Path(path).exists():
-            raise MissingData(f"找不到数据文件 {path}")
-        return check(path)
+    def tokenize_corpus(source, *args, **more):
+        if source != "builtin" and not Path(source).exists():
+            raise MissingData(f"找不到数据文件 {source}")
+        return prepare(source, *args, **more)
 
-    monkeypatch.setattr(readers, "check_source", check_source)
+    monkeypatch.setattr(token_file, "tokenize_corpus", tokenize_corpus)
 
 
 def test_moved_data_says_where_the_path_came_from_and_how_to_give_another(folder, strict):
