@@ -134,14 +134,26 @@ class Exam:
     def __init__(self, loss: nn.Module, batches, card: dict, speaker: Speaker, prompt: str, device):
         self.loss, self.batches, self.card = loss, batches, card
         self.speaker, self.prompt, self.device = speaker, prompt, device
+        self.old: tuple | None = None
+
+    def also(self, batches, card: dict) -> None:
+        """增量预训练：学过的语料上也检验，看忘了多少。"""
+        self.old = batches, card
 
     def measure(self, max_tokens: int) -> tuple[float, float]:
         """用至多 max_tokens 个词元检验：(每个词元的损失，奈特；每个字的比特数)。"""
+        return self._on(self.batches, self.card, max_tokens)
+
+    def measure_old(self, max_tokens: int) -> tuple[float, float] | None:
+        """同样，在学过的语料上；没有那一份，是 None。"""
+        return self._on(*self.old, max_tokens) if self.old else None
+
+    def _on(self, batches, card: dict, max_tokens: int) -> tuple[float, float]:
         self.loss.eval()
         batch_size = self.speaker.config.batch_size
-        loss = evaluate(self.loss, self.batches, batch_size, max_tokens, self.device)
+        loss = evaluate(self.loss, batches, batch_size, max_tokens, self.device)
         self.loss.train()
-        return loss, bits_per_character(loss, self.card)
+        return loss, bits_per_character(loss, card)
 
     def write(self) -> str:
         """从固定的开头写一段；同样的模型，写的总是同样的。"""

@@ -538,7 +538,7 @@ WRONG = [None, "", "x", "\ud800", "a\x00b", True, 0, -1, 1, 3, 0.5, math.nan, ma
          10**400, [], [[1]], {}, (), b"x", 5e-324, Path("x")]  # fmt: skip
 edits = st.dictionaries(st.sampled_from(FLAGS[::2]), st.sampled_from(WRONG), max_size=3)
 ALWAYS_SET = [*SHAPE, "batch_size", "seq_len", "grad_accum", "isolate_documents", "lr", "sft_lr",
-              "out_dir", "init_from"]  # fmt: skip
+              "out_dir"]  # fmt: skip
 
 
 def check_config(config: Config) -> None:
@@ -555,7 +555,8 @@ def check_config(config: Config) -> None:
         assert not isinstance(value, int) or 0 <= value < 2**63
         assert not isinstance(value, str) or (is_text(value) and "\x00" not in value)
     assert "auto" not in (config.preset, config.data, config.sft_data)
-    assert all(getattr(config, name).strip() for name in ("data_dir", "out_dir", "init_from"))
+    assert all(getattr(config, name).strip() for name in ("data_dir", "out_dir"))
+    assert config.init_from is None or config.init_from.strip()
     assert json.loads(json.dumps(asdict(config), allow_nan=False)) == asdict(config)
     assert math.isfinite((config.epochs or config.sft_epochs or 1) * 2**63)
     assert config.dim % (2 * config.n_heads) == config.n_heads % config.n_kv_heads == 0
