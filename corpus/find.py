@@ -10,16 +10,12 @@ import hashlib
 import os
 from pathlib import Path
 
-from config import UserError
+from config import MissingData, UserError
 from corpus.log import ReadLog
 
 PACKED = (".gz", ".xz", ".bz2", ".zst", ".lzma", ".zip", ".tar", ".tgz", ".txz", ".tbz", ".tbz2")
 PLAIN = ("", ".txt", ".text", ".md", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 NOT_DATA = ("readme", "license", "licence", "notice", "changelog", "makefile", "dockerfile")
-
-
-class MissingData(UserError):
-    """找不到数据文件。"""
 
 
 def find_files(source: str, log: ReadLog | None = None) -> list[Path]:

@@ -311,20 +311,7 @@ def test_a_changed_old_corpus_stops_only_a_run_that_replays_it(folder):
 # ---------- 数据搬了家 ----------
 
 
-@pytest.fixture
-def strict(monkeypatch):
-    """找不到的文件一律是 MissingData。"""
-    prepare = token_file.tokenize_corpus
-
-    def tokenize_corpus(source, *args, **more):
-        if source != "builtin" and not Path(source).exists():
-            raise MissingData(f"找不到数据文件 {source}")
-        return prepare(source, *args, **more)
-
-    monkeypatch.setattr(token_file, "tokenize_corpus", tokenize_corpus)
-
-
-def test_moved_data_says_where_the_path_came_from_and_how_to_give_another(folder, strict):
+def test_moved_data_says_where_the_path_came_from_and_how_to_give_another(folder):
     flags = [*MORE, "--max_steps", "2", "--replay", "0.2", "--out_dir", "out/new"]
     old = write_lines(folder / "old.jsonl", documents(60, start=300))
     run(folder, "pre_train.py", *flags, "--replay_data", "old.jsonl")
@@ -342,7 +329,7 @@ def test_moved_data_says_where_the_path_came_from_and_how_to_give_another(folder
     assert "里记着的" not in err  # 自己写错的，不怪检查点
 
 
-def test_moved_conversations_too(folder, strict):
+def test_moved_conversations_too(folder):
     talks = [{"instruction": f"{t}？", "output": f"{t}。"} for t in documents(60)]
     lines = "".join(json.dumps(talk, ensure_ascii=False) + "\n" for talk in talks)
     (folder / "chat.jsonl").write_text(lines, encoding="utf-8")
