@@ -113,6 +113,8 @@ def several_values(line: str) -> list[Any]:
     try:
         while (at := BLANK.match(line, at).end()) < len(line):
             value, at = JSON.raw_decode(line, at)
+            if not isinstance(value, dict | list | str):  # 01 不是 0 与 1 两条
+                return []
             values.append(value)
     except (ValueError, RecursionError):
         return []

@@ -20,8 +20,7 @@ from scripts import (
     run_two,
 )
 
-from config import PRESETS, Config, MissingData, UserError
-from corpus import token_file
+from config import PRESETS, Config, UserError
 from dataset import PretrainBatches, Replay, rows_of_step
 from engine.checkpoint import read, write
 from settings import resolve
