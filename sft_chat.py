@@ -5,14 +5,17 @@ python sft_chat.py --prompt "画蛇添足是什么意思？"  只答一次，供
 """
 
 import sys
+from collections.abc import Sequence
 
 from chat import repl
 from config import UserError
 from generate import Speaker
 from settings.flags import run_script
 
+Turns = list[list[int]]
 
-def trim(turns: list[list[int]], limit: int) -> list[list[int]]:
+
+def trim(turns: Turns, limit: int) -> Turns:
     """前文太长时，从最早的一问一答起整轮忘掉，直到放得下；最后一问总是留着。
 
     Args:
@@ -24,43 +27,66 @@ def trim(turns: list[list[int]], limit: int) -> list[list[int]]:
     return turns
 
 
-def ask(speaker: Speaker, turns: list[list[int]], text: str) -> tuple[list[list[int]], list[int]]:
+def ask(
+    speaker: Speaker, turns: Turns, text: str, role: str = "user", system: Sequence[int] = ()
+) -> tuple[Turns, list[int]]:
     """在前几轮之后提问：返回放得下的各轮（最后是这一问），以及交给模型的编号。
 
+    Args:
+        role: 谁说的；"tool" 是工具的答复，与它的提问、调用合成一问，要忘一起忘。
+        system: 系统的话的编号，总在最前面，不会忘掉。
     Raises:
         UserError: 这句话太长，放不下。
     """
     tokenizer = speaker.tokenizer
-    question = tokenizer.turn_ids("user", tokenizer.encode(text))
+    question = tokenizer.turn_ids(role, tokenizer.encode(text))
+    if role == "tool":
+        *turns, asked, call = turns
+        question = asked + call + question
     # 至少空出四分之一的上下文给回答。
-    limit = speaker.config.max_len * 3 // 4 - len(tokenizer.reply_prefix())
+    limit = speaker.config.max_len * 3 // 4 - len(tokenizer.reply_prefix()) - len(system)
     if len(question) > limit:
         raise UserError(f"这句话有 {len(question)} 个词元，最多 {limit} 个；请说短一些")
     turns = trim([*turns, question], limit)
-    return turns, [i for turn in turns for i in turn] + tokenizer.reply_prefix()
+    return turns, [*system, *(i for turn in turns for i in turn), *tokenizer.reply_prefix()]
 
 
 def main(argv: list[str] | None = None) -> None:
     """载入模型，读一句话，答一句话。"""
     options, speaker = repl.start("sft", sys.argv[1:] if argv is None else argv)
-    chat = repl.Chat(options, speaker)
-    turns: list[list[int]] = []
+    chat, tokenizer = repl.Chat(options, speaker), speaker.tokenizer
+    turns, system = [], []  # 问与答交替；系统的话
 
-    def answer(text: str) -> None:
+    def answer(text: str, role: str = "user") -> None:
         """接着前几轮，回答这一句。"""
-        nonlocal turns
         if not text.strip():
             return
-        remembered, ids = ask(speaker, turns, text)
-        if forgotten := (len(turns) + 1 - len(remembered)) // 2:
+        remembered, ids = ask(speaker, turns, text, role, system)
+        if forgotten := (len(turns) + (role == "user") - len(remembered)) // 2:
             repl.notify(f"（前文太长，忘掉了最早的 {forgotten} 轮）")
-        turns = remembered
-        if reply := chat.stream(ids):
-            turns.append(speaker.tokenizer.turn_ids("assistant", reply))
-        else:
-            turns.pop()  # 一个字也没答的提问不留着，免得它接着答上一句
+        if reply := chat.stream(ids):  # 一个字也没答的提问不留着，免得它接着答上一句
+            turns[:] = [*remembered, tokenizer.turn_ids("assistant", reply)]
 
-    chat.run(answer, reset=lambda: turns.clear())
+    def begin(text: str = "") -> None:
+        """忘掉前文，换上这段系统的话。"""
+        ids = tokenizer.turn_ids("system", tokenizer.encode(text)) if text else []
+        if len(ids) > (limit := speaker.config.max_len // 2):  # 另一半留给问与答
+            raise UserError(f"这段话有 {len(ids)} 个词元，最多 {limit} 个；请短一些")
+        turns[:], system[:], chat.last = [], ids, None
+
+    def set_system(text: str) -> None:
+        """/system：换一段系统的话，重新开始；不写字就说出现在的。"""
+        if text.strip():
+            begin(text)
+        repl.notify(f"（system 是「{tokenizer.decode(system)}」）" if system else "（没有 system）")
+
+    def use_tool(text: str) -> None:
+        """/tool：工具的答复，接在它的调用之后，它再回答。"""
+        if not text.strip() or not turns:
+            raise UserError("请等它写出调用，再写上工具的答复，例如：/tool 晴，20 度")
+        answer(text, "tool")
+
+    chat.run(answer, reset=begin, roles={"/system": set_system, "/tool": use_tool})
 
 
 if __name__ == "__main__":

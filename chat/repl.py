@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chat import display
+from chat.piped import piped_lines
 from config import Config, UserError, option
 from engine.device import Device
 from engine.speed import load_for_chat
@@ -21,7 +22,7 @@ from settings.resolve import default_checkpoint
 
 HELP = """\
   /help              这份说明；下面的数是举例，只写名字就说出现在的值
-  /reset             忘掉前文，重新开始
+  /reset             忘掉前文，重新开始（连同 /system 的话）
   /temp 0.6          温度（0：总选最可能的）      /top_k 50     只从最可能的几个里选
   /top_p 0.95        概率之和到此为止             /min_p 0.05   太不可能的不选
   /penalty 1.1       重复惩罚                     /max 200      一次最多写多少词元
@@ -29,6 +30,8 @@ HELP = """\
   /probs 5           每写一个词元，画出最可能的几个；不写数就是 5，/probs 0 不再画
   /why               刚才的回答里，每个词元有多意外
   /next 守株待       不写，只看接下来最可能是什么（sft_chat.py 当作提问，看回答的头一个）
+  /system 请简短     只在 sft_chat.py：换一段系统的话，重新开始；不写字就说出现在的
+  /tool 晴，20 度    只在 sft_chat.py：替工具答复它刚才的调用，它接着回答
   回答时按 Ctrl-C 停止回答；上下方向键翻看输入过的话。"""
 
 
@@ -93,9 +96,13 @@ def as_text(line: str) -> str:
 
 
 def read_inputs(history: Path) -> Iterator[str]:
-    """逐行给出用户输入的话；终端上有行编辑与历史，管道里就是一行一句。"""
+    """逐行给出用户输入的话；终端上有行编辑与历史，管道里就是一行一句。
+
+    Raises:
+        UserError: 管道里送来的不是 UTF-8。
+    """
     if not sys.stdin.isatty():
-        yield from (as_text(line.rstrip("\n")) for line in sys.stdin)
+        yield from piped_lines(sys.stdin.buffer)
         return
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, InMemoryHistory
@@ -127,14 +134,21 @@ class Chat:
     speaker: Speaker
     last: tuple[list[int], list[int]] | None = None  # (开头, 接着写的，连同写完的标记)
 
-    def run(self, answer: Callable[[str], None], reset: Callable[[], None]) -> None:
+    def run(
+        self,
+        answer: Callable[[str], None],
+        reset: Callable[[], None],
+        roles: dict[str, Callable[[str], None]] | None = None,
+    ) -> None:
         """读一句，答一句，直到离开。
 
         Args:
             answer: 回答一句话，自己负责打印；答不了的（例如太长）抛出 UserError。
             reset: 忘掉前文。
+            roles: /system 与 /tool 各做什么，得到的是后面的字；没有这两种角色的，不给。
         Raises:
-            UserError: 用 --prompt 给的那句话答不了；在聊天中则只是说一声，接着聊。
+            UserError: 用 --prompt 给的那句话答不了，或管道里送来的不是 UTF-8；
+                聊天中答不了则只是说一声，接着聊。
         """
         if self.options.prompt is not None:
             if not self.options.prompt.strip():
@@ -145,6 +159,7 @@ class Chat:
             if text.startswith(("/", "／")):  # 中文输入法打出来的是全角的
                 text = "/" + text[1:]
             command = text.split()[0].lower() if text.startswith("/") else ""
+            rest = "".join(text.split(maxsplit=1)[1:])
             try:
                 if command in ("/quit", "/exit"):
                     return
@@ -155,7 +170,11 @@ class Chat:
                 elif command == "/why":
                     self.why()
                 elif command == "/next":
-                    self.next("".join(text.split(maxsplit=1)[1:]))
+                    self.next(rest)
+                elif command in ("/system", "/tool"):
+                    if not roles:
+                        raise UserError(f"{command} 要在 sft_chat.py 里用：这里不分谁说的话")
+                    roles[command](rest)
                 elif command:
                     notify(obey(text.lower(), self.options))
                 else:

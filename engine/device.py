@@ -5,10 +5,13 @@ compile_if_possible   torch.compile，编译不了就用原来的
 """
 
 import ctypes
+import os
 import platform
 import shutil
 import sys
+import tempfile
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -40,7 +43,8 @@ class Device:
             keep_freed_memory()
             add_in_fixed_order()
         self.dtype = self._choose_dtype(config.dtype)
-        self.compile = config.compile and self._can_compile()
+        cache_problem = leave_unwritable_cache()  # 不编译时也要
+        self.compile = config.compile and self._can_compile(cache_problem)
         if self.compile and config.n_experts and self.dtype != torch.bfloat16:
             self.compile = False  # F.grouped_mm 编译时只认 bf16
             self.notes.append("专家混合只在 bfloat16 时编译，这里不编译")
@@ -80,9 +84,12 @@ class Device:
             self.notes.append("这个处理器没有 bf16 指令，改用 float32：结果相近，慢一些")
         return torch.float16 if kind == "cuda" else torch.float32
 
-    def _can_compile(self) -> bool:
+    def _can_compile(self, cache_problem: str) -> bool:
         if self.place.type == "mps":
             return False  # Inductor 的 MPS 后端还在试验阶段
+        if cache_problem:
+            self.notes.append(f"{cache_problem}，跳过 torch.compile：结果相近，通常慢一些")
+            return False
         if self.place.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
             self.notes.append(
                 "没有找到 C++ 编译器，跳过 torch.compile：结果相近，通常慢一些，也多用些内存"
@@ -129,6 +136,22 @@ def add_in_fixed_order() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # 没有谁读未写过的内存，不必先填
 
 
+def leave_unwritable_cache() -> str:
+    """编译器的缓存写不了，就不用它了；返回为什么，写得了是空的。
+
+    PyTorch 连造优化器也要导入编译器，编译器一导入就要建好这个目录，所以不编译时也不能留着它。
+    """
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    try:
+        if folder:  # 默认的在临时目录里，总能写；其中一处写不了的，编译时会知道
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        return f"编译器的缓存 {folder}（TORCHINDUCTOR_CACHE_DIR）写不了（{error.strerror}）"
+    return ""
+
+
 def cpu_has_bf16() -> bool:
     """处理器有没有 bf16 的矩阵指令；没有时 PyTorch 只能模拟，比 fp32 慢上百倍。"""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -142,23 +165,31 @@ def compile_if_possible(fn, device: Device, **options):
     """
     if not device.compile:
         return fn
-    # 导入要一两秒，聊天时不必等
-    from torch._dynamo.exc import ShortenTraceback, TorchRuntimeError
+    try:  # 导入要一两秒，聊天时不必等；写不了缓存的，一导入就出错
+        from torch._dynamo.exc import ShortenTraceback, TorchRuntimeError
 
-    compiled = torch.compile(fn, dynamic=False, options=options or None)
+        compiled = torch.compile(fn, dynamic=False, options=options or None)
+    except OSError as error:
+        give_up_compiling(device, error)
+        return fn
 
     def call(*args):
         """编译过的 fn；编译失败过一次，以后都用原来的。"""
         if device.compile:
             try:
                 return compiled(*args)
-            except (ShortenTraceback, TorchRuntimeError) as error:
-                device.compile = False
-                reason = str(error).strip().splitlines()[0][:100]
-                print(
-                    f"（torch.compile 失败，改为不编译：结果相近，通常慢一些。原因：{reason}）",
-                    file=sys.stderr,
-                )
+            except (ShortenTraceback, TorchRuntimeError, OSError) as error:
+                give_up_compiling(device, error)
         return fn(*args)
 
     return call
+
+
+def give_up_compiling(device: Device, error: Exception) -> None:
+    """以后不编译了，说一声。"""
+    device.compile = False
+    reason = str(error).strip().splitlines()[0][:100]
+    print(
+        f"（torch.compile 失败，改为不编译：结果相近，通常慢一些。原因：{reason}）",
+        file=sys.stderr,
+    )

@@ -1,8 +1,11 @@
 """设备：精度跟着硬件走，没有的说出来，编译不了就用原来的。"""
 
+import os
+
 import pytest
 import torch
 from losses import loss_of
+from scripts import LITTLE, QUICK, run_apart
 
 from config import Config, UserError
 from engine import device as device_module
@@ -69,3 +72,59 @@ def test_what_the_compiler_refuses_runs_uncompiled(capsys):
     torch.testing.assert_close(found[:4], rows[:4] @ matrices[0])
     assert "改为不编译" in capsys.readouterr().err
     assert not device.compile
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_cache_that_cannot_be_written_is_left(monkeypatch, tmp_path, wanted):
+    """它的上一级是个文件，谁也建不成；不编译时也不能留着，PyTorch 造优化器要用到它。"""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    device = Device(Config(device="cpu", compile=wanted))
+    assert not device.compile
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    said = [note for note in device.notes if "缓存" in note]
+    assert len(said) == wanted
+    if wanted:
+        assert str(tmp_path / "file" / "cache") in said[0] and "跳过 torch.compile" in said[0]
+    assert compile_if_possible(loss_of, device) is loss_of
+
+
+def test_a_cache_that_can_be_written_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    assert not any("缓存" in note for note in Device(Config(device="cpu")).notes)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["at once", "at the first call"])
+def test_a_compiler_that_cannot_write_is_one_sentence(monkeypatch, capsys, moment):
+    """默认的缓存若是别人的，编译到一半才知道。"""
+
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied", "/tmp/torchinductor")
+
+    monkeypatch.setattr(
+        torch, "compile", refuse if moment == "at once" else lambda fn, **options: refuse
+    )
+    device = Device(Config(device="cpu"))
+    device.compile = True
+    fn = compile_if_possible(lambda x: x + 1, device)
+    assert [fn(1), fn(2)] == [2, 3]
+    assert capsys.readouterr().err.count("改为不编译") == 1
+    assert not device.compile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--no-compile"]])
+def test_training_and_chat_go_on_without_a_cache(tmp_path, flags):
+    """真的另起进程：写不了缓存，照样练完，照样聊。"""
+    (tmp_path / "file").touch()
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    quick = [flag for flag in QUICK if flag != "--no-compile"] + [*LITTLE, "--max_steps", "2"]
+    out, _ = run_apart(tmp_path, "pre_train.py", *quick, *flags, "--device", "cpu", env=env)
+    assert out.count("跳过 torch.compile") == (not flags)
+    arguments = ["--checkpoint", "out/tiny/pretrain.pt", "--prompt", "你好", "--max", "3"]
+    chat = arguments if flags else [*arguments, "--compile"]
+    out, err = run_apart(tmp_path, "pre_chat.py", *chat, env=env)
+    assert out.startswith("你好")
+    assert err.count("跳过 torch.compile") == (not flags)

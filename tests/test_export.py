@@ -38,7 +38,7 @@ from settings.resolve import load_config
 from tokenizer import CONTROL_TOKENS, Tokenizer
 from tools.huggingface import export as export_module
 from tools.huggingface import import_hf as import_module
-from tools.huggingface.export import export
+from tools.huggingface.export import export, written_whole
 from tools.huggingface.import_hf import Options, import_folder
 from tools.huggingface.shapes import to_theirs
 
@@ -167,6 +167,24 @@ def test_no_code_travels(made):
     config = json.loads((made.folder / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
     assert "auto_map" not in config
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_whoever_may_read_new_files_may_read_the_folder(made, tmp_path, mask, mode):
+    """权重从前只有自己能读：换个用户、放进容器，就打不开。"""
+    before = os.umask(mask)
+    try:
+        export(made.path, tmp_path / "hf")
+        with written_whole(tmp_path / "other") as part:  # 示例写的，例如 LoRA 的 adapter/
+            (part / "adapter").mkdir()
+            save_file({"x": torch.zeros(2)}, part / "adapter" / "model.safetensors")
+        assert import_folder(tmp_path / "hf", tmp_path / "back" / "sft.pt", SFT) == "sft"
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {m for path, m in modes.items() if path.is_file()} == {mode}
+    assert {m for path, m in modes.items() if path.is_dir()} == {0o777 & ~mask}
+    assert len(modes) == 13
 
 
 def test_private_paths_stay_at_home(made):

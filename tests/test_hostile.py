@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import re
 import sys
 import tempfile
 import tracemalloc
@@ -673,11 +674,19 @@ def test_no_command_makes_the_options_unusable(text):
 
 @given(st.binary(max_size=200) | texts.map(lambda t: t.encode("utf-8", "surrogatepass")))
 def test_any_bytes_in_a_pipe_are_read_as_text(data):
-    """管道里送来什么字节，读到的都是文字。"""
+    """管道里送来什么字节，读到的都是文字，一个字节也不少；读不成的一句话拒绝。"""
+    read: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         pipe = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")
         patch.setattr(sys, "stdin", pipe)
-        assert all(is_text(line) for line in repl.read_inputs(Path("x")))
+        try:
+            for line in repl.read_inputs(Path("x")):
+                read.append(line)
+        except UserError as error:
+            assert is_readable(str(error)) and "iconv" in str(error)
+            return
+    assert all(is_text(line) for line in read)
+    assert "".join(read) == re.sub("[\r\n]|(?m:^)\ufeff", "", data.decode())
 
 
 def talk(script, options: ChatOptions, speaker, lines: list[str]) -> str:

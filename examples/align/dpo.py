@@ -11,6 +11,12 @@
 成绩在没见过的成语上量：有多少对更偏向好的，抽签的回答有多少合格。
 """
 
+import os
+import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}examples{os.sep}")[0]
+
 import math
 from dataclasses import dataclass
 

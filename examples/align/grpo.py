@@ -10,6 +10,12 @@
 词典的真回答还猜得准不准、是不是总答同样的几句，都在没见过的成语上量。
 """
 
+import os
+import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}examples{os.sep}")[0]
+
 from dataclasses import dataclass
 
 from config import option

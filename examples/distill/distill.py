@@ -16,8 +16,13 @@
 图例：B 批次，T 词元数，C 宽度，V 词表大小，R 学生算打分的列数（engine/shared_row.py）。
 """
 
-import shlex
+import os
 import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}examples{os.sep}")[0]
+
+import shlex
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -9,10 +9,15 @@
     idiom_*.yaml           lm-eval 的任务：两种问法 × 两份题 × 题目对不对得上（对不上的作对照）
 """
 
+import os
+import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}examples{os.sep}")[0]
+
 import json
 import random
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product

@@ -11,6 +11,12 @@ B 从零开始，所以一开始什么也没有变。练完把 B·A 加进 W，�
 数据、编号、要猜的目标都与 sft_train.py 相同；窄路由 peft 来加。
 """
 
+import os
+import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}examples{os.sep}")[0]
+
 import math
 from collections.abc import Iterator
 from copy import deepcopy

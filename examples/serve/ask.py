@@ -6,12 +6,18 @@
 这里没有模型：模型在 `transformers serve` 的进程里，怎样启动它，见 examples/serve/README.md。
 """
 
+import os
 import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}examples{os.sep}")[0]
+
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from chat.piped import piped_lines
 from config import UserError, option
 from settings.flags import read_options, run_script, words
 
@@ -87,9 +93,12 @@ def main() -> None:
 
 def typed() -> Iterator[str]:
     """一行一句，直到输入结束。"""
+    if not sys.stdin.isatty():
+        yield from piped_lines(sys.stdin.buffer)
+        return
     with suppress(EOFError):
         while True:
-            yield input("\n问：" if sys.stdin.isatty() else "")
+            yield input("\n问：")
 
 
 def answer(

@@ -9,8 +9,13 @@
 参赛的各方见 contestants.py，对照的实现见 yardsticks.py。
 """
 
-import json
+import os
 import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path

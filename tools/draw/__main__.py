@@ -11,8 +11,13 @@
 tokenizer 与 sft 不需要训练过的模型；其余的要先运行 python pre_train.py。
 """
 
-import difflib
+import os
 import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -6,7 +6,12 @@
 网页自成一体，不联网，用浏览器打开即可。每个数都来自模型自己的前向（见 microscope.py）。
 """
 
+import os
 import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
 import time
 from dataclasses import dataclass
 from pathlib import Path

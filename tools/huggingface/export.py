@@ -95,12 +95,24 @@ def written_whole(folder: Path) -> Iterator[Path]:
         part.mkdir(parents=True)
         with quiet():
             yield part
+        give_ordinary_permissions(part)
         put_in_place(part, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or "写到一半写不下去，多半是磁盘满了"
         raise UserError(f"写不了 {folder}（{reason}）；请检查路径、权限与空间") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def give_ordinary_permissions(folder: Path) -> None:
+    """每个文件都像平常新建的那样，由 umask 定：safetensors 写的只有自己能读，别的用户打不开。"""
+    sample = folder / ".permissions"
+    sample.touch()
+    mode = sample.stat().st_mode & 0o777
+    sample.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def save_tokenizer(theirs, folder: Path) -> None:

@@ -6,8 +6,13 @@
 只看样子（问意思答释义，问出处答书名，按意思找成语答成语），不看对错：这些成语模型没有见过。
 """
 
-import re
+import os
 import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
+import re
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -15,6 +15,12 @@
 前馈层好不好，看第二份才看得清。
 """
 
+import os
+import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
 import time
 from dataclasses import dataclass
 from statistics import mean

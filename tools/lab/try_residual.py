@@ -18,6 +18,12 @@ QK-norm 四种都留着。model.py 让每条残差支路的最后一个投影从
 从零开始：看它救得了哪几种。
 """
 
+import os
+import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
 import math
 from dataclasses import dataclass
 

@@ -9,6 +9,12 @@
 generate.probabilities，重复惩罚关掉。
 """
 
+import os
+import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
 from dataclasses import dataclass
 
 import torch

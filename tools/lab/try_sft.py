@@ -10,6 +10,12 @@
 损失 L（奈特每词元）写成 exp(-L)，就是给真正的下一个词元的概率，取几何平均。
 """
 
+import os
+import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -19,6 +19,12 @@
 头宽都是 32，每两个查询头共用一个键值头。
 """
 
+import os
+import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
 import math
 from dataclasses import dataclass
 from statistics import mean

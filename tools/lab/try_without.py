@@ -14,6 +14,12 @@
 一遍照生成时那样，后文还不存在，只问最后一个位置。看得见后文的模型，两遍相差得远。
 """
 
+import os
+import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
 from dataclasses import dataclass
 from statistics import mean
 

@@ -8,8 +8,12 @@
 """
 
 import os
-import socket
 import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
+import socket
 import threading
 from dataclasses import dataclass
 from pathlib import Path
