@@ -96,7 +96,7 @@ def for_this_stage(stage: str, flags: dict[str, Any], problems: list[str]) -> No
         ignored = [n for n in flags if n in REPLAYING]
         problems += [f"--{n} 只用于增量预训练（pre_train.py），微调用不到它" for n in ignored]
     else:
-        ignored = [n for n in flags if n.startswith("sft_")]
+        ignored = [n for n in flags if n.startswith("sft_") or n == "keep_reasoning"]
         problems += [f"--{n} 只用于微调（sft_train.py），预训练用不到它" for n in ignored]
 
 
