@@ -1,6 +1,6 @@
 """全部配置：能改什么，各是什么意思，几套预设。
 
-    UserError    用户能改正的错误
+    UserError    用户能改正的错误；MissingData 是其中的一种：找不到数据
     option       一个配置项：默认值、说明、单位
     Config       全部配置；最常改的几项在最前面
     PRESETS      几套预设
@@ -15,6 +15,10 @@ from typing import Any
 
 class UserError(ValueError):
     """用户能改正的错误：说明发生了什么、是哪个值、现在该做什么。脚本把它印成一句话。"""
+
+
+class MissingData(UserError):
+    """找不到数据文件。路径若取自检查点，训练的外壳会再说清它从哪里来。"""
 
 
 def option(
@@ -105,6 +109,9 @@ class Config:
     compile: bool = option(True, "用 torch.compile 加速（需要 C++ 编译器；没有会自动跳过）")
 
     # 数据与记录
+    keep_reasoning: bool = option(
+        False, "微调时把思考过程（reasoning_content）也学进去，写在回答之前的 <think> 里"
+    )
     val_fraction: float = option(0.03, "留出多大比例的文档不训练，只用来检验")
     eval_tokens: int = option(16384, "每次检验最多用多少词元；最后一次用十倍", "词元")
     eval_every: int | None = option(None, "每隔多少步检验并采样一次", "步")
@@ -113,7 +120,13 @@ class Config:
     sft_prompt: str = option("守株待兔是什么意思？", "微调时用来采样的固定问题")
     data_dir: str = option("data", "下载的数据与词元文件放在哪里")
     out_dir: str | None = option(None, "检查点与记录放在哪里")
-    init_from: str | None = option(None, "从哪个预训练检查点开始微调")
+    init_from: str | None = option(
+        None, "从哪个检查点开始；预训练写了它，就是增量预训练：在新的语料上接着学"
+    )
+    replay: float = option(0.0, "增量预训练时，每一遍里旧语料的行占几成，免得忘了学过的")
+    replay_data: str | None = option(
+        None, "旧语料：builtin 或文件路径；读得到就总在它上面也检验，看忘了多少"
+    )
     resume: bool = option(False, "接着 out_dir 里最新的检查点练；其余设置取自检查点，不必再写")
     allow_changes: bool = option(
         False, "接着练时允许改学习率、步数等；结果与不中断的那一次不再相同"

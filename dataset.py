@@ -2,6 +2,7 @@
 
     PretrainBatches   文档首尾相接，切成等长的行
     SFTBatches        几段对话拼成一行，互相看不见，只在助手的话上算损失
+    Replay            增量预训练：新语料的行里掺一些旧语料的
     rows_of_step      第几步用哪几行：只由种子与步数决定，随时接得上
 
 词元文件是一串编号，由 corpus/token_file.py 从原始文件写成；这里只管怎样把它切成行、拼成批。
@@ -9,7 +10,7 @@
 图例：B 批次（行数），T 每行的词元数，V 词表大小。
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,7 +23,6 @@ from tokenizer import Tokenizer
 
 IGNORE = -100  # 不算损失的目标
 SIDES = ("train", "val")
-SIDE_NAMES = {"train": "训练的", "val": "留出的"}
 
 # ---------- 1. 一批 ----------
 
@@ -112,15 +112,9 @@ class SFTBatches:
     """
 
     def __init__(
-        self,
-        tokens: np.ndarray,
-        starts: np.ndarray,
-        seq_len: int,
-        tokenizer: Tokenizer,
-        seed: int,
-        max_len: int | None = None,
-        side: str = "train",
-    ):
+        self, tokens: np.ndarray, starts: np.ndarray, seq_len: int, tokenizer: Tokenizer,
+        seed: int, max_len: int | None = None, side: str = "train",
+    ):  # fmt: skip
         self.tokens, self.starts, self.seq_len = tokens, starts, seq_len
         self.tokenizer = tokenizer
         # 一段 n 个词元的对话占 n - 1 格：最后一个词元只作目标。
@@ -135,7 +129,7 @@ class SFTBatches:
         self.cut = int((np.diff(starts)[usable] - 1 > seq_len).sum())
         if not len(usable):
             spoken = offset[offset < np.diff(starts) - 1]
-            raise UserError(f"{SIDE_NAMES[side]}{nothing_fits(spoken + 1, seq_len, max_len, side)}")
+            raise UserError(nothing_fits(spoken + 1, seq_len, max_len, side))
         self.rows = pack(self.lengths, usable, seq_len, np.random.default_rng(seed))
         self.n_rows = len(self.rows)
 
@@ -186,23 +180,21 @@ def nothing_fits(questions: np.ndarray, seq_len: int, max_len: int | None, side:
         questions: 每段对话到助手开口为止有多少个词元；没有助手的话的不在其中。
         max_len: 模型最多看多少个词元；None 表示 seq_len 改不了。
     """
+    who = {"train": "训练的", "val": "留出的"}[side]
     if not len(questions):
-        return "对话里没有一句助手的话，seq_len 再大也没有什么可学；请检查数据"
-    shortest, longest = int(questions.min()), int(questions.max())
-    found = (
-        f" {len(questions)} 段对话，没有一段在 {seq_len} 个词元（seq_len）之内轮到助手说话："
-        f"到那里最短的要 {shortest} 个词元，最长的 {longest} 个"
-    )
-    more = "，或调大 --val_fraction 多留出几段" if side == "val" else ""
-    if max_len is None:
-        return f"{found}；请缩短提问{more}"
-    if fit := int((questions <= max_len).sum()):
+        return f"{who}对话里没有一句助手的话，seq_len 再大也没有什么可学；请检查数据"
+    longest = int(questions.max())
+    found = f"{who} {len(questions)} 段对话，没有一段在 {seq_len} 个词元（seq_len）之内轮到助手说话"
+    found += f"：到那里最短的要 {questions.min()} 个词元，最长的 {longest} 个"
+    if max_len and (fit := int((questions <= max_len).sum())):
         return f"{found}；请加上 --seq_len {max_len}（模型最多看这么多），用得上 {fit} 段"
-    larger = 1 << longest.bit_length()
+    shorten = "请缩短提问" + "，或调大 --val_fraction 多留出几段" * (side == "val")
+    if not max_len:
+        return f"{found}；{shorten}"
+    n = 1 << longest.bit_length()
     return (
-        f"{found}，而模型最多看 {max_len} 个，调大 seq_len 也没有用；请缩短提问{more}，或换一个"
-        f"看得更远的模型：预训练时加上 --max_len {larger} --seq_len {larger}，"
-        f"微调时加上 --seq_len {larger}"
+        f"{found}，而模型最多看 {max_len} 个，调大 seq_len 也没有用；{shorten}，或换一个看得更远的"
+        f"模型：预训练时加上 --max_len {n} --seq_len {n}，微调时加上 --seq_len {n}"
     )
 
 
@@ -239,16 +231,72 @@ def pack(
     return [rows[i] for i in rng.permutation(len(rows))]
 
 
-# ---------- 4. 次序 ----------
+# ---------- 4. 回放 ----------
 
 
-@lru_cache(maxsize=2)
+class Replay:
+    """新语料的行里掺一些旧语料的，免得学了新的、忘了旧的。
+
+    一遍是新的全部行，加上若干旧的行；旧的每遍换一批，全轮过了再从头。行的编号：先是新的 n_new 行，
+    再是旧的各行。
+
+    Args:
+        new, old: `PretrainBatches`。
+        share: 每一遍里，旧的行占几成；0 就是不掺。
+        seed: 决定先用旧的哪些行。
+    """
+
+    def __init__(self, new: PretrainBatches, old: PretrainBatches, share: float, seed: int):
+        self.new, self.old, self.seed, self.seq_len = new, old, seed, new.seq_len
+        self.n_new = new.n_rows
+        # 每一遍里旧的有几行：要掺，就至少一行
+        self.n_old = max(round(self.n_new * share / (1 - share)), int(share > 0))
+        self.n_rows = self.n_new + self.n_old
+        # 只用来数出现过哪些编号，所以每个写一次就够。
+        used = used_ids(new.tokens, 1 << 16)
+        if self.n_old:
+            used |= used_ids(old.tokens, 1 << 16)
+        self.tokens = np.flatnonzero(used).astype(np.uint16)
+
+    def swap(self, epoch: int, row: int) -> int:
+        """第 epoch 遍里的第 row 行是哪一行：新的是它自己，旧的轮着来。"""
+        if row < self.n_new:
+            return row
+        turn = epoch * self.n_old + row - self.n_new
+        n_rows = self.old.n_rows
+        return self.n_new + int(row_order(n_rows, self.seed, turn // n_rows)[turn % n_rows])
+
+    def get(self, rows: Iterable[int]) -> Batch:
+        """取出这几行，次序照旧。"""
+        found = [
+            self.new.get([row]) if row < self.n_new else self.old.get([row - self.n_new])
+            for row in rows
+        ]
+        return Batch(*(x[0] if x[0] is None else torch.cat(x) for x in zip(*found, strict=True)))
+
+
+# ---------- 5. 次序 ----------
+
+
+@lru_cache(maxsize=4)
 def row_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     """第 epoch 遍读各行的次序：只取决于 (seed, epoch)。"""
     return np.random.default_rng([seed, epoch]).permutation(n_rows)
 
 
-def rows_of_step(step: int, rows_per_step: int, n_rows: int, seed: int) -> list[int]:
-    """第 step 步（从 0 数）用哪几行；一遍读完接着下一遍，每行每遍恰好一次。"""
+def rows_of_step(
+    step: int,
+    rows_per_step: int,
+    n_rows: int,
+    seed: int,
+    swap: Callable[[int, int], int] | None = None,
+) -> list[int]:
+    """第 step 步（从 0 数）用哪几行；一遍读完接着下一遍，每行每遍恰好一次。
+
+    Args:
+        swap: `Replay.swap`，把第几遍的第几行换成别的；不给就是不换。
+    """
     turns = range(step * rows_per_step, (step + 1) * rows_per_step)
-    return [int(row_order(n_rows, seed, turn // n_rows)[turn % n_rows]) for turn in turns]
+    places = [(turn // n_rows, turn % n_rows) for turn in turns]
+    rows = [(epoch, int(row_order(n_rows, seed, epoch)[place])) for epoch, place in places]
+    return [swap(epoch, row) if swap else row for epoch, row in rows]

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from chat.numbers import file_size
 from config import UserError, option
-from corpus.readers import sha256
+from corpus.find import sha256
 from settings.flags import read_options, run_script, word
 
 

@@ -101,13 +101,22 @@ def evaluate(
     return total / count
 
 
+# 词表写不出的字，除了 [UNK] 自己的损失，每个另记这么多：从 Unicode 的全部编号里指出它来。
+BITS_OF_A_LOST_CHARACTER = math.log2(0x110000)  # 约 20.1
+
+
 def bits_per_character(loss: float, card: dict) -> float:
     """每个词元的损失（奈特）-> 原文每个字的比特数。
 
+    它是一种真的写得回原文的编码的长度，所以丢字不会让它变好：一个 [UNK] 可以顶替许多字，
+    除了它自己的损失，顶替的每个字还要从 Unicode 里指出来。除以全部的字，写不出的也在内。
+
     Args:
-        card: 词元文件的卡片：检验的那一边要猜多少词元，它们写出多少字。
+        card: 词元文件的卡片：检验的那一边要猜多少词元，它们写出多少字，其中多少写不出。
     """
-    return loss / math.log(2) * card["val_targets"] / card["val_characters"]
+    model = loss / math.log(2) * card["val_targets"]
+    spelled = card["val_lost"] * BITS_OF_A_LOST_CHARACTER
+    return (model + spelled) / card["val_characters"]
 
 
 class Exam:
@@ -125,14 +134,26 @@ class Exam:
     def __init__(self, loss: nn.Module, batches, card: dict, speaker: Speaker, prompt: str, device):
         self.loss, self.batches, self.card = loss, batches, card
         self.speaker, self.prompt, self.device = speaker, prompt, device
+        self.old: tuple | None = None
+
+    def also(self, batches, card: dict) -> None:
+        """增量预训练：学过的语料上也检验，看忘了多少。"""
+        self.old = batches, card
 
     def measure(self, max_tokens: int) -> tuple[float, float]:
         """用至多 max_tokens 个词元检验：(每个词元的损失，奈特；每个字的比特数)。"""
+        return self._on(self.batches, self.card, max_tokens)
+
+    def measure_old(self, max_tokens: int) -> tuple[float, float] | None:
+        """同样，在学过的语料上；没有那一份，是 None。"""
+        return self._on(*self.old, max_tokens) if self.old else None
+
+    def _on(self, batches, card: dict, max_tokens: int) -> tuple[float, float]:
         self.loss.eval()
         batch_size = self.speaker.config.batch_size
-        loss = evaluate(self.loss, self.batches, batch_size, max_tokens, self.device)
+        loss = evaluate(self.loss, batches, batch_size, max_tokens, self.device)
         self.loss.train()
-        return loss, bits_per_character(loss, self.card)
+        return loss, bits_per_character(loss, card)
 
     def write(self) -> str:
         """从固定的开头写一段；同样的模型，写的总是同样的。"""

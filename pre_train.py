@@ -3,6 +3,7 @@
     python pre_train.py                                        默认：在任何机器上都能跑
     python pre_train.py --preset deep --lr 3e-4 --no-compile   每个配置都能在命令行上改
     python pre_train.py --resume                               接着上次中断的地方
+    python pre_train.py --init_from X.pt --data new.jsonl      增量预训练：在新的语料上接着学
     torchrun --nproc_per_node=4 pre_train.py                   四块显卡一起
 
 从上到下就是训练的全过程：备数据，造模型，然后一步一步地猜、对答案、改参数。
@@ -14,7 +15,7 @@ import math
 
 from config import Config
 from corpus.token_file import tokenize_corpus
-from dataset import SIDES, PretrainBatches
+from dataset import SIDES, PretrainBatches, Replay
 from engine.run import Run
 from generate import make_speaker
 from loss import Exam, Loss
@@ -36,17 +37,23 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
         data = tokenize_corpus(config.data, "pretrain", run.tokenizer, config, wait=run.waits)
         start = run.tokenizer.bos_id if config.isolate_documents else None  # 认出每篇的开头
         train, val = (PretrainBatches(data.tokens[s], config.seq_len, start) for s in SIDES)
+        if old := run.old_corpus(tokenize_corpus):  # 增量预训练才有：学过的语料，掺一些进来
+            again, old_val = (PretrainBatches(old.tokens[s], config.seq_len, start) for s in SIDES)
+            train = Replay(train, again, config.replay, config.seed)
         run.plan(train, data.card)  # 定下走几步，与别的进程接上
 
         # ---------- 2. 模型、损失、优化器、检验 ----------
-        model = run.model()  # 刚出生的；接着练的，是上次的
+        model = run.model()  # 刚出生的；接着练的、增量的，是学过的
         loss = run.parallel(Loss(model))  # 编译；几个进程时，梯度在它们之间求和
         speaker = make_speaker(model, config, run.tokenizer, "pretrain")
         optimizer = run.optimizer(build_optimizer, config.lr)  # 接着练的，连同它上次的状态
         exam = Exam(loss, val, data.card, speaker, config.prompt, device)
+        if old:
+            exam.also(old_val, old.card)  # 看忘了多少
         run.begin()  # 真要开始了：旧的盖掉，记录备好，先存一次
         if run.newborn:
-            print(expected(config, run.first_check(exam, config.batch_size * config.seq_len)))
+            n = config.batch_size * config.seq_len if run.from_scratch else config.eval_tokens
+            print(expected(config, run.first_check(exam, n), run.from_scratch))
 
         # ---------- 3. 训练：检验、记录、保存、叫停都在两步之间 ----------
         for step in run.steps(exam):
@@ -68,9 +75,11 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
             optimizer.zero_grad()
 
 
-def expected(config: Config, loss: float) -> str:
-    """没训练过的模型，损失应当是多少，实际是 loss。"""
+def expected(config: Config, loss: float, from_scratch: bool) -> str:
+    """开始之前的损失是 loss；没训练过的模型，应当是多少。"""
     V = config.vocab_size
+    if not from_scratch:
+        return f"接着学之前，在这份语料上的损失是 {loss:.2f}（全凭瞎猜是 ln V = {math.log(V):.2f}）"
     text = (
         f"没训练过的模型对 {V} 个词元一视同仁，损失应为 ln V = {math.log(V):.2f}，实际是 {loss:.2f}"
     )

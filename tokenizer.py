@@ -9,7 +9,8 @@ BERT 的分词器是为「读」设计的：它丢掉空格、认不得中文引
    逐个词元解码与整段解码的结果因此相同，可以边生成边打印；
 3. 文本里写着 ``<|im_end|>`` 这样的字样时，它们只是普通文字；控制词元只能由程序按编号放入。
 
-会丢失的信息：大写字母变小写，重音符号被去掉，词表里没有的生僻字与表情符号变成 [UNK]。
+会丢失的信息：大写字母变小写，重音符号被去掉，词表里没有的生僻字与表情符号变成 [UNK]，
+一百个字母以上的单词也是。
 """
 
 import hashlib
@@ -37,21 +38,40 @@ TEXT_TOKENS = ["“", "”", "‘", "’", "—", "–", "…", "`", "\n", " ", 
 # 每一篇文档、每一轮发言都写成同一种样子：<|im_start|> [角色] 正文 <|im_end|>。
 # 这是给 transformers 用的：它先拼成一段文字再分词，正文里写着的控制词元字样会被当真；
 # 所以在其中夹一个 U+200B，字样不再完整，规范化时它又被去掉，编号与 `Tokenizer.encode` 的相同。
+# 思考过程、工具的说明与调用写成文字，写法与 corpus/turns.py 的相同：说明归到开头的 system 一轮。
 # generation 标出助手要学的那一段，与 SFT 算损失的相同。
 CHAT_TEMPLATE = r"""
+{%- macro as_text(value) %}{{ value if value is string else value | tojson }}{% endmacro %}
+{%- macro safe(text) %}
+{{- text | replace('<|', '<\u200b|') | replace('[PAD]', '[\u200bPAD]')
+    | replace('[UNK]', '[\u200bUNK]') }}
+{%- endmacro %}
+{%- if tools and messages[0]['role'] != 'system' %}
+{{- '<|im_start|><|system|>' ~ safe(as_text(tools)) ~ '<|im_end|>' }}
+{%- endif %}
 {%- for message in messages %}
 {%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}
 {{- raise_exception('role 只能是 system、user、assistant 或 tool') }}
-{%- elif message['content'] is not string %}
+{%- elif message['content'] is not string and not message['tool_calls'] %}
 {{- raise_exception('content 只能是一段文字') }}
 {%- endif %}
-{%- set text = message['content'] | replace('<|', '<\u200b|') %}
-{%- set text = text | replace('[PAD]', '[\u200bPAD]') | replace('[UNK]', '[\u200bUNK]') %}
+{%- set pieces = namespace(all=[message['content']] if message['content'] else []) %}
+{%- for name in ['tools', 'tool_calls'] if message[name] %}
+{%- set pieces.all = pieces.all + [as_text(message[name])] %}
+{%- endfor %}
+{%- if tools and loop.first and message['role'] == 'system' %}
+{%- set pieces.all = pieces.all + [as_text(tools)] %}
+{%- endif %}
+{%- set text = pieces.all | join('\n') %}
+{%- set thought = message['reasoning_content'] or '' %}
+{%- if KEEP_REASONING and message['role'] == 'assistant' and thought | trim %}
+{%- set text = '<think>\n' ~ thought | trim ~ '\n</think>\n\n' ~ text %}
+{%- endif %}
 {{- '<|im_start|><|' ~ message['role'] ~ '|>' }}
 {%- if message['role'] == 'assistant' %}
-{%- generation %}{{ text ~ '<|im_end|>' }}{% endgeneration %}
+{%- generation %}{{ safe(text) ~ '<|im_end|>' }}{% endgeneration %}
 {%- else %}
-{{- text ~ '<|im_end|>' }}
+{{- safe(text) ~ '<|im_end|>' }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|><|assistant|>' }}{% endif %}
@@ -72,7 +92,8 @@ def _build_backend(vocab_file: Path) -> Backend:
     # 自己按行读：`WordPiece.read_file` 会剥掉 U+2028，使两个词元变成空的。
     lines = vocab_file.read_text(encoding="utf-8").split("\n")[:-1]
     vocab = {token: number for number, token in enumerate(lines)}
-    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=1000))
+    # 一个单词至多 100 个字母，与 BERT 的相同：切一个单词的用时，随它的长度成平方地长。
+    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
     # 词表里没有 A–Z：不转小写的话，凡是有大写字母的单词都会变成 [UNK]。
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -107,7 +128,8 @@ class Tokenizer:
         self.bos_id, self.eos_id, *roles = map(self.backend.token_to_id, CONTROL_TOKENS)
         self.role_ids = dict(zip(["user", "assistant", "system", "tool"], roles, strict=True))
         self.unk_id = self.backend.token_to_id("[UNK]")
-        self._seen: dict[str, np.ndarray] = {}
+        self._start, self._end = (np.array([i], np.uint16) for i in (self.bos_id, self.eos_id))
+        self._seen: dict[str, tuple[np.ndarray, str]] = {}
         self._self_test()
 
     def _self_test(self) -> None:
@@ -123,26 +145,46 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """同 `encode`，一次许多篇，每篇是一个 uint16 数组。
+        """同 `encode`，一次许多篇，每篇是一个 uint16 数组。"""
+        return [ids for ids, _ in self.encode_and_lose(texts)]
+
+    def encode_and_lose(self, texts: list[str]) -> list[tuple[np.ndarray, str]]:
+        """同 `encode_batch`，另外给出每篇里写不出的字，连成一串。
+
+        写不出的：变成 [UNK] 的，以及被规范化悄悄去掉的（例如 U+200B）。一个 [UNK] 可以代表许多字，
+        所以要数字，而不是数 [UNK]。
 
         汉字与标点从不与左右相连，一个字就是一个词元，查表即可；夹在中间的字母、数字、假名等，
         才一截一截地交给 `tokenizers`。结果相同，快好几倍。
         """
-        encoded = []
-        for text in texts:
-            codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)  # 每个字的 Unicode 编号
-            ids = self._alone[np.minimum(codes, 0xFFFF)]
-            together = ids == NOT_ALONE
-            if not together.any():  # 短的一问一答大多如此
-                encoded.append(ids)
-                continue
-            edges = np.flatnonzero(np.diff(together, prepend=False, append=False))
-            pieces, done = [], 0
-            for start, end in edges.reshape(-1, 2).tolist():
-                pieces += [ids[done:start], self._joined(text[start:end])]
-                done = end
-            encoded.append(np.concatenate([*pieces, ids[done:]]))
-        return encoded
+        if not texts:
+            return []
+        together = "\n".join(texts)  # 换行从不与左右相连：几篇接起来一次查完，再从换行处分开
+        codes = np.frombuffer(together.encode("utf-32-le"), np.uint32)  # 每个字的 Unicode 编号
+        ids = self._alone[np.minimum(codes, 0xFFFF)]
+        joined = np.flatnonzero(np.diff(ids == NOT_ALONE, prepend=False, append=False))
+        lost = [(at, together[at]) for at in np.flatnonzero(ids == self.unk_id).tolist()]
+        pieces, done, longer = [], 0, []  # longer：每一截变成的编号比字多几个
+        for start, end in joined.reshape(-1, 2).tolist():
+            found, missing = self._joined(together[start:end])
+            pieces += [ids[done:start], found]
+            longer.append(len(found) - (end - start))
+            done = end
+            if missing:
+                lost.append((start, missing))
+        ids = np.concatenate([*pieces, ids[done:]])
+        ends = np.cumsum(
+            [len(text) + 1 for text in texts]
+        )  # 每一篇之后的换行之后，在接起来的文字里
+        shift = np.concatenate([[0], np.cumsum(longer, dtype=np.int64)])
+        bounds = [0, *(ends + shift[np.searchsorted(joined[::2], ends)]).tolist()]
+        missing = [""] * len(texts)
+        for at, characters in lost:
+            missing[np.searchsorted(ends, at, side="right")] += characters
+        return [
+            (ids[start : end - 1], gone)
+            for start, end, gone in zip(bounds, bounds[1:], missing, strict=False)
+        ]
 
     @cached_property
     def _alone(self) -> np.ndarray:
@@ -157,13 +199,19 @@ class Tokenizer:
                 table[ord(character)] = ids[1]
         return table
 
-    def _joined(self, text: str) -> np.ndarray:
-        """一截会与左右相连的字的编号；常见的（年份、单位）记住，不必再算。"""
-        if (ids := self._seen.get(text)) is None:
-            ids = np.array(self.encode(text), np.uint16)
+    def _joined(self, text: str) -> tuple[np.ndarray, str]:
+        """一截会与左右相连的字的编号，以及其中写不出的字；常见的（年份、单位）记住，不必再算。"""
+        if (found := self._seen.get(text)) is None:
+            encoding = self.backend.encode(text, add_special_tokens=False)
+            kept = np.zeros(len(text), bool)
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                if token != self.unk_id:
+                    kept[start:end] = True
+            lost = "" if kept.all() else "".join(text[i] for i in np.flatnonzero(~kept))
+            found = np.array(encoding.ids, np.uint16), lost
             if len(text) <= 16 and len(self._seen) < 100_000:
-                self._seen[text] = ids
-        return ids
+                self._seen[text] = found
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         """编号 -> 文本，略去控制词元。逐个解码再相接，与整段解码结果相同。"""
@@ -176,7 +224,7 @@ class Tokenizer:
 
     def document_ids(self, ids: np.ndarray) -> np.ndarray:
         """给一篇文档的编号 (uint16) 加上首尾标记。"""
-        return np.concatenate([[self.bos_id], ids, [self.eos_id]]).astype(np.uint16)
+        return np.concatenate([self._start, ids, self._end])
 
     def turn_ids(self, role: str, ids: list[int]) -> list[int]:
         """给一轮发言的编号加上首尾标记与角色。"""
@@ -202,22 +250,26 @@ class Tokenizer:
         added = "\x00".join(CONTROL_TOKENS + TEXT_TOKENS)
         return hashlib.sha256((VOCAB_SHA256 + added).encode()).hexdigest()[:16]
 
-    def to_transformers(self, stage: str = "sft", max_len: int | None = None):
+    def to_transformers(
+        self, stage: str = "sft", max_len: int | None = None, keep_reasoning: bool = True
+    ):
         """包装成 `transformers` 的分词器，可以 `save_pretrained` 后由 `AutoTokenizer` 读回。
 
         Args:
             stage: 微调过的才带对话模板；只会接着写的套上它，答的也不是回答。
             max_len: 模型最多看多长；更长的，它会提醒。
+            keep_reasoning: 真时，消息里的思考过程也写出来；没有学过它的模型，不写。
         """
         from transformers import PreTrainedTokenizerFast
 
+        template = CHAT_TEMPLATE.replace("KEEP_REASONING", str(keep_reasoning).lower())
         return PreTrainedTokenizerFast(
             tokenizer_object=self.backend,
             bos_token="<|im_start|>",
             eos_token="<|im_end|>",
             unk_token="[UNK]",
             pad_token="[PAD]",
-            chat_template=CHAT_TEMPLATE if stage == "sft" else None,
+            chat_template=template if stage == "sft" else None,
             response_template=RESPONSE_TEMPLATE if stage == "sft" else None,
             model_max_length=max_len,
             clean_up_tokenization_spaces=False,

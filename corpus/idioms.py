@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config import UserError
-from corpus.readers import ReadLog
+from corpus.log import ReadLog
 from corpus.shapes import Conversation, Record
 
 NOTHING = "无"  # 词典用它表示「这一栏没有内容」
@@ -50,7 +50,7 @@ def dictionary_file() -> Path:
 def read_entries(path: Path, log: ReadLog) -> Iterator[dict[str, str]]:
     """逐条给出 {word, explanation, derivation, example}，文字都已修补。"""
     for row in json.loads(path.read_text(encoding="utf-8")):
-        log.rows += 1
+        log.use()
         fields = ("explanation", "derivation", "example")
         yield {"word": row["word"]} | {name: clean(row[name], row["word"]) for name in fields}
 

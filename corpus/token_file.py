@@ -1,20 +1,19 @@
 """词元文件：原始文件读一遍、分词一遍，写到磁盘上；内容没变就直接用上次的。
 
     tokenize_corpus   原始文件 -> 词元文件
-    is_held_out       一篇文档归训练还是检验
 
-词元文件是 uint16 的一维数组（两万多个编号，16 位足够），旁边有一张 JSON 卡片写明来历。
-训练与检验按文档分开：每篇由自己的键散列决定去哪边，重复的文档因此总在同一边。
+词元文件是 uint16 的一维数组（两万多个编号，16 位足够），旁边有一张 JSON 卡片写明来历与账目。
+训练与检验按文档分开，怎样分见 split.py。
 """
 
+import functools
 import glob
 import hashlib
 import inspect
 import json
 import os
 import time
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +24,24 @@ from tqdm import tqdm
 
 import tokenizer as tokenizer_module
 from config import Config, UserError
-from corpus import idioms, readers, shapes
-from corpus.readers import ReadLog
-from corpus.shapes import Record
+from corpus import (
+    conversations,
+    encode,
+    fields,
+    find,
+    idioms,
+    json_rows,
+    prose,
+    readers,
+    shapes,
+    sniff,
+    split,
+    turns,
+    unpack,
+)
+from corpus.encode import chunks, encode_conversations, encode_documents
+from corpus.log import ReadLog, Refused
+from corpus.writer import Writer
 from dataset import SIDES
 from tokenizer import Tokenizer
 
@@ -40,9 +54,8 @@ class TokenFile(NamedTuple):
     starts: dict[str, np.ndarray]
 
 
-FORMAT = 2  # 词元文件的格式变了就加一，旧文件会自动重做
-CHUNK = 2048  # 一次最多分词多少篇
-CHUNK_CHARACTERS = 1 << 20  # 一次最多分词多少字：分词时一个字要占一百多字节
+FORMAT = 3  # 词元文件的格式，或者划分的办法变了，就加一；旧文件会自动重做
+LOST_WARNING, LOST_LIMIT = 0.01, 0.5  # 写不出的字占到这么多，就提醒；就不练
 
 
 def tokenize_corpus(
@@ -51,56 +64,60 @@ def tokenize_corpus(
     """把数据变成词元文件；来源、分词器、划分都没变时，用上次的。
 
     Args:
-        source: "builtin" 或文件路径。
+        source: "builtin"，或文件、目录、通配符、逗号隔开的几个。
         stage: "pretrain" 读成文档，"sft" 读成对话。
         wait: 真时自己不做，等同一台机器上的第 0 个进程做好。
     Raises:
         UserError: 数据不能用，并说明该怎么办。
     """
-    path = idioms.dictionary_file() if source == "builtin" else Path(source)
-    if source != "builtin":
-        readers.check_source(path)
+    paths = [idioms.dictionary_file()] if source == "builtin" else find.find_files(source)
     identity = {
         "format": FORMAT,
         "source": source,
         "stage": stage,
-        "size": path.stat().st_size,
+        "size": sum(path.stat().st_size for path in paths),
         "tokenizer": tokenizer.fingerprint(),
         "val_fraction": config.val_fraction,
+        "keep_reasoning": config.keep_reasoning and stage == "sft",
         "code": code_fingerprint(),
     }
-    name = hashlib.sha256(os.fsencode(f"{path.resolve()} {stage}")).hexdigest()[:8]
-    stem = path.stem[:40]  # 系统允许的文件名有长度限制，后面还要接别的
+    place = "\n".join(str(path.resolve()) for path in paths)
+    name = hashlib.sha256(os.fsencode(f"{place} {stage}")).hexdigest()[:8]
+    stem = paths[0].stem[:40]  # 系统允许的文件名有长度限制，后面还要接别的
     base = Path(config.data_dir) / "cache" / f"{stem}-{stage}-{name}"
-    if (ready := _load(base, identity, path)) is not None:
+    if (ready := _load(base, identity, paths)) is not None:
         print(f"数据：沿用 {base}.*（{_summary(ready.card)}）")
         return ready
     while wait:
         time.sleep(0.2)
-        if (ready := _load(base, identity, path)) is not None:
+        if (ready := _load(base, identity, paths)) is not None:
             return ready
-    ready = _make(base, identity, path, tokenizer)
+    ready = _make(base, identity, paths, tokenizer)
     print(f"数据：写好 {base}.*（{_summary(ready.card)}）")
     return ready
 
 
-def _make(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> TokenFile:
+def _make(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) -> TokenFile:
     """做好词元文件；别的程序正在做，就等它做好。"""
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
         with only_one(Path(f"{base}.lock")):
-            if (ready := _load(base, identity, path)) is None:  # 等的时候也许别人做好了
+            if (ready := _load(base, identity, paths)) is None:  # 等的时候也许别人做好了
                 try:
-                    _build(base, identity, path, tokenizer)
+                    _build(base, identity, paths, tokenizer)
                 finally:
                     for part in base.parent.glob(f"{glob.escape(base.name)}.*.part"):
                         part.unlink()
+    except FileNotFoundError as error:
+        if any(not os.path.exists(path) for path in paths):
+            raise UserError(f"{identity['source']} 在读的时候不见了；请检查路径") from error
+        raise
     except OSError as error:
         raise UserError(
             f"准备数据时读写失败（{error.strerror}：{error.filename or base.parent}）；"
             f"请检查权限与剩余的空间"
         ) from error
-    ready = ready or _load(base, identity, path)
+    ready = ready or _load(base, identity, paths)
     assert ready is not None, f"刚写好的词元文件读不回来：{base}"
     return ready
 
@@ -122,25 +139,27 @@ def only_one(lock_file: Path) -> Iterator[None]:
 
 def code_fingerprint() -> str:
     """决定词元文件内容的那些代码的指纹：改了其中任何一处，词元文件就要重做。"""
-    pieces = (idioms, readers, shapes, tokenizer_module, encode_documents, encode_conversations)
+    pieces = (conversations, encode, fields, find, idioms, json_rows, prose, readers, shapes,
+              sniff, split, turns, unpack, tokenizer_module)  # fmt: skip
     return hashlib.sha256("".join(map(inspect.getsource, pieces)).encode()).hexdigest()[:16]
 
 
 def _summary(card: dict) -> str:
     return (
         f"{card['train_documents']} 篇训练，{card['val_documents']} 篇检验，"
-        f"{card['train_tokens'] / 1e6:.2f} M 训练词元，[UNK] {card['unk_rate']:.2%}"
+        f"{card['train_tokens'] / 1e6:.2f} M 训练词元，[UNK] {card['unk_rate']:.2%}，"
+        f"写不出的字 {card['lost_characters'] / max(1, card['characters']):.2%}"
     )
 
 
-def _load(base: Path, identity: dict, path: Path) -> TokenFile | None:
+def _load(base: Path, identity: dict, paths: list[Path]) -> TokenFile | None:
     """读回词元文件；没有、不完整或来源变了，返回 None。"""
     try:
         card = json.loads(Path(f"{base}.json").read_text(encoding="utf-8"))
         if any(card[key] != value for key, value in identity.items()):
             return None
-        # 修改时间没变就相信内容没变；变了（例如只是复制过）再比散列。
-        if card["mtime"] != path.stat().st_mtime_ns and card["sha256"] != readers.sha256(path):
+        # 大小与时间没变就相信内容没变；变了（例如只是复制过）再比散列。
+        if card["stamps"] != list(map(find.stamp, paths)) and card["sha256"] != hash_of(paths):
             return None
         tokens = {s: _map(f"{base}.{s}.bin", np.uint16, card[f"{s}_tokens"]) for s in SIDES}
         starts = {s: _map(f"{base}.{s}.idx", np.int64, card[f"{s}_documents"] + 1) for s in SIDES}
@@ -149,132 +168,94 @@ def _load(base: Path, identity: dict, path: Path) -> TokenFile | None:
     return TokenFile(card, tokens, starts)
 
 
+def hash_of(paths: list[Path]) -> str:
+    """几个文件的内容的散列；只有一个的，就是它的 SHA-256。"""
+    each = [find.sha256(path) for path in paths]
+    return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
+
+
 def _map(path: str, dtype: type, length: int) -> np.ndarray:
     if os.path.getsize(path) != length * np.dtype(dtype).itemsize:
         raise ValueError(f"{path} 的长度与卡片不符")
     return np.memmap(path, dtype, mode="r")
 
 
-class _SideWriter:
-    """写一边（训练或检验）的词元文件：编号追加在后面，顺便数清。"""
-
-    def __init__(self, base: Path, side: str):
-        self.base, self.side = base, side
-        self.part = Path(f"{base}.{side}.part")
-        self.file = self.part.open("wb")
-        self.starts = array("q", [0])  # 64 位整数，一千万篇也只有 80 MB
-        self.targets = self.characters = 0
-        self.digest = hashlib.sha256()  # 接着练时，据此确认数据没有变
-
-    def add(self, ids: np.ndarray, n_targets: int, text: str) -> None:
-        """一篇的编号 (uint16)，其中要猜的有几个，写出的是哪些字。"""
-        self.file.write(ids.tobytes())
-        self.digest.update(ids.tobytes())
-        self.starts.append(self.starts[-1] + len(ids))
-        self.targets += n_targets
-        self.characters += len(text)
-
-    def finish(self) -> dict:
-        """改成正式的名字，返回写进卡片的几项。
-
-        不在原处改写：正在用旧文件训练的程序，手里的还是旧的那一份。
-        """
-        os.replace(self.part, f"{self.base}.{self.side}.bin")
-        np.frombuffer(self.starts, np.int64).tofile(self.part)
-        os.replace(self.part, f"{self.base}.{self.side}.idx")
-        self.digest.update(self.starts)
-        counted = {
-            "documents": len(self.starts) - 1,
-            "tokens": self.starts[-1],
-            "targets": self.targets,  # 要猜的词元数，与它们写出的字数：
-            "characters": self.characters,  # 由此换算每个字的比特数
-            "sha256": self.digest.hexdigest(),
-        }
-        return {f"{self.side}_{name}": value for name, value in counted.items()}
-
-
-def _build(base: Path, identity: dict, path: Path, tokenizer: Tokenizer) -> None:
+def _build(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) -> None:
     """分词并写盘。先写临时文件，最后才写卡片：中途断电，下次只是重做。"""
     Path(f"{base}.json").unlink(missing_ok=True)
-    module = idioms if identity["source"] == "builtin" else shapes
-    log = ReadLog(identity["source"])
-    read, encode = {
-        "pretrain": (module.read_documents, encode_documents),
-        "sft": (module.read_conversations, encode_conversations),
-    }[identity["stage"]]
-    sides, unknown, size = {}, 0, path.stat().st_size
+    log, stamps = ReadLog(identity["source"]), list(map(find.stamp, paths))
     with ExitStack() as stack:
-        for side in SIDES:
-            sides[side] = _SideWriter(base, side)
-            stack.enter_context(sides[side].file)
-        bar = stack.enter_context(tqdm(total=size, desc="分词", unit="B", unit_scale=True))
-        for chunk in chunks(read(path, log)):
-            for record, (ids, targets, text) in zip(chunk, encode(chunk, tokenizer), strict=True):
-                side = "val" if is_held_out(record.key, identity["val_fraction"]) else "train"
-                sides[side].add(ids, targets, text)
-                unknown += int((ids == tokenizer.unk_id).sum())
-            if log.file and not log.file.closed:
-                bar.update(log.file.tell() - bar.n)
-        bar.update(size - bar.n)
+        writer = Writer(base)
+        stack.enter_context(writer.file)
+        bar = tqdm(total=identity["size"], desc="分词", unit="B", unit_scale=True)
+        stack.enter_context(bar)
+        records, encoder = _reading(identity, paths, log)
+        for chunk in chunks(records):
+            writer.add(chunk, list(encoder(chunk, tokenizer)), tokenizer.unk_id)
+            bar.update(log.bytes_read() - bar.n)
+        bar.update(identity["size"] - bar.n)
     log.check()
-    for line in log.report():
+    totals = writer.totals()
+    for line in [*log.report(), *check_lost(totals, log)]:
         print(line)
-    for side, name in (("train", "训练"), ("val", "检验")):
-        if len(sides[side].starts) == 1:
-            raise UserError(
-                f"{identity['source']} 的 {log.rows} 条数据碰巧没有一条分到{name}那边；"
-                f"请增加数据，或换一个 --val_fraction（现在是 {identity['val_fraction']}）"
-            )
-    total = sum(writer.starts[-1] for writer in sides.values())
-    card = identity | {"mtime": path.stat().st_mtime_ns, "sha256": readers.sha256(path)}
-    card |= {"bad_rows": log.bad, "rows": log.rows, "unk_rate": unknown / total}
-    for writer in sides.values():
-        card |= writer.finish()
+    held_out = writer.held_out(identity["val_fraction"])
+    if held_out is None:
+        raise Refused(
+            f"{identity['source']} 里只有一种文档（共 {len(writer.keys)} 篇，内容或提问都相同），"
+            f"留不出检验的；请增加数据",
+            log,
+        )
+    digest = hash_of(paths)
+    for path, before in zip(paths, stamps, strict=True):
+        readers.check_unchanged(path, before)
+    card = identity | {"stamps": stamps, "sha256": digest} | account(log) | totals
+    for side, mine in (("train", ~held_out), ("val", held_out)):
+        card |= writer.write_side(side, mine)
     part = Path(f"{base}.json.part")
-    part.write_text(json.dumps(card, ensure_ascii=False, indent=2), encoding="utf-8")
+    part.write_text(json.dumps(card, ensure_ascii=False, indent=2), "utf-8", "backslashreplace")
     os.replace(part, f"{base}.json")
 
 
-def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """把数据分成一块一块，每块的篇数与字数都有上限；内存因此与文件大小无关。"""
-    chunk: list[Record] = []
-    size = 0
-    for record in records:
-        chunk.append(record)
-        text = record.content
-        size += len(text) if isinstance(text, str) else sum(len(turn) for _, turn in text)
-        if len(chunk) >= CHUNK or size >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def _reading(identity: dict, paths: list[Path], log: ReadLog):
+    """(一条条数据, 怎样编码)。"""
+    pretrain, source = identity["stage"] == "pretrain", identity["source"]
+    encoder = encode_documents if pretrain else encode_conversations
+    if source == "builtin":
+        log.begin("builtin", "builtin")
+        read = idioms.read_documents if pretrain else idioms.read_conversations
+        return read(paths[0], log), encoder
+    read = shapes.read_documents
+    if not pretrain:
+        keep = identity["keep_reasoning"]
+        read = functools.partial(conversations.read_conversations, keep_reasoning=keep)
+    return read(source, log), encoder
 
 
-def is_held_out(key: str | None, fraction: float) -> bool:
-    """这个键归检验还是训练：只由键的散列决定，与顺序、机器、Python 版本无关。"""
-    if key is None:
-        return False
-    digest = hashlib.blake2b(key.encode(), digest_size=8, person=b"mini-llm").digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+def account(log: ReadLog) -> dict:
+    """账，写进卡片的几项。"""
+    return {
+        "kind": log.kind, "files": log.counted_files(), "rows": log.rows, "used": log.used,
+        "changed": dict(log.changed), "refused": dict(log.refused), "bad_rows": log.bad,
+        "unused_fields": dict(log.unused), "notes": log.notes,
+    }  # fmt: skip
 
 
-Encoded = tuple[np.ndarray, int, str]  # (编号, 要猜的词元数, 要猜的文字)
-
-
-def encode_documents(chunk: list[Record], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """逐篇编码；每个词元都要猜，包括结束标记。"""
-    texts = [record.content for record in chunk]
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        document = tokenizer.document_ids(ids)
-        yield document, len(document), text
-
-
-def encode_conversations(chunk: list[Record], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """逐段编码；只猜助手的话和它的结束标记。"""
-    encoded = iter(tokenizer.encode_batch([text for r in chunk for _, text in r.content]))
-    for record in chunk:
-        turns = [tokenizer.turn_ids(role, next(encoded).tolist()) for role, _ in record.content]
-        answers = [i for i, (role, _) in enumerate(record.content) if role == "assistant"]
-        targets = sum(len(turns[i]) - 2 for i in answers)  # 去掉 <|im_start|> 与角色
-        text = "".join(record.content[i][1] for i in answers)
-        yield np.array([i for turn in turns for i in turn], np.uint16), targets, text
+def check_lost(totals: dict, log: ReadLog) -> list[str]:
+    """写不出的字多不多：要提醒的话。Raises Refused：多到学不了。"""
+    lost, characters = totals["lost_characters"], totals["characters"]
+    share = lost / max(1, characters)
+    if share <= LOST_WARNING:
+        return []
+    most = " ".join(character for character, _ in totals["lost_top"])
+    if share > LOST_LIMIT:
+        raise Refused(
+            f"{log.source} 的 {characters:,} 个字里有 {lost:,} 个（{share:.0%}）词表里没有"
+            f"（最多的是 {most}）：bert-base-chinese 的词表只有中文、英文与常见的符号，这份语料"
+            f"学不了；请换一份，或先去掉这些字",
+            log,
+            totals,
+        )
+    return [
+        f"{log.source} 有 {share:.1%} 的字词表里没有（最多的是 {most}）：它们变成 [UNK]，"
+        f"学不到也写不出；每字比特数里，每个这样的字多记 20 比特"
+    ]

@@ -142,7 +142,7 @@ def capture(
         parts: {名字: 有 state_dict 的一部分}，名字见 `PARTS`；没有的写空的。
         device: 在什么设备上练的，`Device.describe()`。
         max_steps: 全程的步数；学习率的曲线由它和 config 决定。
-        data: 语料的身份（`data_identity`），以及读到了第几遍的第几行。
+        data: 语料的身份（engine/corpora.py），以及读到了第几遍的第几行。
     """
     states = {
         name: whole(parts[name].state_dict()) if parts.get(name) is not None else empty
@@ -198,11 +198,6 @@ def summary(checkpoint: dict[str, Any]) -> str:
         result = f"最近一次{result}" if math.isfinite(bpc) else "还没有检验过"
         return f"{stage}只练了 {step}/{checkpoint['max_steps']} 步，{result}"
     return f"{stage} {step} 步，{result}"
-
-
-def data_identity(card: dict) -> dict[str, Any]:
-    """训练与检验的词元各是哪些：内容的散列，与文件放在哪里无关。"""
-    return {name: card[name] for name in ("train_sha256", "val_sha256")}
 
 
 def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[str, Any]]:

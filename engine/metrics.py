@@ -79,7 +79,7 @@ class Metrics:
         import matplotlib.pyplot as plt
 
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        for name, style in (("train_loss", "-"), ("val_loss", "o-")):
+        for name, style in (("train_loss", "-"), ("val_loss", "o-"), ("val_loss_old", "s--")):
             points = [(r["tokens"], r[name]) for r in self.rows if r.get(name) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1)

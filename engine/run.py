@@ -15,12 +15,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import UserError
-from engine import words
+from config import MissingData, UserError
+from engine import corpora, words
 from engine.checkpoint import (
     build_model,
     capture,
-    data_identity,
     load,
     restore,
     versions,
@@ -38,9 +37,10 @@ from engine.shared_row import SharedRow
 from engine.stepper import Stepper
 from engine.stop import Stop
 from model import Transformer
-from settings.defaults import eval_interval
+from settings.defaults import eval_interval, fewer_steps
 from settings.flags import is_out_of_memory
-from settings.resolve import Origin, inherit, load_config, save_config
+from settings.resolve import Origin, load_config, save_config
+from settings.stored import inherit
 from tokenizer import Tokenizer
 
 
@@ -62,17 +62,18 @@ class Run(Stepper):
         self.folder = RunFolder(stage, config, origins, world, program)
         self.checkpoint = self.folder.begin(config, origins, tokenizer)  # --resume：上次的状态
         self.start, start_path = self.checkpoint, self.folder.path
-        if stage == "sft" and not self.checkpoint:
+        if config.init_from and not self.checkpoint:  # 微调，或者增量预训练
             start_path = Path(config.init_from)
             _, source, self.start = load(start_path, tokenizer)
-            inherit(config, origins, source, config.init_from)
+            inherit(config, origins, source, config.init_from, stage)
         self.start_path, self.resumed = start_path, self.checkpoint is not None
         super().__init__(stage, config, Device(config, world), tokenizer)
         self.progress, self.rng = Progress(), RandomNumbers()
+        self.old_card: dict | None = None
         print(words.introduction(self))
 
     def __exit__(self, kind, error, trace) -> None:
-        """离开：内存不够就换成一句话；断开别的进程，松开目录。"""
+        """离开：内存不够、数据搬走了，换成说得全的一句；断开别的进程，松开目录。"""
         if error is None:  # 出了错的直接走：别的进程也许正等着，断开反而会卡住
             self.world.disconnect()
         self.folder.close()
@@ -81,11 +82,29 @@ class Run(Stepper):
         ran_out = isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error)
         if ran_out and self._model is not None:
             raise out_of_memory(self.config, self._model, self.rows_at_once) from error
+        if isinstance(error, MissingData) and self.resumed:
+            raise corpora.moved(self, error) from error
 
     # ---------- 1. 循环之前 ----------
 
+    def old_corpus(self, read):
+        """增量预训练时，学过的那一份语料（词元文件）；没有、读不了是 None。"""
+        old = corpora.read_old(self, read)
+        self.old_card = old and old.card
+        return old
+
+    def plan(self, train, card: dict) -> None:
+        """同 `Stepper.plan`；步数是预设的，数据又太少，就少走几步。"""
+        super().plan(train, card)
+        name = {"pretrain": "max_steps", "sft": "sft_max_steps"}[self.stage]
+        steps = fewer_steps(self.config, self.n_steps, train.n_rows)
+        if self.origins[name] is Origin.PRESET and steps < self.n_steps:
+            print(words.few_data(self, self.n_steps, steps))
+            self.n_steps = steps
+            setattr(self.config, name, steps)  # 检查点里也是它：接着练时步数相同
+
     def model(self) -> Transformer:
-        """刚出生的模型，或者起点里的：接着练的是上次的，微调的是预训练过的。"""
+        """刚出生的模型，或者起点里的：接着练的是上次的，微调与增量预训练的是学过的。"""
         if self.start is None:
             torch.manual_seed(self.config.seed)
             model = Transformer(self.config)
@@ -125,12 +144,7 @@ class Run(Stepper):
             UserError: 语料变了，或者要的步数比走完的还少。
         """
         checkpoint, folder = self.checkpoint, self.folder
-        mine = data_identity(self.card)
-        if mine != {name: checkpoint["data"].get(name) for name in mine}:
-            raise UserError(
-                f"语料与 {folder.path} 训练时的不同，接不上；请换回原来的语料，"
-                f"或用 --out_dir 换一个目录从头练"
-            )
+        corpora.check(self)
         parts = {"optimizers": self._optimizer, "scaler": self.device.scaler, "rng": self.rng,
                  "progress": self.progress}  # fmt: skip
         restore(checkpoint, parts, folder.path)
@@ -247,16 +261,19 @@ class Run(Stepper):
             everything: 最后的那一次，数据多，不与平时的比高低。
         """
         self.micro_rows = []  # 内存若不够，是检验的这一批太大
-        loss, bpc = exam.measure(max_tokens)
+        (loss, bpc), old = exam.measure(max_tokens), exam.measure_old(max_tokens)
         load = expert_loads(self._model, self.world)  # 专家混合：留出的数据上，各位专家的负载
         self.progress.checked(loss, bpc, everything)
         sample = ""
         if math.isfinite(loss):
             with self._parallel.gathered():
                 sample = exam.write()
-        tqdm.write(words.exam_result(self.progress.step, loss, bpc, load, exam.show(sample)))
-        experts = {"val_load": load.rounded()} if load else {}
-        return {"val_loss": loss, "val_bpc": bpc, "sample": sample, **experts}
+        step, shown = self.progress.step, exam.show(sample)
+        tqdm.write(words.exam_result(step, (loss, bpc), old, load, shown))
+        more = {"val_load": load.rounded()} if load else {}
+        if old:
+            more |= {"val_loss_old": old[0], "val_bpc_old": old[1]}
+        return {"val_loss": loss, "val_bpc": bpc, "sample": sample, **more}
 
     def first_check(self, exam, max_tokens: int) -> float:
         """一步还没有走时的检验，也写进记录；返回损失。"""
@@ -272,5 +289,5 @@ class Run(Stepper):
         return capture(
             self.parts, stage=self.stage, config=self.config, tokenizer=self.tokenizer,
             device=self.device.describe(), max_steps=self.n_steps,
-            data=data_identity(self.card) | {"epoch": epoch, "row": row},
+            data=corpora.identity(self.card, self.old_card) | {"epoch": epoch, "row": row},
         )  # fmt: skip

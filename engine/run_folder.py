@@ -23,7 +23,8 @@ from engine.checkpoint import (
     read,
 )
 from engine.distributed import World
-from settings.resolve import Origins, adopt
+from settings.resolve import Origins
+from settings.stored import adopt
 from tokenizer import Tokenizer
 
 
@@ -80,7 +81,7 @@ class RunFolder:
         restarted = self.world.restarts > 0 and self._launch_id() == self.world.launch_id != "none"
         if not config.resume and not (restarted and existing):
             if not config.overwrite:
-                self._keep(existing)
+                self._keep(existing, config.init_from)
             return None
         if config.overwrite and not restarted:
             raise UserError("--resume 与 --overwrite 只能写一个")
@@ -95,8 +96,8 @@ class RunFolder:
         if imported(checkpoint):
             raise UserError(
                 f"{path} 是导入的，只有参数，没有训练的状态，接不上；"
-                f"以它为起点微调：python sft_train.py --init_from {shlex.quote(str(path))}，"
-                f"并用 --out_dir 换一个目录"
+                f"以它为起点微调：python sft_train.py --init_from {shlex.quote(str(path))}"
+                f"（继续预训练是 pre_train.py），并用 --out_dir 换一个目录"
             )
         adopt(config, origins, config_of(checkpoint, path, tokenizer), path)
         return checkpoint
@@ -145,12 +146,20 @@ class RunFolder:
             f"{'；'.join(problems)}；没有好的检查点，只能从头练：去掉 --resume，加上 --overwrite"
         )
 
-    def _keep(self, existing: list[Path]) -> None:
+    def _keep(self, existing: list[Path], start: str | None) -> None:
         """已有的训练不许悄悄盖掉；一步都没走的，盖掉也不可惜。
 
+        Args:
+            existing: 已有的，最新的在前。
+            start: 这一次的起点；也许正是已有的。
         Raises:
             UserError: 已经有了，说清走了几步，接下来可以怎样。
         """
+        if start and any(path.resolve() == Path(start).resolve() for path in existing):
+            raise UserError(
+                f"起点 {start} 就在要写的目录 {self.root} 里，练起来会盖掉它；"
+                f"请用 --out_dir 换一个目录，例如 --out_dir {shlex.quote(f'{self.root}-more')}"
+            )
         for path in existing:
             try:
                 checkpoint = read(path, mmap=True)

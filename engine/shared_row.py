@@ -94,8 +94,8 @@ def tie_unused_rows(model: Transformer, tokens: np.ndarray, newborn: bool) -> Sh
     Args:
         model: 合用的各行会就地改成相同的。
         tokens: 训练要用的全部编号，一维 uint16。
-        newborn: 模型刚出生，没出现过的词元可以从同一个起点出发；否则（微调）只合并起点已经相同的，
-            预训练时见过的词元各有各的行。
+        newborn: 模型刚出生，没出现过的词元可以从同一个起点出发；否则（微调、增量预训练）
+            只合并起点已经相同的，从前见过的词元各有各的行。
     """
     weight = model.embedding.weight
     unused = torch.from_numpy(~used_ids(tokens, len(weight))).to(weight.device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from config import Config
-from dataset import IGNORE, Batch, rows_of_step
+from dataset import IGNORE, Batch, Replay, rows_of_step
 from engine.device import Device, compile_if_possible
 from engine.distributed import Parallel, gather, shard_like
 from engine.expert_load import expert_loads, rebalance
@@ -41,6 +41,7 @@ class Stepper:
         self.stage, self.config, self.tokenizer = stage, config, tokenizer
         self.device, self.world = device, device.world
         self.first_step = 0  # 从第几步走起
+        self.swap: Callable[[int, int], int] | None = None  # 回放旧语料的，换上哪一行
         self.notes: dict = {}  # 这一步要记下的别的事
         self._model: nn.Module | None = None
         self.micro_rows: list[list[int]] = []  # 这一步的各小批用哪几行
@@ -56,16 +57,25 @@ class Stepper:
     def __exit__(self, *error) -> None:
         pass
 
+    @property
+    def from_scratch(self) -> bool:
+        """模型刚出生，还没有学过别的：不是微调，也不是增量预训练。"""
+        return self.stage == "pretrain" and self.config.replay_data is None
+
     # ---------- 1. 循环之前 ----------
+
+    def old_corpus(self, read: Callable):
+        """增量预训练时，学过的那一份语料：`Run` 才有。"""
 
     def plan(self, train, card: dict) -> None:
         """训练的一批批有了：定下走几步，与别的进程接上。
 
         Args:
-            train: `PretrainBatches` 或 `SFTBatches`。
+            train: `PretrainBatches`、`Replay` 或 `SFTBatches`。
             card: 词元文件的卡片。
         """
         self.train, self.card = train, card
+        self.swap = train.swap if isinstance(train, Replay) else None
         self.rows_per_step = self.config.batch_size * self.config.grad_accum
         self.n_steps = total_steps(self.config, self.stage, train.n_rows, card["train_tokens"])
         self.world.connect(self.device.place, self.rows_per_step)
@@ -83,7 +93,7 @@ class Stepper:
 
     def find_shared_row(self) -> SharedRow | None:
         """没用到的词元，哪些合用一行。"""
-        return tie_unused_rows(self._model, self.train.tokens, newborn=self.stage == "pretrain")
+        return tie_unused_rows(self._model, self.train.tokens, newborn=self.from_scratch)
 
     def fit(self, loss: nn.Module) -> None:
         """编译与并行之前的最后一刻：这里什么也不做。"""
@@ -110,7 +120,8 @@ class Stepper:
 
     def batches(self, step: int) -> Iterator[Batch]:
         """这一步的大批里归这个进程的，分成几小批，已经在设备上。"""
-        rows = rows_of_step(step, self.rows_per_step, self.train.n_rows, self.config.seed)
+        n_rows, seed = self.train.n_rows, self.config.seed
+        rows = rows_of_step(step, self.rows_per_step, n_rows, seed, self.swap)
         self.micro_rows = self.world.my_share(rows, self.config.batch_size)
         batches = [self.train.get(some) for some in self.micro_rows]
         (self.n_targets,) = self.world.sum(sum(int((b.targets != IGNORE).sum()) for b in batches))

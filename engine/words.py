@@ -11,7 +11,7 @@ def introduction(run) -> str:
     config, lines = run.config, []
     lines.append(f"{NAMES[run.stage]} · {run.device.describe()}")
     lines.append(describe(config, run.origins))
-    if run.stage == "sft" and not run.resumed:
+    if run.start and not run.resumed:
         lines.append(f"起点：{config.init_from}（{summary(run.start)}）")
     if run.stage == "pretrain" and run.origins["preset"] is Origin.AUTO:
         lines.append(
@@ -29,16 +29,35 @@ def scale(run) -> str:
         f"每步 {run.rows_per_step * run.config.seq_len} 个词元，"
         f"合计读 {run.n_steps * run.rows_per_step / run.train.n_rows:.2g} 遍"
     )
+    if run.swap and run.train.n_old:
+        text += f"，每一遍 {run.train.n_new} 行新的、{run.train.n_old} 行旧的"
     if run.shared:
         n = len(run.shared.members)
         text += f"\n（词表里有 {n} 个词元这份语料从没用过：合用词嵌入的一行，打分只算一次）"
     return text
 
 
-def exam_result(step: int, loss: float, bpc: float, load, sample: str) -> str:
-    """一次检验的结果；load 是专家混合的负载，稠密模型是 None。"""
-    busy = f" · {load}" if load else ""
-    return f"第 {step} 步 · 检验损失 {loss:.3f} · 每字 {bpc:.3f} 比特{busy}\n    {sample}"
+def exam_result(step: int, result: tuple, old: tuple | None, load, sample: str) -> str:
+    """一次检验的结果。
+
+    Args:
+        result: (损失，每字的比特数)；old 是旧语料上的，没有是 None。
+        load: 专家混合的负载，稠密模型是 None。
+    """
+    text = f"第 {step} 步 · 检验损失 {result[0]:.3f} · 每字 {result[1]:.3f} 比特"
+    if old:
+        text += f" · 旧语料 {old[0]:.3f}，每字 {old[1]:.3f} 比特"
+    return text + (f" · {load}" if load else "") + f"\n    {sample}"
+
+
+def few_data(run, before: int, after: int) -> str:
+    """数据太少，预设的步数从 before 减到 after。"""
+    what = {"pretrain": "语料", "sft": "对话"}[run.stage]
+    epochs = [n * run.rows_per_step / run.train.n_rows for n in (before, after)]
+    return (
+        f"（{what}只有 {run.card['train_tokens']} 个词元："
+        f"预设的 {before} 步要读 {epochs[0]:.0f} 遍，改为 {epochs[1]:.0f} 遍、{after} 步）"
+    )
 
 
 def farewell(run) -> str:

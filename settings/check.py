@@ -12,7 +12,7 @@ from typing import NamedTuple
 from config import N_TOKENS, SHAPE, STEPS_OR_EPOCHS, Config
 from settings.flags import field_types, is_text
 
-PLACES = ("data", "sft_data", "data_dir", "out_dir", "init_from")  # 文件与目录
+PLACES = ("data", "sft_data", "replay_data", "data_dir", "out_dir", "init_from")  # 文件与目录
 LARGEST = 10**9  # 再大的数，乘起来连 64 位整数也装不下
 
 
@@ -67,7 +67,10 @@ RANGES = (
     (POSITIVE, (lambda v: v > 0, "必须是正数"), NOT_TOO_LARGE),
     (NOT_NEGATIVE, (lambda v: v >= 0, "不能是负数"), NOT_TOO_LARGE),
     (("warmup", "decay", "weight_decay"), (lambda v: 0 <= v <= 1, "必须在 0 与 1 之间")),
-    (("muon_momentum", "adam_beta1", "adam_beta2"), (lambda v: 0 <= v < 1, "不能小于 0，要小于 1")),
+    (
+        ("muon_momentum", "adam_beta1", "adam_beta2", "replay"),
+        (lambda v: 0 <= v < 1, "不能小于 0，要小于 1"),
+    ),
     (("val_fraction",), (lambda v: 0 < v < 0.5, "必须在 0 与 0.5 之间")),
     (("save_every",), (lambda v: 0 <= v < float("inf"), "不能是负数")),
     (("seed",), (lambda v: 0 <= v < 2**63, "必须在 0 与 2^63 之间")),

@@ -3,9 +3,9 @@
 Origin              一个值的来历
 load_config         命令行 -> 每个值都已确定的配置，以及各自的来历
 default_checkpoint  没有指定时，训练脚本把检查点写在哪里
-inherit             微调：形状取自预训练的检查点
-adopt               接着练：一律取自检查点
 describe / save_config / repeat_flags   印出来，存下来，写进下一个命令
+
+从检查点开始、接着检查点练时，哪些听它的，见 stored.py。
 """
 
 import json
@@ -16,9 +16,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from config import BOTH_STAGES, PER_PRESET, PRESETS, SHAPE, STEPS_OR_EPOCHS, Config, UserError
+from config import BOTH_STAGES, PRESETS, STEPS_OR_EPOCHS, Config, UserError
 from settings.check import check_types, check_values
-from settings.defaults import AUTOMATIC, sft_lr
+from settings.defaults import AUTOMATIC, sft_start
 from settings.flags import help_text, parse_flags
 
 # ---------- 1. 定值 ----------
@@ -36,6 +36,7 @@ class Origin(Enum):
 
 
 Origins = dict[str, Origin]  # {字段名: 来历}
+REPLAYING = ("replay", "replay_data")  # 只用于增量预训练
 # download.py 下载的，有它就用它
 DOWNLOADED = {"data": "wiki_zh_texts_filtered.json", "sft_data": "sft_t2t_mini.jsonl"}
 
@@ -61,16 +62,7 @@ def load_config(
         raise SystemExit(0)
     problems: list[str] = []
     flags = parse_flags(Config, argv, problems)
-    if stage == "sft":
-        for name in BOTH_STAGES:
-            if name in flags and f"sft_{name}" in flags:
-                problems.append(f"--{name} 与 --sft_{name} 在这里是一回事，只能写一个")
-            elif name in flags:
-                flags[f"sft_{name}"] = flags.pop(name)
-    else:
-        ignored = [n for n in flags if n.startswith("sft_") or n == "init_from"]
-        problems += [f"--{n} 只用于微调（sft_train.py），预训练用不到它" for n in ignored]
-
+    for_this_stage(stage, flags, problems)
     config = default or Config()
     for pair in STEPS_OR_EPOCHS:
         if len(given := [name for name in pair if name in flags]) == 1:
@@ -81,9 +73,31 @@ def load_config(
         origins[name] = Origin.FLAG
     wrong = check_types(config, problems)
     fill_in(config, origins)
+    if stage == "sft":
+        config.replay, config.replay_data = 0.0, None
+        if config.init_from is None:
+            config.init_from, origins["init_from"] = sft_start(config), Origin.AUTO
+    elif not (config.init_from or config.resume):
+        unused = [name for name in REPLAYING if getattr(config, name)]
+        problems += [f"{n} 只用于增量预训练，要同时用 --init_from 写明起点" for n in unused]
     check_values(config, problems, wrong)
     report(problems)
     return config, origins
+
+
+def for_this_stage(stage: str, flags: dict[str, Any], problems: list[str]) -> None:
+    """命令行上的参数在这个阶段指什么；这个阶段用不到的，记进 problems。"""
+    if stage == "sft":
+        for name in BOTH_STAGES:
+            if name in flags and f"sft_{name}" in flags:
+                problems.append(f"--{name} 与 --sft_{name} 在这里是一回事，只能写一个")
+            elif name in flags:
+                flags[f"sft_{name}"] = flags.pop(name)
+        ignored = [n for n in flags if n in REPLAYING]
+        problems += [f"--{n} 只用于增量预训练（pre_train.py），微调用不到它" for n in ignored]
+    else:
+        ignored = [n for n in flags if n.startswith("sft_") or n == "keep_reasoning"]
+        problems += [f"--{n} 只用于微调（sft_train.py），预训练用不到它" for n in ignored]
 
 
 def fill_in(config: Config, origins: Origins) -> None:
@@ -183,117 +197,3 @@ def repeat_flags(config: Config, origins: Origins) -> str:
     given = [n for n in names if origins[n] is flag or (origins[n] is stored and n in changed)]
     flags = "".join(f" --{n} {shlex.quote(getattr(config, n))}" for n in given)
     return flags if config.compile else flags + " --no-compile"
-
-
-# ---------- 3. 检查点里已经有的 ----------
-
-
-def inherit(config: Config, origins: Origins, source: Config, path: str) -> None:
-    """微调时，形状取自预训练的检查点；明确指定过、又不相同的，一次报告。
-
-    Args:
-        config: 会被就地改成与检查点一致。
-        source: 检查点里的配置。
-    Raises:
-        UserError: 列出对不上的字段。
-    """
-    if config.preset != source.preset:
-        raise UserError(f"{path} 是 {source.preset} 预设的；请加上 --preset {source.preset}")
-    conflicts = []
-    # 两个阶段读的是同一部词典时，留出的必须是同样的成语；自己的对话，留多少由自己定。
-    held_out = ("val_fraction",) if config.sft_data == source.data else ()
-    for name in (*SHAPE, *held_out):
-        mine, theirs = getattr(config, name), getattr(source, name)
-        edited = origins[name] is Origin.EDITED and name in PER_PRESET
-        explicit = origins[name] is Origin.FLAG or edited
-        if mine != theirs and explicit:
-            conflicts.append(f"{name} 指定为 {mine}，检查点里是 {theirs}")
-        setattr(config, name, theirs)
-        origins[name] = Origin.CHECKPOINT
-    if conflicts:
-        raise UserError(f"与 {path} 不符：{'；'.join(conflicts)}；请去掉这些设置")
-    fill_automatic(config, origins)  # 有没有专家，现在才知道
-    if origins["sft_lr"] is Origin.AUTO:
-        config.sft_lr = sft_lr(source)
-    if origins["seq_len"] is Origin.PRESET:
-        config.seq_len = min(config.seq_len, config.max_len)
-    if config.seq_len > config.max_len:
-        raise UserError(f"seq_len（{config.seq_len}）超过了 {path} 的 max_len（{config.max_len}）")
-
-
-# 只说这一次运行的，不取自检查点。
-LOCAL = {"resume", "overwrite", "allow_changes", "out_dir"}
-# 接着练的时候，命令行上的这些可以与上次不同，不影响训练的结果。
-HARMLESS = {"data_dir", "data", "sft_data", "init_from", "eval_every", "eval_tokens", "prompt",
-            "sft_prompt", "save_every"}  # fmt: skip
-# 这些也可以不同：算的是同一件事，只是浮点数相加的次序变了，不再逐位相同。
-ROUNDING = {"device", "dtype", "compile", "parallel", "batch_size", "grad_accum"}
-# 这些绝不可以：参数装不下，或者读到哪里就说不清了。
-FIXED = {"preset", *SHAPE, "seq_len", "seed", "isolate_documents", "val_fraction"}
-
-
-def adopt(config: Config, origins: Origins, source: Config, path: Path) -> None:
-    """接着练：配置一律取自检查点，命令行上另外指定的除外，那些要看会不会影响结果。
-
-    Args:
-        config: 会被就地改写。
-        source: 检查点里的配置。
-    Raises:
-        UserError: 改了不能改的，或者改了会影响结果的却没有加 --allow_changes。
-    """
-    changed: dict[str, str] = {}
-    # 没有改过 config.py 时，这些项是空着的，由预设决定。
-    blank = PER_PRESET | {name for pair in STEPS_OR_EPOCHS for name in pair}
-    edited = {n: getattr(config, n) for n in blank if origins[n] is Origin.EDITED}
-    given = {name for name, origin in origins.items() if origin is Origin.FLAG}
-    for pair in STEPS_OR_EPOCHS:  # 二选一的，命令行上给了一个，另一个就不作数
-        if given & set(pair):
-            given |= set(pair)
-    for name in (f.name for f in fields(Config)):
-        mine, theirs = getattr(config, name), getattr(source, name)
-        if name in given - LOCAL and mine != theirs:
-            changed[name] = f"{name}（{theirs} → {mine}）"
-        elif name not in LOCAL:
-            setattr(config, name, theirs)
-            origins[name] = Origin.CHECKPOINT
-    ignored = [n for n, mine in edited.items() if mine not in (None, getattr(source, n))]
-    if ignored:
-        names = "、".join(sorted(ignored))
-        print(f"（接着练时以检查点为准，config.py 里改过的 {names} 不算数；要改请写在命令行上）")
-    check_changes(config, source, changed, path)
-    problems: list[str] = []
-    check_values(config, problems, set())
-    if problems:
-        raise UserError("；".join(problems))
-
-
-def check_changes(config: Config, source: Config, changed: dict[str, str], path: Path) -> None:
-    """接着练时改了的，能不能改；能改的，说会怎样。
-
-    Args:
-        changed: {字段名: 怎样改的，说给人看}。
-    Raises:
-        UserError: 同 `adopt`。
-    """
-    rows = config.batch_size * config.grad_accum
-    if rows != source.batch_size * source.grad_accum:
-        raise UserError(
-            f"接着练时每步的行数 batch_size × grad_accum 不能变：{path} 里是 "
-            f"{source.batch_size} × {source.grad_accum}，现在是 "
-            f"{config.batch_size} × {config.grad_accum}；可以一个减半、另一个加倍"
-        )
-    if fixed := [text for name, text in changed.items() if name in FIXED]:
-        raise UserError(
-            f"接着练时不能改 {'、'.join(fixed)}：参数或数据的次序会对不上 {path}；"
-            f"请去掉这些设置，或用 --out_dir 换一个目录从头练"
-        )
-    rest = [text for name, text in changed.items() if name not in HARMLESS | ROUNDING]
-    if rest and not config.allow_changes:
-        raise UserError(
-            f"改了 {'、'.join(rest)}，接着练的结果就与不中断的那一次不同；"
-            f"真要这样，请加上 --allow_changes"
-        )
-    if rest:
-        print(f"（改了 {'、'.join(rest)}：从这里起，结果与不中断的那一次不同）")
-    if rounding := [text for name, text in changed.items() if name in ROUNDING]:
-        print(f"（改了 {'、'.join(rounding)}：浮点数相加的次序不同，结果相近而不再逐位相同）")

@@ -11,7 +11,7 @@ from test_export import random_model, save
 
 from config import Config, UserError
 from corpus import idioms
-from corpus.token_file import is_held_out
+from corpus.split import is_held_out
 from engine.checkpoint import load
 from examples.align import dpo, grpo
 from examples.align.measure import Exam, frozen_copy, log_probabilities, still_a_model, trl_settings

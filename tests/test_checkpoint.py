@@ -36,7 +36,8 @@ from engine.saver import Saver
 from loss import Loss
 from model import Transformer
 from optimizer import build_optimizer
-from settings.resolve import Origin, inherit, load_config
+from settings.resolve import Origin, load_config
+from settings.stored import inherit
 from tokenizer import Tokenizer
 
 SMALL = Config(
@@ -45,7 +46,7 @@ SMALL = Config(
     compile=False, lr=0.01, sft_lr=0.002, max_steps=10, muon_momentum=0.9, isolate_documents=True,
     router_scale=1.0, out_dir="out/x", data="builtin",
 )  # fmt: skip
-CARD = {"train_sha256": "a" * 64, "val_sha256": "b" * 64}
+CARD = {"train_sha256": "a" * 64, "val_sha256": "b" * 64, "format": 2}
 
 
 def trained(config=SMALL, steps=3):
@@ -524,11 +525,17 @@ def test_going_on_checks_the_corpus_the_versions_and_the_number_of_steps(
 ):
     monkeypatch.chdir(tmp_path)
     snap = snapshot(tokenizer, step=4)
-    with (
-        pytest.raises(UserError, match=r"语料与 out/x/pretrain\.pt 训练时的不同"),
-        ready_to_resume(snap | {"data": {"train_sha256": "c"}}, []) as run,
+    for data, part in (
+        (CARD | {"train_sha256": "c"}, r"语料与 out/x/pretrain\.pt 训练时的不同"),
+        # 读法或划分改过：怪的不是语料，说的是怎样从它的参数开始
+        ({"train_sha256": "c"}, r"读数据、分检验的办法与现在的不同.*--init_from out/x/pretrain"),
+        (CARD | {"val_sha256": "c", "format": 1}, r"不会逐位相同.*python pre_train\.py"),
     ):
-        run.optimizer(build_optimizer, 0.01)
+        with (
+            pytest.raises(UserError, match=part),
+            ready_to_resume(snap | {"data": data}, []) as run,
+        ):
+            run.optimizer(build_optimizer, 0.01)
     more = ["--allow_changes", "--max_steps", "3"]
     with (
         pytest.raises(UserError, match="比现在要的 3 步还多"),
@@ -537,6 +544,7 @@ def test_going_on_checks_the_corpus_the_versions_and_the_number_of_steps(
         run.optimizer(build_optimizer, 0.01)
     capsys.readouterr()
     snap["versions"]["torch"] = "1.0"
+    snap["data"].pop("format")  # 早先的没有记；词元一个没变，就接得上
     with ready_to_resume(snap, []) as run:
         run.optimizer(build_optimizer, 0.01)
         run.begin()

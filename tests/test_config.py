@@ -126,9 +126,8 @@ def test_every_kind_of_problem_comes_in_one_report():
 
 
 def test_flags_of_the_other_stage_are_not_silently_ignored():
-    with pytest.raises(UserError, match="--init_from 只用于微调") as caught:
+    with pytest.raises(UserError, match="--sft_lr 只用于微调"):
         load_config("pretrain", ["--init_from", "a.pt", "--sft_lr", "1"])
-    assert "--sft_lr 只用于微调" in str(caught.value)
     config, _ = load_config("sft", ["--data", "chat.jsonl", "--prompt", "你好？"])
     assert (config.sft_data, config.sft_prompt) == ("chat.jsonl", "你好？")
     assert config.data == "builtin"

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import dataset
 from config import PRESETS, Config, UserError
-from corpus import idioms, token_file
-from corpus.token_file import TokenFile, encode_documents, is_held_out, tokenize_corpus
+from corpus import encode, idioms, token_file
+from corpus.split import is_held_out
+from corpus.token_file import TokenFile, tokenize_corpus
 from dataset import IGNORE, SIDES, PretrainBatches, SFTBatches, pack, rows_of_step
 from model import Transformer
 from tokenizer import Tokenizer
@@ -144,7 +145,7 @@ def test_anything_changed_means_it_is_redone(work, tokenizer, monkeypatch, chang
     elif change == "val_fraction":
         work.config.val_fraction = 0.3
     elif change == "code":
-        monkeypatch.setattr(token_file, "encode_documents", another_way_to_encode)
+        monkeypatch.setattr(token_file, "fields", json)  # 别的代码
     else:
         work.tokenizer = OtherTokenizer()
     file = work.prepare()
@@ -156,11 +157,6 @@ def test_anything_changed_means_it_is_redone(work, tokenizer, monkeypatch, chang
     after = work.stamp()
     work.prepare()
     assert work.stamp() == after  # 重做一次就够
-
-
-def another_way_to_encode(chunk, tokenizer):
-    """结果与 encode_documents 相同，代码不同。"""
-    return encode_documents(chunk, tokenizer)
 
 
 @pytest.mark.parametrize("damage", ["bin", "idx", "no_bin", "no_idx", "no_card", "", "{", "[]",
@@ -187,17 +183,17 @@ def test_interrupted_preparation_leaves_nothing_half_done(work, tokenizer, monke
     """准备到一半按了 Ctrl-C：下次要从头做，不能把前一半当成全部，也不能混用新旧两份。"""
     work.prepare()
     write_rows(work.source, texts := texts_of(300, seed=1))
-    calls, encode = [], token_file.encode_documents
+    calls, as_usual = [], token_file.encode_documents
 
     def interrupted(chunk, tokenizer):
         calls.append(chunk)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return encode(chunk, tokenizer)
+        return as_usual(chunk, tokenizer)
 
     with monkeypatch.context() as patch:
         patch.setattr(token_file, "encode_documents", interrupted)
-        patch.setattr(token_file, "CHUNK", 100)
+        patch.setattr(encode, "CHUNK", 100)
         with pytest.raises(KeyboardInterrupt):
             work.prepare()
     assert len(calls) == 2
@@ -295,7 +291,7 @@ def test_wrong_stage_says_what_is_missing(work):
 def test_too_few_documents_say_what_to_do(work):
     """只有一篇，留不出检验的：一句话，而不是训练到检验时才出错。"""
     write_rows(work.source, ["只有一篇"])
-    with pytest.raises(UserError, match="val_fraction"):
+    with pytest.raises(UserError, match="请增加数据"):
         work.prepare()
 
 
@@ -310,9 +306,9 @@ def test_unwritable_data_dir_is_one_sentence(work):
 class MeteredTokenizer(Tokenizer):
     """记下每次一起分词的有多少字；不真的分词，省时间。"""
 
-    def encode_batch(self, texts):
+    def encode_and_lose(self, texts):
         self.most = max(getattr(self, "most", 0), sum(map(len, texts)))
-        return [np.array([100], np.uint16)] * len(texts)
+        return [(np.array([self.bos_id + 20], np.uint16), "")] * len(texts)
 
 
 def test_memory_is_bounded_for_long_documents(work):

@@ -22,8 +22,8 @@ from test_tokenizer import any_text, mixed_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from config import N_TOKENS, Config, UserError
+from corpus.encode import encode_conversations
 from corpus.shapes import Record
-from corpus.token_file import encode_conversations
 from dataset import SFTBatches
 from engine.checkpoint import capture, load, read, write
 from engine.device import Device
@@ -270,7 +270,7 @@ conversation = st.lists(st.tuples(role, content), min_size=1, max_size=5)
 def test_the_template_gives_what_sft_trained_on(turns):
     """差一个词元，回答就会变差；正文里写着 <|im_end|> 也结束不了这一轮。"""
     messages = [{"role": role, "content": text} for role, text in turns]
-    ids, _, _ = next(encode_conversations([Record(None, turns)], TOKENIZER))
+    ids = next(encode_conversations([Record(None, turns)], TOKENIZER)).ids
     assert HF_TOKENIZER.apply_chat_template(messages)["input_ids"] == ids.tolist()
     asked = HF_TOKENIZER.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert asked == [*ids.tolist(), *TOKENIZER.reply_prefix()]
@@ -283,7 +283,7 @@ def test_the_template_gives_what_sft_trained_on(turns):
 def test_the_template_marks_what_sft_learns(turns):
     """别的训练程序只在助手的话上算损失时，算的与我们的是同样的词元。"""
     turns = [*turns, ("assistant", "好")]
-    ids, targets, _ = next(encode_conversations([Record(None, turns)], TOKENIZER))
+    ids, targets = next(encode_conversations([Record(None, turns)], TOKENIZER))[:2]
     batches = SFTBatches(ids, np.array([0, len(ids)]), len(ids), TOKENIZER, seed=0)
     found = HF_TOKENIZER.apply_chat_template(
         [{"role": role, "content": text} for role, text in turns],

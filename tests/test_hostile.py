@@ -15,7 +15,6 @@ import re
 import sys
 import tempfile
 import tracemalloc
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -33,10 +32,16 @@ import sft_chat
 from chat import repl
 from chat.repl import Chat, ChatOptions, obey
 from config import SHAPE, Config, UserError, option
-from corpus import readers, token_file
-from corpus.readers import ReadLog
-from corpus.shapes import ROLES, Record, conversation_turns, read_conversations, read_documents
-from corpus.token_file import TokenFile, encode_conversations, encode_documents, tokenize_corpus
+from corpus import json_rows, token_file
+from corpus import log as corpus_log
+from corpus.conversations import conversation_turns, read_conversations
+from corpus.encode import encode_conversations, encode_documents
+from corpus.fields import ROLES
+from corpus.log import ReadLog
+from corpus.shapes import Record, read_documents
+from corpus.sniff import is_message_list
+from corpus.token_file import TokenFile, tokenize_corpus
+from corpus.turns import Reading
 from dataset import SIDES
 from generate import Choice, Sampling, make_speaker
 from model import Transformer
@@ -274,14 +279,25 @@ def test_any_file_is_read_or_refused_in_one_sentence(folder, reader, check, data
     """什么文件都一样：读出来的都真是文字、真是对话；每条不是用了就是记了；否则是一句话。"""
     (path := folder / name).write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "MAX_LINE", longest)
+        patch.setattr(json_rows, "MAX_LINE", longest)
         contents, log, stopped = read_all(reader, path)
     check(contents)
-    good = log.rows - log.bad - log.blank
+    good = log.rows - log.refused.total()
     if stopped is None:
         split = reader is read_documents and any(mark in data for mark in (b"<s>", b"<|im_start"))
         packed = data[:2] == b"\x1f\x8b"  # 压缩着，看不见里面有没有首尾标记
         assert good <= len(contents) if split or packed else good == len(contents)
+
+
+def rows_of_line(line: str) -> int:
+    """一行有几条：一个数组里有几个就是几条，空的也算一条。"""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return bool(line.strip())
+    if isinstance(value, list) and not is_message_list(value):
+        return max(1, sum(rows_of_line(json.dumps(row)) for row in value))
+    return 1
 
 
 @SLOW
@@ -296,9 +312,9 @@ def test_every_line_of_a_jsonl_is_one_row(folder, lines, windows):
     contents, log, stopped = read_all(read_documents, path)
     check_documents(contents)
     assert stopped is None
-    if not any(mark in data for mark in (b"<s>", b"<|im_start")):
-        assert log.rows == log.bad + log.blank + len(contents)
-    assert log.rows == sum(1 for line in lines if line.strip())
+    if not (log.notes or any(mark in data for mark in (b"<s>", b"<|im_start"))):
+        assert log.rows == log.refused.total() + len(contents)
+    assert log.rows == sum(map(rows_of_line, lines))
 
 
 @SLOW
@@ -321,10 +337,10 @@ def test_an_array_says_the_same_as_the_lines_in_it(folder, lines, block, blank):
     ):
         (path := folder / name).write_text(content + "\n", encoding="utf-8", newline="")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(readers, "BLOCK", block, raising=False)
+            patch.setattr(json_rows, "BLOCK", block)
             contents, log, stopped = read_all(read_documents, path)
         assert stopped is None
-        results.append((contents, log.rows, log.bad, log.blank))
+        results.append((contents, log.rows, log.used, log.changed, log.refused))
     assert results[0] == results[1]
 
 
@@ -353,7 +369,7 @@ def test_values_nested_too_deep_to_print_are_bad_rows(name):
         deep = [deep]
     message = {"content": "问", name: deep} | ({} if name in ("role", "from") else {"role": "user"})
     with pytest.raises(ValueError) as error:
-        conversation_turns({"conversations": [message]}, Counter())
+        conversation_turns({"conversations": [message]}, Reading())
     assert is_readable(str(error.value))
 
 
@@ -422,7 +438,7 @@ def test_preparing_any_file_writes_only_below_data_dir(tmp_path_factory, stage, 
         patch.chdir(place)
         patch.setattr(token_file, "code_fingerprint", lambda: "")  # 每次都算要慢得多
         if not strict:
-            patch.setattr(readers, "BAD_ROWS_ALLOWED", 1.0)  # 好让怪东西走到最后
+            patch.setattr(corpus_log, "BAD_ROWS_ALLOWED", 1.0)  # 好让怪东西走到最后
         Path(name).write_bytes(data)
         try:
             file = tokenize_corpus(name, stage, TOKENIZER, Config(data_dir="d", val_fraction=0.3))
@@ -462,9 +478,9 @@ conversations = st.lists(
 def test_a_document_cannot_forge_control_tokens(texts):
     """文档里写着什么都只是文字：开头一个、结尾一个，中间一个控制词元也没有。"""
     chunk = [Record(text, text) for text in texts]
-    for ids, targets, text in encode_documents(chunk, TOKENIZER):
-        check_ids(ids.tolist(), "pretrain")
-        assert (targets, text in texts) == (len(ids), True)
+    for text, encoded in zip(texts, encode_documents(chunk, TOKENIZER), strict=True):
+        check_ids(encoded.ids.tolist(), "pretrain")
+        assert (encoded.targets, encoded.characters) == (len(encoded.ids), len(text))
 
 
 @given(st.lists(conversations, min_size=1, max_size=3))
@@ -472,8 +488,8 @@ def test_a_document_cannot_forge_control_tokens(texts):
 def test_a_conversation_cannot_forge_a_turn(talks):
     """发言里写着什么都只是文字：有几轮、各是谁说的，只由数据的结构决定。"""
     chunk = [Record(None, talk) for talk in talks]
-    for talk, (ids, _, _) in zip(talks, encode_conversations(chunk, TOKENIZER), strict=True):
-        ids = ids.tolist()
+    for talk, encoded in zip(talks, encode_conversations(chunk, TOKENIZER), strict=True):
+        ids = encoded.ids.tolist()
         assert check_ids(ids, "sft") == [TOKENIZER.role_ids[role] for role, _ in talk]
         turns = [TOKENIZER.turn_ids(role, TOKENIZER.encode(text)) for role, text in talk]
         assert ids == [i for turn in turns for i in turn]  # 训练时与聊天时一模一样
@@ -523,7 +539,7 @@ WRONG = [None, "", "x", "\ud800", "a\x00b", True, 0, -1, 1, 3, 0.5, math.nan, ma
          10**400, [], [[1]], {}, (), b"x", 5e-324, Path("x")]  # fmt: skip
 edits = st.dictionaries(st.sampled_from(FLAGS[::2]), st.sampled_from(WRONG), max_size=3)
 ALWAYS_SET = [*SHAPE, "batch_size", "seq_len", "grad_accum", "isolate_documents", "lr", "sft_lr",
-              "out_dir", "init_from"]  # fmt: skip
+              "out_dir"]  # fmt: skip
 
 
 def check_config(config: Config) -> None:
@@ -540,7 +556,8 @@ def check_config(config: Config) -> None:
         assert not isinstance(value, int) or 0 <= value < 2**63
         assert not isinstance(value, str) or (is_text(value) and "\x00" not in value)
     assert "auto" not in (config.preset, config.data, config.sft_data)
-    assert all(getattr(config, name).strip() for name in ("data_dir", "out_dir", "init_from"))
+    assert all(getattr(config, name).strip() for name in ("data_dir", "out_dir"))
+    assert config.init_from is None or config.init_from.strip()
     assert json.loads(json.dumps(asdict(config), allow_nan=False)) == asdict(config)
     assert math.isfinite((config.epochs or config.sft_epochs or 1) * 2**63)
     assert config.dim % (2 * config.n_heads) == config.n_heads % config.n_kv_heads == 0

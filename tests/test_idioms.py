@@ -12,8 +12,8 @@ import pytest
 from config import Config, UserError
 from corpus import idioms
 from corpus.idioms import EXAMPLE, FOLLOW_UP, GREETINGS, MEANING, ORIGIN, WHICH, clean
-from corpus.readers import ReadLog
-from corpus.token_file import is_held_out
+from corpus.log import ReadLog
+from corpus.split import is_held_out
 
 LOG = ReadLog("builtin")
 

@@ -13,9 +13,9 @@ from scripts import run
 from test_export import SMALL, random_model, save
 
 from config import N_TOKENS, Config, UserError
+from corpus.conversations import read_conversations
 from corpus.idioms import GREETINGS
-from corpus.readers import ReadLog
-from corpus.shapes import read_conversations
+from corpus.log import ReadLog
 from dataset import IGNORE
 from engine.checkpoint import load
 from examples import common

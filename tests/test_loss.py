@@ -61,7 +61,7 @@ class Rows:
 
 def test_bits_per_character_is_independent_of_the_tokenizer():
     """每个词元 3 比特、一个词元两个字：每个字 1.5 比特。"""
-    card = {"val_targets": 100, "val_characters": 200}
+    card = {"val_targets": 100, "val_characters": 200, "val_lost": 0}
     assert bits_per_character(3 * math.log(2), card) == pytest.approx(1.5)
 
 
@@ -114,7 +114,15 @@ def test_compiled_bf16_loss_on_the_gpu_is_close_to_fp32(model):
 
 def test_bits_per_character_do_not_depend_on_how_text_is_cut():
     """ln 2 奈特是一个比特；同样的文字切成两倍多的词元，每个词元少错一半，每个字的比特数不变。"""
-    whole = bits_per_character(math.log(2), {"val_targets": 10, "val_characters": 20})
+    card = {"val_targets": 10, "val_characters": 20, "val_lost": 0}
+    whole = bits_per_character(math.log(2), card)
     assert whole == pytest.approx(0.5)
-    cut = bits_per_character(math.log(2) / 2, {"val_targets": 20, "val_characters": 20})
+    cut = bits_per_character(math.log(2) / 2, card | {"val_targets": 20})
     assert cut == pytest.approx(whole)
+
+
+def test_bits_per_character_never_flatter_lost_text():
+    """一个 [UNK] 顶替一长串写不出的字，猜中它一点也不难；每字比特数却只会变大，不会变小。"""
+    card = {"val_targets": 10, "val_characters": 20, "val_lost": 0}
+    costs = [bits_per_character(0.0, card | {"val_lost": n}) for n in (0, 1, 20)]
+    assert costs == pytest.approx([0, math.log2(0x110000) / 20, math.log2(0x110000)])

@@ -12,9 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from config import UserError
-from corpus import readers
-from corpus.readers import ReadLog
-from corpus.shapes import read_conversations, read_documents, split_markers
+from corpus import json_rows
+from corpus.conversations import read_conversations
+from corpus.log import ReadLog
+from corpus.shapes import read_documents, split_markers
 
 TEXTS = ["第一篇：守株待兔。", "第二篇，\n分两行。", "第三篇"]
 
@@ -114,7 +115,7 @@ def test_document_formats(tmp_path, name, wrap):
     path = write(tmp_path / ("data.json" + ".gz" * wrap.startswith("gzip")), data)
     documents, log = read(path)
     assert documents == expected
-    assert (log.bad, log.report()) == (0, [])
+    assert (log.refused, log.changed, log.notes) == ({}, {}, [])
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".txt", ".json.gz", ".txt.gz", ""])
@@ -254,13 +255,15 @@ def test_dropped_reasoning_is_reported(tmp_path):
     ({"conversations": []}, "conversations"),
     ({"conversations": "你好"}, "conversations"),
     ({"conversations": ["你好"]}, "对象"),
-    ({"conversations": [turn("user", "问"), turn("assistant", None)]}, "没有文字"),
+    ({"conversations": [turn("user", "问"), turn("assistant", None)]}, "助手"),
+    ({"conversations": [turn("user", None), turn("assistant", "答")]}, "第 1 轮（user）"),
+    ({"conversations": None}, "conversations 是 null"),
     ({"conversations": [turn("user", "问"), turn("assistant", "  ")]}, "助手"),
     ({"conversations": [turn("critic", "问"), turn("assistant", "答")]}, "critic"),
     ({"conversations": [{"content": "问"}, turn("assistant", "答")]}, "角色"),
-    ({"conversations": [turn("user", 3), turn("assistant", "答")]}, "没有文字"),
-    ({"instruction": "问", "output": None}, "没有文字"),
-    ({"instruction": "问"}, "没有文字"),
+    ({"conversations": [turn("user", True), turn("assistant", "答")]}, "content 是true"),
+    ({"instruction": "问", "output": None}, "output 是 null"),
+    ({"instruction": "问"}, "没有写着回答的 output"),
     ({"text": "这是预训练的数据"}, "conversations"),
     ("你好", "对象"),
     (None, "对象"),
@@ -271,9 +274,10 @@ def test_bad_conversations_are_counted_with_the_reason(tmp_path, row, reason):
     path = write(tmp_path / "sft.jsonl", jsonl([good] * 150 + [row] + [good] * 150))
     conversations, log = read(path, read_conversations)
     assert conversations == [HELLO] * 300
-    assert log.bad == 1
-    assert "第 151 行" in log.examples[0]
-    assert reason in log.examples[0]
+    assert log.refused.total() == 1
+    said = "\n".join(log.report())
+    assert "第 151 行" in said
+    assert reason in said
 
 
 # ---------- 3. 坏数据 ----------
@@ -464,7 +468,7 @@ def test_lone_surrogates_in_conversations_are_bad_rows(tmp_path):
 
 def test_overlong_line_is_one_bad_row(tmp_path, monkeypatch):
     """没有换行的几个 GB 不该撑爆内存；跳过那一行，后面的行号与内容都不受影响。"""
-    monkeypatch.setattr(readers, "MAX_LINE", 1000)
+    monkeypatch.setattr(json_rows, "MAX_LINE", 1000)
     rows = [dump(row) for row in good_rows(150)]
     lines = [*rows[:100], dump({"text": "长" * 1000}), *rows[100:], "坏"]
     documents, log = read_without_check(write(tmp_path / "data.jsonl", "\n".join(lines)))
@@ -496,7 +500,7 @@ def test_every_row_is_used_or_counted(tmp_path_factory, kinds):
     assert len(documents) == 1 + kinds.count("好")
     assert log.bad == kinds.count("坏") + kinds.count("断")
     assert log.rows == 1 + len(kinds)
-    assert log.blank == kinds.count("空")
+    assert log.refused["空白文档"] == kinds.count("空")
 
 
 # ---------- 4. 大文件 ----------

@@ -157,7 +157,7 @@ def test_a_question_in_another_encoding_is_not_guessed(url, monkeypatch):
     pipe = io.TextIOWrapper(io.BytesIO("它出自哪里？\n".encode("gbk")), errors="replace")
     monkeypatch.setattr(sys, "stdin", pipe)
     monkeypatch.setattr(sys, "argv", ["ask.py", "--url", url])
-    with pytest.raises(UserError, match="第 1 行不是 UTF-8.*iconv -f GB18030"):
+    with pytest.raises(UserError, match=r"第 1 行不是 UTF-8.*iconv -f GB18030"):
         main()
 
 

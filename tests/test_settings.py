@@ -14,13 +14,12 @@ from settings.defaults import eval_interval, total_steps
 from settings.flags import help_text, read_options, word, words
 from settings.resolve import (
     Origin,
-    adopt,
     default_checkpoint,
     describe,
-    inherit,
     load_config,
     repeat_flags,
 )
+from settings.stored import adopt, inherit
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +52,9 @@ def test_what_is_printed_about_an_origin():
         ("pretrain", ["--preset", "wide"], 3200, 10**8 - 1, 400),  # 四遍
         ("pretrain", ["--preset", "wide"], 3200, 10**8, 100),  # 一遍
         ("pretrain", ["--preset", "deep", "--epochs", "3"], 3200, 10**8, 300),
-        ("pretrain", ["--preset", "wide"], 1, 10**8, 1),
+        ("pretrain", ["--preset", "wide"], 1, 10**8, 20),  # 再少也走二十步
+        ("sft", ["--preset", "wide"], 40, 1000, 20),
+        ("pretrain", ["--preset", "wide", "--epochs", "1"], 1, 10**8, 1),  # 自己写的照办
         ("sft", [], 9999, 1000, 150),
         ("sft", ["--preset", "wide"], 3200, 10**9, 200),  # 两遍，词元再多也是
         ("sft", ["--epochs", "0.5"], 160, 1000, 10),

@@ -1,5 +1,6 @@
 """带在身边的工具，一个文件夹一样；不用它们也能训练和聊天。
 
+python -m tools.inspect 文件        数据体检，不训练           inspect/
 python -m tools.explain "文字"      看进模型里去               explain/
 python -m tools.web                 本地的网页                 web/
 python -m tools.draw 图名           课里的八张图               draw/

@@ -17,8 +17,8 @@ from functools import cache
 
 from config import UserError
 from corpus import idioms
-from corpus.readers import ReadLog
-from corpus.token_file import is_held_out
+from corpus.log import ReadLog
+from corpus.split import is_held_out
 from examples.common import Messages
 from tools.lab.check_answers import QUESTIONS
 

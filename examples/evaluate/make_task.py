@@ -27,8 +27,8 @@ import yaml
 
 from config import Config, UserError, option
 from corpus import idioms
-from corpus.readers import ReadLog
-from corpus.token_file import is_held_out
+from corpus.log import ReadLog
+from corpus.split import is_held_out
 from settings.flags import read_options, run_script, word
 from tokenizer import CONTROL_TOKENS, Tokenizer
 

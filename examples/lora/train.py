@@ -23,15 +23,16 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from config import Config, UserError, option
-from corpus import shapes
-from corpus.readers import ReadLog
-from corpus.token_file import is_held_out
+from corpus.conversations import read_conversations
+from corpus.log import ReadLog
+from corpus.split import choose, hash_of
 from dataset import IGNORE, SFTBatches, rows_of_step
 from examples.common import (
     Folders,
@@ -188,9 +189,16 @@ def questions_and_answers(source: str, fraction: float, seq_len: int) -> tuple[A
     """
     tokenizer = Tokenizer()
     sides = [], []
-    for key, turns in shapes.read_conversations(Path(source), ReadLog(source)):
+    records = list(read_conversations(source, ReadLog(source)))
+    texts = [
+        (r.key, r.finer, "\0".join(text for turn in r.content for text in turn)) for r in records
+    ]
+    hashes = (np.array(list(map(hash_of, keys)), np.uint64) for keys in zip(*texts, strict=True))
+    held_out = choose(*hashes, fraction)
+    for record, side in zip(records, held_out, strict=True):
+        turns = record.content
         last = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
-        sides[is_held_out(key, fraction)].append(turns[: last + 1])
+        sides[int(side)].append(turns[: last + 1])
     chosen: tuple[Asked, Asked] = ([], []), ([], [])
     for side, (asked, expected) in zip(sides, chosen, strict=True):
         for turns in side[:: max(1, len(side) // ASKED)][:ASKED]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from corpus import idioms
-from corpus.readers import ReadLog
+from corpus.log import ReadLog
 from tools.bench import contestants
 from tools.bench.measuring import Contestant, Row, rates, ratios, take_turns
 from tools.bench.options import Options

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from corpus.idioms import GREETINGS, ask_about, dictionary_file, read_entries
-from corpus.readers import ReadLog
+from corpus.log import ReadLog
 from corpus.shapes import Record
 from corpus.token_file import encode_conversations
 from dataset import IGNORE, SFTBatches
@@ -101,7 +101,7 @@ def sft_row(translator: Tokenizer):
     thanks = next(pair for pair in GREETINGS if pair[0] == "谢谢")
     conversations = [ask_about(entry)[0], list(zip(("user", "assistant"), thanks, strict=True))]
     chunk = [Record(None, conversation) for conversation in conversations]
-    pieces = [ids for ids, _, _ in encode_conversations(chunk, translator)]
+    pieces = [encoded.ids for encoded in encode_conversations(chunk, translator)]
     starts = np.cumsum([0, *map(len, pieces)])
     batches = SFTBatches(np.concatenate(pieces), starts, 128, translator, seed=0)
     return batches.get([0])

@@ -76,7 +76,10 @@ def export(path: Path, folder: Path, overwrite: bool = False) -> None:
     theirs.generation_config = generation_config(checkpoint["stage"], tokenizer)
     with written_whole(folder) as part:
         theirs.save_pretrained(part)
-        save_tokenizer(tokenizer.to_transformers(checkpoint["stage"], config.max_len), part)
+        save_tokenizer(
+            tokenizer.to_transformers(checkpoint["stage"], config.max_len, config.keep_reasoning),
+            part,
+        )
         card = model_card(checkpoint, config, theirs.num_parameters())
         (part / "README.md").write_text(card, encoding="utf-8")
 

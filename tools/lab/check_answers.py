@@ -18,8 +18,8 @@ from pathlib import Path
 
 from config import Config, UserError, option
 from corpus import idioms
-from corpus.readers import ReadLog
-from corpus.token_file import is_held_out
+from corpus.log import ReadLog
+from corpus.split import is_held_out
 from engine.device import Device
 from engine.speed import load_for_chat
 from generate import Sampling, Speaker

@@ -1,0 +1,45 @@
+"""认得的字段名：各个项目、各个数据集的写法。"""
+
+# ---------- 文档 ----------
+
+TEXT = ("text", "content", "正文", "内容")
+PARTS = ("sections", "paragraphs", "段落")  # 一篇分成的几节
+TITLE = ("title", "标题")
+HEADING = (*TITLE, "heading")
+DETAIL = "desc"  # 题目的补充（brightmart 的几个语料），接在题目与正文之间
+
+# ---------- 对话 ----------
+
+TURNS = ("conversations", "messages", "conversation", "dialogue", "dialog")
+QUESTION = ("instruction", "prompt", "question", "query", "problem", "问题")
+CONTEXT = ("input", "context")  # 接在提问后面
+ANSWER = ("output", "response", "answer", "completion", "target", "回答", "答案")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+ROLE, WORDS = ("role", "from"), ("content", "value", "text", "parts")
+CALLS = ("tools", "functions", "tool_calls", "function_call")  # 工具的说明与调用
+
+ROLES = {
+    "system": "system", "developer": "system", "系统": "system",
+    "user": "user", "human": "user", "client": "user", "patient": "user", "prompter": "user",
+    "用户": "user", "问": "user", "客户": "user",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+    "chatgpt": "assistant", "ai": "assistant", "counselor": "assistant", "doctor": "assistant",
+    "function_call": "assistant", "tool_call": "assistant",
+    "助手": "assistant", "答": "assistant", "客服": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool",
+    "ipython": "tool",
+}  # fmt: skip
+
+# 名字里有这些词的字段，说的是学不学：前一种是假的、0、负的就不该学，后一种是真的、1 就不该学。
+LEARN_WORDS = {"loss", "weight", "train", "trainable", "learn", "label", "tag", "mask", "accept",
+               "accepted", "chosen"}  # fmt: skip
+AVOID_WORDS = {"reject", "rejected", "masked", "ignore", "ignored", "bad", "wrong", "exclude"}
+NO = {"false", "0", "no", "reject", "rejected", "bad", "negative", "dislike"}
+YES = {"true", "1", "yes"}
+
+# 一个对象包着全部数据时，那一项常用的名字。
+WRAPPERS = ("data", "rows", "items", "examples", "instances", "records", "documents", "train",
+            "results", "list")  # fmt: skip
+
+KNOWN = {*TEXT, *PARTS, *TITLE, DETAIL, *TURNS, *QUESTION, *CONTEXT, *ANSWER, *REASONING,
+         "system", "history", "tools", "chosen", "rejected"}  # fmt: skip

@@ -1,0 +1,81 @@
+"""找到数据文件，记住它们的样子。
+
+find_files    --data 写的（文件、目录、通配符、逗号隔开的几个）-> 一个个文件
+stamp         大小、修改时间等：两次相同，内容就没有变
+sha256        内容的散列
+"""
+
+import glob
+import hashlib
+import os
+from pathlib import Path
+
+from config import MissingData, UserError
+from corpus.log import ReadLog
+
+PACKED = (".gz", ".xz", ".bz2", ".zst", ".lzma", ".zip", ".tar", ".tgz", ".txz", ".tbz", ".tbz2")
+PLAIN = ("", ".txt", ".text", ".md", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+NOT_DATA = ("readme", "license", "licence", "notice", "changelog", "makefile", "dockerfile")
+
+
+def find_files(source: str, log: ReadLog | None = None) -> list[Path]:
+    """``--data`` 写的 -> 一个个文件：目录里的按名字排，逗号隔开的照写的次序。
+
+    Args:
+        log: 目录里没有读的，记在它的 notes 里。
+    Raises:
+        MissingData: 有一个找不到。
+        UserError: 目录里没有数据。
+    """
+    if os.path.isdir(source):
+        return _in_folder(Path(source), log)
+    if os.path.exists(source):
+        return [Path(source)]
+    if "," in source:
+        pieces = [piece.strip() for piece in source.split(",")]
+        return [path for piece in pieces if piece for path in find_files(piece, log)]
+    if glob.has_magic(source) and (found := sorted(glob.glob(source, recursive=True))):
+        return [path for name in found for path in find_files(name, log)]
+    raise MissingData(f"找不到数据文件 {source}；请检查路径，或先运行 python download.py wiki")
+
+
+def _in_folder(folder: Path, log: ReadLog | None) -> list[Path]:
+    found, left = [], []
+    for root, names, files in os.walk(folder):
+        names[:] = sorted(n for n in names if not n.startswith("."))
+        for name in sorted(files):
+            path = Path(root, name)
+            cache = name.endswith(".json") and path.with_suffix(".train.bin").exists()
+            if not name.startswith(".") and not cache:
+                (found if looks_like_data(name) else left).append(path)
+    found.sort()
+    if left and log:
+        names = "、".join(path.name for path in left[:5]) + "……" * (len(left) > 5)
+        log.note(f"{folder} 里有 {len(left)} 个文件看名字不是数据，没有读：{names}")
+    if not found:
+        raise UserError(f"目录 {folder} 里没有数据文件（{'、'.join(PLAIN[1:])} 等）；请检查路径")
+    return found
+
+
+def looks_like_data(name: str) -> bool:
+    """目录或包里的一个文件，看名字像不像数据；没有扩展名的也像（例如 wiki_00）。"""
+    stem, suffix = os.path.splitext(os.path.basename(name).lower())
+    return suffix in PLAIN + PACKED and not stem.startswith(NOT_DATA)
+
+
+def stamp(path: Path) -> list[int]:
+    """大小、修改时间、状态改变的时间与 inode。
+
+    只换内容而保住大小与修改时间的，改变不了后两样里的至少一样。
+    """
+    s = path.stat()
+    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
+
+
+def sha256(path: Path) -> str:
+    """文件内容的散列；一块一块地读，多大的文件都行。"""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,309 @@
+"""JSON 的两种读法：一行一条，或者一个值接一个值。
+
+read_jsonl    一行一条：坏了一行，别的行照读
+read_values   大数组、几个数组接在一起、一个对象占好几行、{"data": […]}：边读边给
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from config import UserError
+from corpus.fields import KNOWN, PARTS, TURNS, WRAPPERS
+from corpus.log import ReadLog, Unusable
+from corpus.sniff import JSON, is_message, is_message_list, reaches_the_end
+
+MAX_LINE = 64 << 20  # 一条最长多少字节；再长多半拿错了文件
+BLOCK = 1 << 18  # 一次读进来多少字节
+NOT_UTF8 = "不是 UTF-8（第 {} 字节）；可以先用 iconv -f GB18030 -t UTF-8 转换编码"
+CUT_LINE = "最后一行不完整，多半是下载中断了；请接着下载，或删掉这一行"
+CUT_ARRAY = "数组没有写完，不完整，多半是下载中断了；请接着下载"
+BLANK = re.compile("[ \t\n\r\ufeff]*")  # 接起来的文件，中间也会有 BOM
+
+Rows = Iterator[tuple[str, Any]]  # (在哪里, 解析好的值)
+
+
+# ---------- 1. 一行一条 ----------
+
+
+def read_lines(stream: BinaryIO, log: ReadLog) -> Iterator[tuple[int, str]]:
+    """逐行给出 (行号, 文字)，行号从 1 起；过长或不是 UTF-8 的行记为坏行。"""
+    number = 0
+    while line := stream.readline(MAX_LINE):
+        number += 1
+        where, complete = f"第 {number} 行", line.endswith(b"\n")
+        if len(line) == MAX_LINE and not complete:
+            log.refuse(where, Unusable(f"长于 {MAX_LINE >> 20} MB，是不是少了换行？"))
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(MAX_LINE)
+            continue
+        try:
+            text = line.decode("utf-8").removeprefix("\ufeff")  # 接起来的文件，中间也会有 BOM
+        except UnicodeDecodeError as error:
+            cut = not complete and error.start >= len(line) - 3  # 文件断在一个字的中间
+            log.refuse(where, Unusable(CUT_LINE if cut else NOT_UTF8.format(error.start)))
+            continue
+        yield number, text
+
+
+def read_jsonl(stream: BinaryIO, log: ReadLog) -> Rows:
+    """逐行解析；一行里接着写了几个值的，每个一条；一行是一个数组的，里面每个一条。"""
+    for number, line in read_lines(stream, log):
+        if not line.strip():
+            continue
+        where = f"第 {number} 行"
+        try:
+            values = [json.loads(line)]
+        except RecursionError:
+            log.refuse(where, Unusable("不是合法的 JSON", "嵌套得太深"))
+            continue
+        except ValueError as error:
+            values = several_values(line) if str(error).startswith("Extra data") else []
+            if not values:
+                log.refuse(where, bad_line(line, error))
+        for value in values:
+            if isinstance(value, list):
+                yield from one_by_one(value, where, log)
+            elif isinstance(value, dict) and (name := wrapper_in(value)):
+                log.leave(other for other in value if other != name)
+                yield from one_by_one(value[name], where, log)
+            else:
+                yield where, value
+
+
+def one_by_one(value: Any, where: str, log: ReadLog) -> Rows:
+    """一个数组里的每一个，里面还有数组的也拆开；一段对话不拆，是它自己。"""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, list) or is_message_list(value):
+            yield where, value
+        elif value:
+            waiting += reversed(value)
+        else:
+            log.refuse(where, Unusable("空的数组", broken=False))
+
+
+def wrapper_in(row: dict) -> str:
+    """一个对象若是包着几条数据的，那一项的名字；不是的，是空的。"""
+    if not KNOWN.isdisjoint(row):
+        return ""
+    for name in WRAPPERS:
+        rows = row.get(name)
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict | list):
+            return "" if is_message(rows[0]) else name
+    return ""
+
+
+def bad_line(line: str, error: ValueError) -> Unusable:
+    """一行解析不了，为什么。"""
+    if not line.endswith("\n"):
+        return Unusable(CUT_LINE)
+    if re.match(r"\s*[\[{]\s*'", line):
+        return Unusable("不是 JSON，像是 Python 的写法（单引号）；请用 json.dumps 写出来")
+    reason = str(error).partition(": line")[0]  # 它说的行号是这一行里面的，只会误导
+    return Unusable("不是合法的 JSON", reason)
+
+
+def several_values(line: str) -> list[Any]:
+    """一行里首尾相接的几个值；接不下去的，一个也不要。"""
+    values, at = [], 0
+    try:
+        while (at := BLANK.match(line, at).end()) < len(line):
+            value, at = JSON.raw_decode(line, at)
+            if not isinstance(value, dict | list | str):  # 01 不是 0 与 1 两条
+                return []
+            values.append(value)
+    except (ValueError, RecursionError):
+        return []
+    return values
+
+
+# ---------- 2. 一个值接一个值 ----------
+
+
+class Text:
+    """一边解码一边用的文字：`text` 里从 `at` 起是还没用的。"""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.text, self.at, self.more = stream, "", 0, True
+        self.n_bytes = 0  # 读进来的
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
+
+    def read_on(self) -> None:
+        """再读进来一些：还没用的越长，一次读得越多，几十 MB 的一条也只解析几次。"""
+        block = self.stream.read(max(BLOCK, len(self.text) - self.at))
+        self.more, self.n_bytes = bool(block), self.n_bytes + len(block)
+        self.text = self.text[self.at :] + self.decode(block)
+        self.at = 0
+
+    def look_ahead(self) -> None:
+        """读到眼前至少有一块没用的，或者没有更多了。"""
+        while self.more and len(self.text) - self.at < BLOCK // 4:
+            self.read_on()
+
+    def next_character(self) -> str:
+        """下一个不是空白的字，不用掉它；没有了，是空的。"""
+        while True:
+            self.at = BLANK.match(self.text, self.at).end()
+            if self.at < len(self.text) or not self.more:
+                return self.text[self.at : self.at + 1]
+            self.read_on()
+
+    def value(self) -> Any:
+        """解析下一个值。Raises BadValue。"""
+        while True:
+            try:
+                value, end = JSON.raw_decode(self.text, self.at)
+                if end < len(self.text) or not self.more:  # 贴着末尾的，也许是半个数字
+                    self.at = end
+                    return value
+                cut, problem = True, ""
+            except RecursionError:
+                raise BadValue("嵌套得太深", at_end=False) from None
+            except json.JSONDecodeError as error:
+                cut, problem = reaches_the_end(error, self.text), error.msg
+            except ValueError:  # Python 不肯把几千位的数字变成整数
+                raise BadValue("有一个整数太长", at_end=False) from None
+            if len(self.text) - self.at > MAX_LINE:
+                raise BadValue(f"一条长于 {MAX_LINE >> 20} MB", at_end=False)
+            if not cut or not self.more:
+                raise BadValue(problem, at_end=cut)
+            self.read_on()
+
+
+class BadValue(ValueError):
+    """一个值解析不了；at_end 真时，是因为到了末尾。"""
+
+    def __init__(self, problem: str, at_end: bool):
+        super().__init__(problem)
+        self.at_end = at_end
+
+
+def read_values(stream: BinaryIO, log: ReadLog) -> Rows:
+    """一个值接一个值，给出每一条。
+
+    断在末尾，少的只是最后一条，算一条坏行；中间出错，后面的全读不到，不能继续。
+
+    Raises:
+        UserError: 中间有一处不是 JSON。
+    """
+    text, number = Text(stream), 0
+    try:
+        for row in values_of(text, log):
+            number += 1
+            yield from one_by_one(row, f"第 {number} 条", log)
+    except UnicodeDecodeError as error:
+        position = text.n_bytes - len(error.object) + error.start
+        raise UserError(f"{log.place} 第 {number} 条之后{NOT_UTF8.format(position)}") from error
+    except BadValue as error:
+        closed = text.text.rstrip().endswith("]") and "Unterminated" not in str(error)
+        if not error.at_end or closed:
+            raise UserError(
+                f"{log.place} 第 {number} 条之后不是合法的 JSON（{error}）；请先修好那一条"
+            ) from error
+        log.refuse(f"第 {number} 条之后", Unusable(CUT_ARRAY))
+
+
+def values_of(text: Text, log: ReadLog) -> Iterator[Any]:
+    """最外层的数组与包着数据的对象拆开，别的值原样。"""
+    first = True
+    while character := text.next_character():
+        if character == ",":  # 去掉了方括号的数组
+            text.at += 1
+        elif character == "[" and not a_conversation_follows(text):
+            yield from items(text)
+        elif character == "{" and first and enter_wrapper(text):
+            yield from items(text, opened=True)
+            leave_wrapper(text, log)
+        else:
+            yield text.value()
+        first = False
+
+
+def items(text: Text, opened: bool = False) -> Iterator[Any]:
+    """一个数组里的每一个，读到它的右括号为止；opened：左括号已经读过了。"""
+    text.at += not opened
+    if text.next_character() == "]":
+        text.at += 1
+        return
+    while True:
+        if not text.next_character():
+            raise BadValue("数组没有写完", at_end=True)
+        yield text.value()
+        character = text.next_character()
+        text.at += 1
+        if character == "]":
+            return
+        if character != ",":
+            text.at -= 1
+            raise BadValue("少了 , 或 ]", at_end=not character)
+
+
+def a_conversation_follows(text: Text) -> bool:
+    """接下来的数组是一段对话（里面第一个就是发言），而不是许多条。"""
+    text.look_ahead()
+    opening = re.compile(r"\[\s*(?=\{)").match(text.text, text.at)
+    if not opening:
+        return False
+    try:
+        return is_message(JSON.raw_decode(text.text, opening.end())[0])
+    except (ValueError, RecursionError):  # 第一句话就很长
+        return bool(re.compile(r'\{\s*"(role|from)"\s*:').match(text.text, opening.end()))
+
+
+def enter_wrapper(text: Text) -> bool:
+    """接下来的对象若是包着全部数据的，走到那个数组的左括号之后，返回真。"""
+    text.look_ahead()
+    whole, at = text.text, text.at + 1
+    try:
+        while True:
+            at = BLANK.match(whole, at).end()
+            name, at = JSON.raw_decode(whole, at)
+            at = BLANK.match(whole, at).end()
+            if not isinstance(name, str) or whole[at : at + 1] != ":":
+                return False
+            at = BLANK.match(whole, at + 1).end()
+            if whole[at : at + 1] == "[" and holds_rows(name, whole, at + 1):
+                text.at = at + 1
+                return True
+            _, at = JSON.raw_decode(whole, at)
+            at = BLANK.match(whole, at).end()
+            if whole[at : at + 1] != ",":
+                return False
+            at += 1
+    except (ValueError, RecursionError):
+        return False
+
+
+def holds_rows(name: str, whole: str, at: int) -> bool:
+    """名叫 name 的数组里（从 at 起）是一条条数据，而不是一段对话或一篇的几节。"""
+    at = BLANK.match(whole, at).end()
+    try:
+        first = JSON.raw_decode(whole, at)[0]
+    except (ValueError, RecursionError):
+        first = None
+    if is_message(first):
+        return False
+    if name in WRAPPERS:
+        return True
+    return isinstance(first, dict) and name not in (*TURNS, *PARTS, "history", "tools")
+
+
+def leave_wrapper(text: Text, log: ReadLog) -> None:
+    """数组之后，对象里剩下的：没有用，记下名字。"""
+    while (character := text.next_character()) == ",":
+        text.at += 1
+        if text.next_character() == "}":
+            break
+        log.leave([str(text.value())])
+        if text.next_character() != ":":
+            raise BadValue("少了 :", at_end=False)
+        text.at += 1
+        text.next_character()
+        text.value()
+    if character != "}" and text.next_character() != "}":
+        raise BadValue("对象没有写完", at_end=not character)
+    text.at += 1
