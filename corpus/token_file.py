@@ -145,9 +145,11 @@ def code_fingerprint() -> str:
 
 
 def _summary(card: dict) -> str:
+    n = card["train_tokens"]
+    tokens = f"{n / 1e6:.2f} M" if n >= 10**5 else f"{n:,}"
     return (
         f"{card['train_documents']} 篇训练，{card['val_documents']} 篇检验，"
-        f"{card['train_tokens'] / 1e6:.2f} M 训练词元，[UNK] {card['unk_rate']:.2%}，"
+        f"{tokens} 训练词元，[UNK] {card['unk_rate']:.2%}，"
         f"写不出的字 {card['lost_characters'] / max(1, card['characters']):.2%}"
     )
 
