@@ -23,6 +23,7 @@ from tokenizer import Tokenizer
 
 IGNORE = -100  # 不算损失的目标
 SIDES = ("train", "val")
+SIDE_NAMES = {"train": "训练的", "val": "留出的"}
 
 # ---------- 1. 一批 ----------
 
@@ -106,10 +107,20 @@ class SFTBatches:
         starts: 每段对话的起点，末尾多一个总长。
         seq_len: 每行的长度 T。
         seed: 决定哪几段拼在一起。
+        max_len: 模型最多看多少个词元；side: 哪一边。都只用来说清为什么一段也用不上。
+    Raises:
+        UserError: 一段也用不上：到 seq_len 为止，还没有轮到助手说话。
     """
 
     def __init__(
-        self, tokens: np.ndarray, starts: np.ndarray, seq_len: int, tokenizer: Tokenizer, seed: int
+        self,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        seq_len: int,
+        tokenizer: Tokenizer,
+        seed: int,
+        max_len: int | None = None,
+        side: str = "train",
     ):
         self.tokens, self.starts, self.seq_len = tokens, starts, seq_len
         self.tokenizer = tokenizer
@@ -124,7 +135,8 @@ class SFTBatches:
         self.skipped = len(self.lengths) - len(usable)
         self.cut = int((np.diff(starts)[usable] - 1 > seq_len).sum())
         if not len(usable):
-            raise UserError(f"没有一段对话在 {seq_len} 个词元之内出现助手的话；请调大 --seq_len")
+            spoken = offset[offset < np.diff(starts) - 1]
+            raise UserError(f"{SIDE_NAMES[side]}{nothing_fits(spoken + 1, seq_len, max_len, side)}")
         self.rows = pack(self.lengths, usable, seq_len, np.random.default_rng(seed))
         self.n_rows = len(self.rows)
 
@@ -166,6 +178,33 @@ class SFTBatches:
                 positions[r, here], segments[r, here] = np.arange(n), segment
                 at += n
         return Batch(*map(torch.from_numpy, (ids, targets, positions, segments)))
+
+
+def nothing_fits(questions: np.ndarray, seq_len: int, max_len: int | None, side: str) -> str:
+    """一段对话也用不上：多长，最多能多长，怎么办。
+
+    Args:
+        questions: 每段对话到助手开口为止有多少个词元；没有助手的话的不在其中。
+        max_len: 模型最多看多少个词元；None 表示 seq_len 改不了。
+    """
+    if not len(questions):
+        return "对话里没有一句助手的话，seq_len 再大也没有什么可学；请检查数据"
+    shortest, longest = int(questions.min()), int(questions.max())
+    found = (
+        f" {len(questions)} 段对话，没有一段在 {seq_len} 个词元（seq_len）之内轮到助手说话："
+        f"到那里最短的要 {shortest} 个词元，最长的 {longest} 个"
+    )
+    more = "，或调大 --val_fraction 多留出几段" if side == "val" else ""
+    if max_len is None:
+        return f"{found}；请缩短提问{more}"
+    if fit := int((questions <= max_len).sum()):
+        return f"{found}；请加上 --seq_len {max_len}（模型最多看这么多），用得上 {fit} 段"
+    larger = 1 << longest.bit_length()
+    return (
+        f"{found}，而模型最多看 {max_len} 个，调大 seq_len 也没有用；请缩短提问{more}，或换一个"
+        f"看得更远的模型：预训练时加上 --max_len {larger} --seq_len {larger}，"
+        f"微调时加上 --seq_len {larger}"
+    )
 
 
 def pack(

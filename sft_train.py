@@ -27,9 +27,12 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
         # ---------- 1. 数据（不同）：几段对话拼成一行，互相看不见，只在助手的话上算损失 ----------
         data = tokenize_corpus(config.sft_data, "sft", run.tokenizer, config, wait=run.waits)
         train, val = (
-            SFTBatches(data.tokens[s], data.starts[s], config.seq_len, run.tokenizer, config.seed)
+            SFTBatches(
+                data.tokens[s], data.starts[s], config.seq_len, run.tokenizer, config.seed,
+                config.max_len, s,
+            )
             for s in SIDES
-        )
+        )  # fmt: skip
         for sentence in train.left_out():
             print(f"（{sentence}）")
         run.plan(train, data.card)  # 定下走几步，与别的进程接上

@@ -31,6 +31,7 @@ from corpus import (
     find,
     idioms,
     json_rows,
+    json_text,
     prose,
     readers,
     shapes,
@@ -139,8 +140,8 @@ def only_one(lock_file: Path) -> Iterator[None]:
 
 def code_fingerprint() -> str:
     """决定词元文件内容的那些代码的指纹：改了其中任何一处，词元文件就要重做。"""
-    pieces = (conversations, encode, fields, find, idioms, json_rows, prose, readers, shapes,
-              sniff, split, turns, unpack, tokenizer_module)  # fmt: skip
+    pieces = (conversations, encode, fields, find, idioms, json_rows, json_text, prose, readers,
+              shapes, sniff, split, turns, unpack, tokenizer_module)  # fmt: skip
     return hashlib.sha256("".join(map(inspect.getsource, pieces)).encode()).hexdigest()[:16]
 
 

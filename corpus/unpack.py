@@ -120,8 +120,8 @@ def check_ratio(name: str, produced: int, packed: int) -> None:
     """解压出的与压缩的相比，像不像文字。Raises UserError：压得太小，不像。"""
     if produced > BOMB_SIZE and produced > BOMB_RATIO * packed:
         raise UserError(
-            f"{name} 解压出来有 {produced >> 20} MB 以上，是压缩的 {produced // max(1, packed)} 倍："
-            f"这样压得小的不是文字；确实要用，请先自己解压"
+            f"{name} 解压出来有 {produced >> 20} MB 以上，是压缩的 "
+            f"{produced // max(1, packed)} 倍：这样压得小的不是文字；确实要用，请先自己解压"
         )
 
 
@@ -202,7 +202,7 @@ def _start_of(raw) -> bytes:
 
 
 def packing(head: bytes) -> str | None:
-    """看开头，是什么压缩或打包的；都不是，返回 None。"""
+    """看开头，是什么压缩或打包的；都不是，是 None。"""
     magic = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "xz", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd",
              b"\x5d\0\0": "lzma", b"PK\x03\x04": "zip", b"PK\x05\x06": "zip"}  # fmt: skip
     if head[257:262] == b"ustar":

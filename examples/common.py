@@ -166,7 +166,9 @@ def sft_batches(source: str, config: Config, seed: int) -> dict[str, SFTBatches]
     tokenizer = Tokenizer()
     data = tokenize_corpus(source, "sft", tokenizer, config)
     return {
-        side: SFTBatches(data.tokens[side], data.starts[side], config.seq_len, tokenizer, seed)
+        side: SFTBatches(
+            data.tokens[side], data.starts[side], config.seq_len, tokenizer, seed, side=side
+        )
         for side in SIDES
     }
 

@@ -453,13 +453,13 @@ def test_order_never_changes_between_versions():
 Turns = list[tuple[str, list[int]]]
 
 
-def sft_batches(conversations: list[Turns], seq_len: int, seed: int = 0) -> SFTBatches:
+def sft_batches(conversations: list[Turns], seq_len: int, seed: int = 0, **rest) -> SFTBatches:
     """把几段对话（角色与编号）直接做成批，不经过文件。"""
     pieces = [[i for role, ids in turns for i in TOKENIZER.turn_ids(role, ids)]
               for turns in conversations]  # fmt: skip
     starts = np.cumsum([0, *map(len, pieces)])
     tokens = np.array([i for piece in pieces for i in piece], np.uint16)
-    return SFTBatches(tokens, starts, seq_len, TOKENIZER, seed)
+    return SFTBatches(tokens, starts, seq_len, TOKENIZER, seed, **rest)
 
 
 def test_supervised_tokens_one_by_one():
@@ -560,6 +560,53 @@ def test_too_long_conversations_are_cut_at_the_end():
     assert targets == [IGNORE] * 6 + list(range(1000, 1010))
     with pytest.raises(UserError, match="seq_len"):
         sft_batches([long_question], seq_len=16)
+
+
+LONG = [  # 到助手开口为止：100 + 5 与 200 + 5 个词元
+    [("user", [2000] * 100), ("assistant", [702])],
+    [("user", [2000] * 200), ("assistant", [702])],
+]
+
+
+@pytest.mark.parametrize(
+    "max_len, side, advice",
+    [
+        (512, "train", "请加上 --seq_len 512（模型最多看这么多），用得上 2 段"),
+        (150, "val", "请加上 --seq_len 150（模型最多看这么多），用得上 1 段"),
+        (64, "train", "而模型最多看 64 个，调大 seq_len 也没有用；请缩短提问，或换一个"),
+        (64, "train", "预训练时加上 --max_len 256 --seq_len 256，微调时加上 --seq_len 256"),
+        (64, "val", "请缩短提问，或调大 --val_fraction 多留出几段，或换一个"),
+        (None, "train", "；请缩短提问"),
+    ],
+)  # fmt: skip
+def test_why_nothing_fits_and_what_really_helps(max_len, side, advice):
+    """从前总是叫人调大 --seq_len，调大了又说超过 max_len，再调大 max_len 又说去掉它。"""
+    with pytest.raises(UserError) as error:
+        sft_batches(LONG, 32, max_len=max_len, side=side)
+    said = str(error.value)
+    assert said.startswith(
+        {"train": "训练的", "val": "留出的"}[side]
+        + " 2 段对话，没有一段在 32 个词元（seq_len）之内轮到助手说话："
+        "到那里最短的要 105 个词元，最长的 205 个"
+    )
+    assert advice in said
+
+
+@given(st.integers(1, 60), st.integers(2, 80))
+def test_the_advice_is_the_least_that_helps(question, seq_len):
+    """说的长度恰好够用：少一个也不行。"""
+    conversation = [[("user", [700] * question), ("assistant", [701])]]
+    needed = question + 5
+    if seq_len >= needed:
+        assert sft_batches(conversation, seq_len).n_rows == 1
+        return
+    with pytest.raises(UserError, match=f"最短的要 {needed} 个词元"):
+        sft_batches(conversation, seq_len)
+
+
+def test_a_conversation_without_an_answer_has_nothing_to_learn():
+    with pytest.raises(UserError, match="训练的对话里没有一句助手的话"):
+        sft_batches([[("user", [700])]], 32, max_len=64)
 
 
 def test_packed_conversations_do_not_see_each_other():

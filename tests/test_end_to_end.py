@@ -13,7 +13,7 @@ import termios
 import time
 
 import pytest
-from scripts import REPO, run, run_apart
+from scripts import QUICK, REPO, run, run_apart
 
 
 def test_pretraining_says_what_it_does_and_learns(trained):
@@ -88,6 +88,24 @@ def test_mistakes_are_one_sentence_and_exit_code_2(trained, tmp_path):
         _, err = run(folder, script, *args, code=2)
         assert part in err
         assert err.startswith("错误：")
+
+
+def test_a_question_longer_than_a_row_is_no_dead_end(trained, tmp_path):
+    """照着说的做就练得成；做不成的不叫人去试。"""
+    folder, *_ = trained
+    for n, name in [(300, "long"), (600, "longer")]:
+        rows = [{"instruction": f"{i} " + "话" * n, "output": "好。"} for i in range(40)]
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    flags = [*QUICK, "--init_from", str(folder / "out/tiny/pretrain.pt"), "--max_steps", "1",
+             "--val_fraction", "0.3"]  # fmt: skip
+    _, err = run(tmp_path, "sft_train.py", *flags, "--sft_data", "long.jsonl", code=2)
+    assert "最短的要 30" in err and "--seq_len 512" in err
+    run(tmp_path, "sft_train.py", *flags, "--sft_data", "long.jsonl", "--seq_len", "512")
+    _, err = run(
+        tmp_path, "sft_train.py", *flags, "--sft_data", "longer.jsonl", "--overwrite", code=2
+    )
+    assert "模型最多看 512 个，调大 seq_len 也没有用" in err and "--max_len 1024" in err
 
 
 def own_the_terminal():

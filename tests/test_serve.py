@@ -1,6 +1,7 @@
 """服务：真的 `transformers serve`，真的 openai 客户端；答的与我们自己生成的一字不差。"""
 
 import importlib.util
+import io
 import re
 import shlex
 import signal
@@ -150,6 +151,14 @@ def test_the_program_remembers_the_earlier_turns(url):
         stdin=f"{question}\n\n{WHERE}\n", env=ENVIRONMENT,
     )  # fmt: skip
     assert out == f"{meaning}\n{BOOK[2][1]}\n"
+
+
+def test_a_question_in_another_encoding_is_not_guessed(url, monkeypatch):
+    pipe = io.TextIOWrapper(io.BytesIO("它出自哪里？\n".encode("gbk")), errors="replace")
+    monkeypatch.setattr(sys, "stdin", pipe)
+    monkeypatch.setattr(sys, "argv", ["ask.py", "--url", url])
+    with pytest.raises(UserError, match=r"第 1 行不是 UTF-8.*iconv -f GB18030"):
+        main()
 
 
 def test_no_server_is_one_sentence():

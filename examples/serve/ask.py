@@ -86,6 +86,8 @@ def main() -> None:
             f"连不上 {options.url}；请先启动服务（见 examples/serve/README.md），"
             f"或用 --url 写对它的地址"
         ) from error
+    except UserError:  # 管道里送来的不是 UTF-8：与服务无关
+        raise
     # 不是这种服务的：给的是网页，或者 JSON 里没有该有的。
     except (openai.OpenAIError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{options.url} 的服务答不了（{error}）；请看服务那边的输出") from error
