@@ -7,8 +7,13 @@
 读法与训练的相同，训练不收的这里也不收，说同样的话；备好的词元文件留着，接着训练就直接用。
 """
 
-import json
+import os
 import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
+import json
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
