@@ -4,23 +4,21 @@ read_jsonl    一行一条：坏了一行，别的行照读
 read_values   大数组、几个数组接在一起、一个对象占好几行、{"data": […]}：边读边给
 """
 
-import codecs
 import json
 import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from config import UserError
+from corpus import json_text
 from corpus.fields import KNOWN, PARTS, TURNS, WRAPPERS
+from corpus.json_text import BLANK, BadValue, Text
 from corpus.log import ReadLog, Unusable
-from corpus.sniff import JSON, is_message, is_message_list, reaches_the_end
+from corpus.sniff import JSON, is_message, is_message_list
 
-MAX_LINE = 64 << 20  # 一条最长多少字节；再长多半拿错了文件
-BLOCK = 1 << 18  # 一次读进来多少字节
 NOT_UTF8 = "不是 UTF-8（第 {} 字节）；可以先用 iconv -f GB18030 -t UTF-8 转换编码"
 CUT_LINE = "最后一行不完整，多半是下载中断了；请接着下载，或删掉这一行"
 CUT_ARRAY = "数组没有写完，不完整，多半是下载中断了；请接着下载"
-BLANK = re.compile("[ \t\n\r\ufeff]*")  # 接起来的文件，中间也会有 BOM
 
 Rows = Iterator[tuple[str, Any]]  # (在哪里, 解析好的值)
 
@@ -31,13 +29,13 @@ Rows = Iterator[tuple[str, Any]]  # (在哪里, 解析好的值)
 def read_lines(stream: BinaryIO, log: ReadLog) -> Iterator[tuple[int, str]]:
     """逐行给出 (行号, 文字)，行号从 1 起；过长或不是 UTF-8 的行记为坏行。"""
     number = 0
-    while line := stream.readline(MAX_LINE):
+    while line := stream.readline(json_text.MAX_LINE):
         number += 1
         where, complete = f"第 {number} 行", line.endswith(b"\n")
-        if len(line) == MAX_LINE and not complete:
-            log.refuse(where, Unusable(f"长于 {MAX_LINE >> 20} MB，是不是少了换行？"))
+        if len(line) == json_text.MAX_LINE and not complete:
+            log.refuse(where, Unusable(f"长于 {json_text.MAX_LINE >> 20} MB，是不是少了换行？"))
             while line and not line.endswith(b"\n"):
-                line = stream.readline(MAX_LINE)
+                line = stream.readline(json_text.MAX_LINE)
             continue
         try:
             text = line.decode("utf-8").removeprefix("\ufeff")  # 接起来的文件，中间也会有 BOM
@@ -122,64 +120,6 @@ def several_values(line: str) -> list[Any]:
 
 
 # ---------- 2. 一个值接一个值 ----------
-
-
-class Text:
-    """一边解码一边用的文字：`text` 里从 `at` 起是还没用的。"""
-
-    def __init__(self, stream: BinaryIO):
-        self.stream, self.text, self.at, self.more = stream, "", 0, True
-        self.n_bytes = 0  # 读进来的
-        self.decode = codecs.getincrementaldecoder("utf-8")().decode
-
-    def read_on(self) -> None:
-        """再读进来一些：还没用的越长，一次读得越多，几十 MB 的一条也只解析几次。"""
-        block = self.stream.read(max(BLOCK, len(self.text) - self.at))
-        self.more, self.n_bytes = bool(block), self.n_bytes + len(block)
-        self.text = self.text[self.at :] + self.decode(block)
-        self.at = 0
-
-    def look_ahead(self) -> None:
-        """读到眼前至少有一块没用的，或者没有更多了。"""
-        while self.more and len(self.text) - self.at < BLOCK // 4:
-            self.read_on()
-
-    def next_character(self) -> str:
-        """下一个不是空白的字，不用掉它；没有了，是空的。"""
-        while True:
-            self.at = BLANK.match(self.text, self.at).end()
-            if self.at < len(self.text) or not self.more:
-                return self.text[self.at : self.at + 1]
-            self.read_on()
-
-    def value(self) -> Any:
-        """解析下一个值。Raises BadValue。"""
-        while True:
-            try:
-                value, end = JSON.raw_decode(self.text, self.at)
-                if end < len(self.text) or not self.more:  # 贴着末尾的，也许是半个数字
-                    self.at = end
-                    return value
-                cut, problem = True, ""
-            except RecursionError:
-                raise BadValue("嵌套得太深", at_end=False) from None
-            except json.JSONDecodeError as error:
-                cut, problem = reaches_the_end(error, self.text), error.msg
-            except ValueError:  # Python 不肯把几千位的数字变成整数
-                raise BadValue("有一个整数太长", at_end=False) from None
-            if len(self.text) - self.at > MAX_LINE:
-                raise BadValue(f"一条长于 {MAX_LINE >> 20} MB", at_end=False)
-            if not cut or not self.more:
-                raise BadValue(problem, at_end=cut)
-            self.read_on()
-
-
-class BadValue(ValueError):
-    """一个值解析不了；at_end 真时，是因为到了末尾。"""
-
-    def __init__(self, problem: str, at_end: bool):
-        super().__init__(problem)
-        self.at_end = at_end
 
 
 def read_values(stream: BinaryIO, log: ReadLog) -> Rows:

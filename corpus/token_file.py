@@ -31,6 +31,7 @@ from corpus import (
     find,
     idioms,
     json_rows,
+    json_text,
     prose,
     readers,
     shapes,
@@ -139,15 +140,17 @@ def only_one(lock_file: Path) -> Iterator[None]:
 
 def code_fingerprint() -> str:
     """决定词元文件内容的那些代码的指纹：改了其中任何一处，词元文件就要重做。"""
-    pieces = (conversations, encode, fields, find, idioms, json_rows, prose, readers, shapes,
-              sniff, split, turns, unpack, tokenizer_module)  # fmt: skip
+    pieces = (conversations, encode, fields, find, idioms, json_rows, json_text, prose, readers,
+              shapes, sniff, split, turns, unpack, tokenizer_module)  # fmt: skip
     return hashlib.sha256("".join(map(inspect.getsource, pieces)).encode()).hexdigest()[:16]
 
 
 def _summary(card: dict) -> str:
+    n = card["train_tokens"]
+    tokens = f"{n / 1e6:.2f} M" if n >= 10**5 else f"{n:,}"
     return (
         f"{card['train_documents']} 篇训练，{card['val_documents']} 篇检验，"
-        f"{card['train_tokens'] / 1e6:.2f} M 训练词元，[UNK] {card['unk_rate']:.2%}，"
+        f"{tokens} 训练词元，[UNK] {card['unk_rate']:.2%}，"
         f"写不出的字 {card['lost_characters'] / max(1, card['characters']):.2%}"
     )
 

@@ -112,13 +112,17 @@ class Unpacked(io.RawIOBase):
             data = self.read_some(len(buffer))
         buffer[: len(data)] = data
         self.produced += len(data)
-        packed = max(1, self.consumed())
-        if self.produced > BOMB_SIZE and self.produced > BOMB_RATIO * packed:
-            raise UserError(
-                f"{self.name} 解压到 {self.produced >> 20} MB 还没有完，已经是压缩前的 "
-                f"{self.produced // packed} 倍：这样压得小的不是文字；确实要用，请先自己解压"
-            )
+        check_ratio(self.name, self.produced, self.consumed())
         return len(data)
+
+
+def check_ratio(name: str, produced: int, packed: int) -> None:
+    """解压出的与压缩的相比，像不像文字。Raises UserError：压得太小，不像。"""
+    if produced > BOMB_SIZE and produced > BOMB_RATIO * packed:
+        raise UserError(
+            f"{name} 解压出来有 {produced >> 20} MB 以上，是压缩的 "
+            f"{produced // max(1, packed)} 倍：这样压得小的不是文字；确实要用，请先自己解压"
+        )
 
 
 class Joined(io.RawIOBase):
@@ -198,7 +202,7 @@ def _start_of(raw) -> bytes:
 
 
 def packing(head: bytes) -> str | None:
-    """看开头，是什么压缩或打包的；都不是，返回 None。"""
+    """看开头，是什么压缩或打包的；都不是，是 None。"""
     magic = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "xz", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd",
              b"\x5d\0\0": "lzma", b"PK\x03\x04": "zip", b"PK\x05\x06": "zip"}  # fmt: skip
     if head[257:262] == b"ustar":
@@ -254,6 +258,7 @@ def _zip_members(name: str, stream, on_disk: bool, depth: int, log: ReadLog) -> 
         if info.flag_bits & 1:
             raise UserError(f"{name} 有密码；请先运行 unzip 解开")
         taken += 1
+        check_ratio(name, info.file_size, info.compress_size)  # 它解不出比写着的更多
         with named_damage("zip"):
             member = archive.open(info)
         size = info.compress_size

@@ -32,7 +32,7 @@ import sft_chat
 from chat import repl
 from chat.repl import Chat, ChatOptions, obey
 from config import SHAPE, Config, UserError, option
-from corpus import json_rows, token_file
+from corpus import json_text, token_file
 from corpus import log as corpus_log
 from corpus.conversations import conversation_turns, read_conversations
 from corpus.encode import encode_conversations, encode_documents
@@ -279,7 +279,7 @@ def test_any_file_is_read_or_refused_in_one_sentence(folder, reader, check, data
     """什么文件都一样：读出来的都真是文字、真是对话；每条不是用了就是记了；否则是一句话。"""
     (path := folder / name).write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_rows, "MAX_LINE", longest)
+        patch.setattr(json_text, "MAX_LINE", longest)
         contents, log, stopped = read_all(reader, path)
     check(contents)
     good = log.rows - log.refused.total()
@@ -337,7 +337,7 @@ def test_an_array_says_the_same_as_the_lines_in_it(folder, lines, block, blank):
     ):
         (path := folder / name).write_text(content + "\n", encoding="utf-8", newline="")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(json_rows, "BLOCK", block)
+            patch.setattr(json_text, "BLOCK", block)
             contents, log, stopped = read_all(read_documents, path)
         assert stopped is None
         results.append((contents, log.rows, log.used, log.changed, log.refused))

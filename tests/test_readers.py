@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from config import UserError
-from corpus import json_rows
+from corpus import json_text
 from corpus.conversations import read_conversations
 from corpus.log import ReadLog
 from corpus.shapes import read_documents, split_markers
@@ -468,7 +468,7 @@ def test_lone_surrogates_in_conversations_are_bad_rows(tmp_path):
 
 def test_overlong_line_is_one_bad_row(tmp_path, monkeypatch):
     """没有换行的几个 GB 不该撑爆内存；跳过那一行，后面的行号与内容都不受影响。"""
-    monkeypatch.setattr(json_rows, "MAX_LINE", 1000)
+    monkeypatch.setattr(json_text, "MAX_LINE", 1000)
     rows = [dump(row) for row in good_rows(150)]
     lines = [*rows[:100], dump({"text": "长" * 1000}), *rows[100:], "坏"]
     documents, log = read_without_check(write(tmp_path / "data.jsonl", "\n".join(lines)))
