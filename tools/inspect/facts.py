@@ -69,16 +69,11 @@ def rows_of(data: TokenFile, stage: str, config: Config, tokenizer: Tokenizer) -
         return None
     return {
         s: SFTBatches(
-            data.tokens[s],
-            data.starts[s],
-            config.seq_len,
-            tokenizer,
-            config.seed,
-            config.max_len,
-            s,
+            data.tokens[s], data.starts[s], config.seq_len, tokenizer, config.seed,
+            config.max_len, s,
         )
         for s in SIDES
-    }
+    }  # fmt: skip
 
 
 # ---------- 长短 ----------
