@@ -28,11 +28,11 @@ from corpus.turns import (
     JSON_TEXT,
     Reading,
     as_json,
-    judging,
+    from_json,
     plain_text,
     thoughts,
     turns_of,
-    verdict,
+    verdicts,
 )
 
 
@@ -73,11 +73,14 @@ def conversation_turns(row: Any, reading: Reading) -> Conversation:
     fields = Fields(row)
     check_wanted(fields)
     name, turns = fields.first(TURNS)
+    if turns in ([], {}) or (isinstance(turns, str) and not turns.strip()):
+        answered = any(fields.row.get(other) for other in QUESTION)
+        name = "" if answered else name  # 表格里空着的一格
     if not name and isinstance(row.get("role"), list):  # 一列角色，一列正文
         name, turns = "role", {n: fields.get(n) for n in ("role", "content")}
     read = question_and_answer(fields, reading) if not name else turns_of(turns, name, reading)
     conversation = better_answer(fields, read, reading)
-    conversation = with_system(fields, conversation, reading)
+    conversation = with_system(fields, conversation)
     reading.unused += fields.unused()
     return without_blanks(conversation, reading)
 
@@ -87,11 +90,12 @@ def conversation_turns(row: Any, reading: Reading) -> Conversation:
 
 def check_wanted(fields: Fields) -> None:
     """标着不该学的一条。Raises Unusable。"""
-    for name in judging(fields.row):
-        value = fields.get(name)
-        if verdict(name, value) is False:
-            why = f"标着 {shown(name)}: {JSON_TEXT.encode(value)}，不该学"
-            raise Unusable(why[:100], broken=False)
+    marks = verdicts(fields.row)
+    fields.taken |= marks.keys()
+    for name, learn in marks.items():
+        if not learn:
+            value = JSON_TEXT.encode(fields.row[name])
+            raise Unusable(f"{shown(name)} 说不该学", value, broken=False)
 
 
 def better_answer(fields: Fields, turns: Conversation, reading: Reading) -> Conversation:
@@ -142,7 +146,8 @@ def question_and_answer(fields: Fields, reading: Reading) -> Conversation:
     answers = turns_of(answer, answered, reading, "assistant")
     if (thought := thoughts(fields, reading)) and answers:
         answers[0] = (answers[0][0], thought + answers[0][1])
-    if any(role == "user" for role, _ in answers):
+    if answers and answers[0][0] == "user":  # 回答里是整段对话
+        reading.changes.append(f"{answered} 里是整段对话，{asked} 没有用")
         return answers
     return turns + answers
 
@@ -154,7 +159,9 @@ def as_text(value: Any) -> str:
 
 def history_of(history: Any, reading: Reading) -> Conversation:
     """前几轮：[[问, 答], …]，或者一列发言。Raises Unusable。"""
-    if history in (None, "", [], {}):
+    if isinstance(history, str) and history.strip():
+        history = from_json(history, "history")
+    if not history or isinstance(history, str):
         return []
     if not isinstance(history, list):
         raise Unusable("history 不是列表", f"是{type_name(history)}")
@@ -162,8 +169,11 @@ def history_of(history: Any, reading: Reading) -> Conversation:
         return turns_of(history, "history", reading)
     turns: Conversation = []
     for pair in history:
-        if isinstance(pair, dict) and len(pair) == 2:
-            pair = list(pair.values())
+        if isinstance(pair, dict):
+            sides = Fields(pair)
+            pair = [sides.first((*QUESTION, *CONTEXT, "user", "human"))[1],
+                    sides.first((*ANSWER, "assistant", "bot"))[1]]  # fmt: skip
+            reading.unused += [f"history.{field}" for field in sides.unused()]
         if not isinstance(pair, list) or len(pair) != 2:
             raise Unusable("history 里不是一问一答的两项", f"是{type_name(pair)}")
         question, answer = (plain_text(text, "history 里的一项") for text in pair)
@@ -174,7 +184,7 @@ def history_of(history: Any, reading: Reading) -> Conversation:
 # ---------- 3. 整段 ----------
 
 
-def with_system(fields: Fields, turns: Conversation, reading: Reading) -> Conversation:
+def with_system(fields: Fields, turns: Conversation) -> Conversation:
     """写在对话外面的 system 与 tools，归到开头的 system 一轮。"""
     system = fields.first(("system",))[1]
     outside = [plain_text(system, "system") if system is not None else ""]

@@ -35,32 +35,37 @@ def find_files(source: str, log: ReadLog | None = None) -> list[Path]:
         pieces = [piece.strip() for piece in source.split(",")]
         return [path for piece in pieces if piece for path in find_files(piece, log)]
     if glob.has_magic(source) and (found := sorted(glob.glob(source, recursive=True))):
-        return [path for name in found for path in find_files(name, log)]
+        every = (path for name in found for path in find_files(name, log))
+        return list(dict.fromkeys(every))  # ** 既找到目录，也找到里面的文件
     raise MissingData(f"找不到数据文件 {source}；请检查路径，或先运行 python download.py wiki")
 
 
 def _in_folder(folder: Path, log: ReadLog | None) -> list[Path]:
-    found, left = [], []
-    for root, names, files in os.walk(folder):
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"读不了目录 {error.filename}（{error.strerror}）；请检查权限") from error
+
+    found, left, seen = [], [], set()
+    for root, names, files in os.walk(folder, followlinks=True, onerror=unreadable):
         names[:] = sorted(n for n in names if not n.startswith("."))
+        if (real := os.path.realpath(root)) in seen:  # 链接绕了回来
+            names[:] = []
+            continue
+        seen.add(real)
         for name in sorted(files):
             path = Path(root, name)
             cache = name.endswith(".json") and path.with_suffix(".train.bin").exists()
-            if not name.startswith(".") and not cache:
-                (found if looks_like_data(name) else left).append(path)
-    found.sort()
-    if left and log:
-        names = "、".join(path.name for path in left[:5]) + "……" * (len(left) > 5)
-        log.note(f"{folder} 里有 {len(left)} 个文件看名字不是数据，没有读：{names}")
+            (found if looks_like_data(name) and not cache else left).append(path)
+    if log:
+        log.left_out(str(folder), [path.name for path in left])
     if not found:
         raise UserError(f"目录 {folder} 里没有数据文件（{'、'.join(PLAIN[1:])} 等）；请检查路径")
-    return found
+    return sorted(found)
 
 
 def looks_like_data(name: str) -> bool:
     """目录或包里的一个文件，看名字像不像数据；没有扩展名的也像（例如 wiki_00）。"""
     stem, suffix = os.path.splitext(os.path.basename(name).lower())
-    return suffix in PLAIN + PACKED and not stem.startswith(NOT_DATA)
+    return suffix in PLAIN + PACKED and not stem.startswith((".", *NOT_DATA))
 
 
 def stamp(path: Path) -> list[int]:

@@ -149,18 +149,16 @@ def read_values(stream: BinaryIO, log: ReadLog) -> Rows:
 
 def values_of(text: Text, log: ReadLog) -> Iterator[Any]:
     """最外层的数组与包着数据的对象拆开，别的值原样。"""
-    first = True
     while character := text.next_character():
         if character == ",":  # 去掉了方括号的数组
             text.at += 1
         elif character == "[" and not a_conversation_follows(text):
             yield from items(text)
-        elif character == "{" and first and enter_wrapper(text):
+        elif character == "{" and enter_wrapper(text, log):
             yield from items(text, opened=True)
             leave_wrapper(text, log)
         else:
             yield text.value()
-        first = False
 
 
 def items(text: Text, opened: bool = False) -> Iterator[Any]:
@@ -194,10 +192,10 @@ def a_conversation_follows(text: Text) -> bool:
         return bool(re.compile(r'\{\s*"(role|from)"\s*:').match(text.text, opening.end()))
 
 
-def enter_wrapper(text: Text) -> bool:
+def enter_wrapper(text: Text, log: ReadLog) -> bool:
     """接下来的对象若是包着全部数据的，走到那个数组的左括号之后，返回真。"""
     text.look_ahead()
-    whole, at = text.text, text.at + 1
+    whole, at, before = text.text, text.at + 1, []
     try:
         while True:
             at = BLANK.match(whole, at).end()
@@ -208,7 +206,9 @@ def enter_wrapper(text: Text) -> bool:
             at = BLANK.match(whole, at + 1).end()
             if whole[at : at + 1] == "[" and holds_rows(name, whole, at + 1):
                 text.at = at + 1
+                log.leave(before)
                 return True
+            before.append(name)
             _, at = JSON.raw_decode(whole, at)
             at = BLANK.match(whole, at).end()
             if whole[at : at + 1] != ",":

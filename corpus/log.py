@@ -15,6 +15,7 @@ from config import UserError
 BAD_ROWS_ALLOWED = 0.01
 GIVE_UP_AFTER = 1000  # 开头这么多条全是坏的，就不再往下读
 N_EXAMPLES, N_FIELDS = 5, 12  # 报告里至多写几个
+MANY_NAMES = 10_000  # 至多记几个字段名
 
 
 class Unusable(ValueError):
@@ -103,7 +104,10 @@ class ReadLog:
 
     def leave(self, fields: Iterable[str]) -> None:
         """记下一条里没有用到的字段；名字里看不见的字符转义，太长的截短。"""
-        self.unused.update({shown(name) for name in fields})
+        names = {shown(name) for name in fields}
+        if len(self.unused) > MANY_NAMES:  # 拿编号当字段名的，不必一个个都记着
+            names = {name if name in self.unused else "别的" for name in names}
+        self.unused.update(names)
 
     def refuse(self, row: str, error: Unusable) -> None:
         """记下不用的一条；row 例如「第 3 行」。"""
@@ -121,6 +125,12 @@ class ReadLog:
         """记下一句该告诉用户的话；说过的不再说。"""
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+    def left_out(self, place: str, names: list[str]) -> None:
+        """place 里有些文件没有读。"""
+        if names:
+            some = "、".join(map(shown, names[:5])) + "……" * (len(names) > 5)
+            self.note(f"{place} 里有 {len(names)} 个文件看名字不是数据，没有读：{some}")
 
     def bytes_read(self) -> int:
         """从磁盘上读了多少字节。"""

@@ -83,8 +83,11 @@ def read_prose(
     marker = "" if layout in ("blank", "line", "sentence") else layout
     held, start, made, long = "", 1, 0, 0
 
-    def ready(document: str) -> list[str]:
-        return [document] if document.strip() else []
+    def give(document: str) -> Iterator[tuple[str, str]]:
+        nonlocal made, long
+        pieces = [piece for piece in cut(document, size) if piece.strip()]
+        made, long = made + len(pieces), long + (len(pieces) > 1)
+        yield from ((f"第 {start} 行", piece) for piece in pieces)
 
     for number, piece in read_pieces(stream, log):
         if not held.strip():
@@ -100,15 +103,8 @@ def read_prose(
             *pieces, held = cut(held, size)
             done += pieces
         for document in done:
-            for kept in ready(document):
-                made += 1
-                yield f"第 {start} 行", kept
-    last = cut(held, size) if len(held) > size else [held]
-    long += len(last) > 1
-    for document in last:
-        for kept in ready(document):
-            made += 1
-            yield f"第 {start} 行", kept
+            yield from give(document)
+    yield from give(held)
     say_how(layout, made, long, size, log)
 
 

@@ -10,22 +10,22 @@
 """
 
 import csv
-import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from config import UserError
+from corpus import json_text
 from corpus.find import find_files, stamp
 from corpus.json_rows import read_jsonl, read_lines, read_values
-from corpus.log import ReadLog, Unusable
+from corpus.log import ReadLog, Unusable, shown
 from corpus.prose import FEW, MAX_DOCUMENT, SHORTEST, read_prose, read_wiki
 from corpus.sniff import Kind, recognise
-from corpus.unpack import Broken, Part, open_parts
+from corpus.streams import Broken, check_ratio, cut_off
+from corpus.unpack import Part, open_parts
 
-__all__ = ["ReadLog", "read_rows"]
-
-csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # 一格也可以是一整篇
+csv.field_size_limit(json_text.MAX_LINE)  # 一格也可以是一整篇
 
 
 def read_rows(source: str | Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
@@ -36,13 +36,19 @@ def read_rows(source: str | Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
     """
     for path in find_files(str(source), log):
         before = stamp(path)
+        broken = False
         try:
             for part in open_parts(path, log):
                 kind = recognise(part)
                 log.begin(part.name, kind.name)
-                yield from rows_of(part, kind, log)
+                try:
+                    yield from rows_of(part, kind, log)
+                except Broken as error:  # zip 里坏了一个，别的还读得到
+                    broken = True
+                    log.refuse("末尾", cut_off(error))
         except Broken as error:
-            log.refuse("末尾", Unusable(f"{error}，多半是下载中断了；请接着下载"))
+            if not broken:
+                log.refuse("末尾", cut_off(error))
         check_unchanged(path, before)
 
 
@@ -56,6 +62,9 @@ def check_unchanged(path: Path, before: list[int]) -> None:
         raise UserError(
             f"{path} 在读的时候变了（{before[0]:,} → {now[0]:,} 字节）；请等它写完，再运行一次"
         )
+
+
+OPEN_QUOTE = "有一格的引号没有关上，后面的都被当成了这一格；请检查文件完不完整"
 
 
 def rows_of(part: Part, kind: Kind, log: ReadLog) -> Iterator[tuple[str, Any]]:
@@ -80,9 +89,11 @@ def rows_of(part: Part, kind: Kind, log: ReadLog) -> Iterator[tuple[str, Any]]:
 def read_table(part: Part, comma: str, log: ReadLog) -> Iterator[tuple[str, dict[str, str]]]:
     """有表头的 CSV 或 TSV；一格里可以有换行。"""
     lines = read_lines(part.stream, log)
-    rows = csv.reader((line for _, line in lines), delimiter=comma)
+    rows = csv.reader((line for _, line in lines), delimiter=comma, strict=True)
     try:
         names = [name.strip() for name in next(rows, [])]
+        if twice := [name for name, n in Counter(names).items() if n > 1]:
+            raise UserError(f"{part.name} 的表头里有两个 {shown(twice[0])}；请把其中一个改名")
         for cells in rows:
             where = f"第 {rows.line_num} 行"
             if not cells:
@@ -93,6 +104,9 @@ def read_table(part: Part, comma: str, log: ReadLog) -> Iterator[tuple[str, dict
                 continue
             yield where, dict(zip(names, cells, strict=True))
     except csv.Error as error:
+        if "unexpected end" in str(error):  # 引号开了没有关
+            log.refuse(f"第 {rows.line_num} 行", Unusable(OPEN_QUOTE))
+            return
         raise UserError(f"{part.name} 第 {rows.line_num} 行不是合法的 CSV（{error}）") from error
 
 
@@ -107,13 +121,26 @@ def read_parquet(part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from None
     if not part.on_disk:
         raise UserError(f"{part.name} 是包里的 parquet，要跳着读；请先把包解开")
-    number = 0
-    try:
-        table = parquet.ParquetFile(part.stream)
-        for batch in table.iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"第 {number} 条", row
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise UserError(f"{part.name} 第 {number} 条之后读不出（{reason}）；请重新下载") from error
+    number = produced = 0
+    size = part.stream.seek(0, 2)
+    batches = parquet_batches(part, parquet)
+    while True:
+        try:
+            if (batch := next(batches, None)) is None:
+                return
+            produced += batch.nbytes
+            rows = batch.to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+            raise UserError(
+                f"{part.name} 第 {number} 条之后读不出（{reason}）；请重新下载"
+            ) from error
+        check_ratio(part.name, produced, size)
+        for row in rows:
+            number += 1
+            yield f"第 {number} 条", row
+
+
+def parquet_batches(part: Part, parquet) -> Iterator[Any]:
+    """一批几十条，一批批地给。"""
+    yield from parquet.ParquetFile(part.stream).iter_batches(batch_size=64)

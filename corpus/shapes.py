@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from corpus.fields import DETAIL, HEADING, PARTS, TEXT, TITLE
-from corpus.log import ReadLog, Unusable
+from corpus.log import ReadLog, Unusable, shown
 from corpus.prose import cut, cut_one
 from corpus.readers import read_rows
 from corpus.sniff import document_end
@@ -182,14 +182,14 @@ def joined_text(value: Any, changes: list[str], name: str = "") -> str:
         lines += [heading] if heading else []
         lines.append(joined_text(inner[1], changes, inner[0]))
         if left := fields.unused():
-            changes.append(f"略去了 {name or '列表'} 里的 {'、'.join(left[:5])}")
+            changes.append(f"略去了 {name or '列表'} 里的 {'、'.join(map(shown, left[:5]))}")
     return "\n".join(lines)
 
 
 def part_name(piece: Any) -> str:
     """内容的一个部分是哪一种，例如 image_url。"""
     kind = piece.get("type") if isinstance(piece, dict) else None
-    return kind if isinstance(kind, str) and len(kind) < 30 else type_name(piece)
+    return shown(kind) if isinstance(kind, str) and len(kind) < 30 else type_name(piece)
 
 
 def well_formed(text: str) -> str:
@@ -206,7 +206,7 @@ def split_markers(text: str) -> list[str]:
     text = text.strip()
     if text.startswith("<|im_start|>"):
         pieces = re.split(r"<\|im_start\|>|<\|im_end\|>", text)
-    elif text.startswith("<s>"):
+    elif text.startswith("<s>") and (text.endswith("</s>") or "</s>" not in text):
         pieces = re.split(r"</?s>", text)
     elif end := document_end(text):
         pieces = text.split(end)

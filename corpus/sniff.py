@@ -38,7 +38,7 @@ MAGIC = {
     b"\x04\x22\x4d\x18": "lz4 压缩的；请先运行 lz4 -d {name}",
     b"\x1f\x9d": "compress 压缩的（.Z）；请先运行 uncompress {name}",
     b"\x89HDF": "HDF5 文件；请先把里面的文字存成 JSONL",
-    b"GGUF": "GGUF 模型，不是数据；请检查路径",
+    b"GGUF\3\0\0\0": "GGUF 模型，不是数据；请检查路径",
 }  # fmt: skip
 
 
@@ -108,11 +108,13 @@ def check_is_data(name: str, text: str) -> None:
         size = re.search(r"^size (\d+)", text, re.MULTILINE)
         real = f"（真正的文件有 {int(size[1]):,} 字节）" if size else ""
         raise UserError(f"{name} 是 Git LFS 的指针，不是数据{real}；请先运行 git lfs pull")
-    if re.match(r"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!doctype html|<html)", start, re.DOTALL):
+    if re.match(
+        r"(<\?xml[^>]*>\s*)?(?:<!--(?:(?!-->).)*-->\s*)*(<!doctype html|<html)", start, re.DOTALL
+    ):
         raise UserError(
             f"{name} 是网页（HTML），不是数据：多半是下载时存下了网页；请找到文件本身的下载地址"
         )
-    if "<mediawiki" in start:
+    if re.match(r"(<\?xml[^>]*>\s*)?<mediawiki", start):
         raise UserError(
             f"{name} 是维基百科的 XML；请先用 WikiExtractor 变成文字："
             f"python -m wikiextractor.WikiExtractor {name}"
@@ -186,8 +188,8 @@ def json_layout(text: str, whole: bool, suffix: str) -> str:
 
 
 def is_message_list(value: object) -> bool:
-    """一个数组里全是发言：它是一段对话，而不是许多条。"""
-    return isinstance(value, list) and bool(value) and all(map(is_message, value))
+    """一个数组里头一个是发言：它是一段对话，而不是许多条；后面有坏的，读到时再说。"""
+    return isinstance(value, list) and bool(value) and is_message(value[0])
 
 
 def is_message(value: object) -> bool:

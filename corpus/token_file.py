@@ -9,7 +9,6 @@
 import functools
 import glob
 import hashlib
-import inspect
 import json
 import os
 import time
@@ -24,22 +23,7 @@ from tqdm import tqdm
 
 import tokenizer as tokenizer_module
 from config import Config, UserError
-from corpus import (
-    conversations,
-    encode,
-    fields,
-    find,
-    idioms,
-    json_rows,
-    json_text,
-    prose,
-    readers,
-    shapes,
-    sniff,
-    split,
-    turns,
-    unpack,
-)
+from corpus import conversations, find, idioms, readers, shapes
 from corpus.encode import chunks, encode_conversations, encode_documents
 from corpus.log import ReadLog, Refused
 from corpus.writer import Writer
@@ -140,9 +124,8 @@ def only_one(lock_file: Path) -> Iterator[None]:
 
 def code_fingerprint() -> str:
     """决定词元文件内容的那些代码的指纹：改了其中任何一处，词元文件就要重做。"""
-    pieces = (conversations, encode, fields, find, idioms, json_rows, json_text, prose, readers,
-              shapes, sniff, split, turns, unpack, tokenizer_module)  # fmt: skip
-    return hashlib.sha256("".join(map(inspect.getsource, pieces)).encode()).hexdigest()[:16]
+    code = [*sorted(Path(__file__).parent.glob("*.py")), Path(tokenizer_module.__file__)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:16]
 
 
 def _summary(card: dict) -> str:
@@ -159,7 +142,8 @@ def _load(base: Path, identity: dict, paths: list[Path]) -> TokenFile | None:
     """读回词元文件；没有、不完整或来源变了，返回 None。"""
     try:
         card = json.loads(Path(f"{base}.json").read_text(encoding="utf-8"))
-        if any(card[key] != value for key, value in identity.items()):
+        same = {key: value for key, value in identity.items() if key != "source"}  # 写法不同不要紧
+        if any(card[key] != value for key, value in same.items()):
             return None
         # 大小与时间没变就相信内容没变；变了（例如只是复制过）再比散列。
         if card["stamps"] != list(map(find.stamp, paths)) and card["sha256"] != hash_of(paths):
@@ -211,6 +195,8 @@ def _build(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) 
     digest = hash_of(paths)
     for path, before in zip(paths, stamps, strict=True):
         readers.check_unchanged(path, before)
+    if identity["source"] != "builtin" and find.find_files(identity["source"]) != paths:
+        raise UserError(f"{identity['source']} 里的文件在读的时候变了；请等它们写完，再运行一次")
     card = identity | {"stamps": stamps, "sha256": digest} | account(log) | totals
     for side, mine in (("train", ~held_out), ("val", held_out)):
         card |= writer.write_side(side, mine)

@@ -54,9 +54,9 @@ def verdict(name: str, value: Any) -> bool | None:
     return False if no else True if yes else None
 
 
-def judging(row: dict[str, Any]) -> list[str]:
-    """说学不学的字段。"""
-    return [name for name, value in row.items() if verdict(name, value) is not None]
+def verdicts(row: dict[str, Any]) -> dict[str, bool]:
+    """说学不学的字段：{名字: 学不学}。"""
+    return {name: v for name, x in row.items() if (v := verdict(name, x)) is not None}
 
 
 def plain_text(value: Any, name: str) -> str:
@@ -74,15 +74,11 @@ def turns_of(value: Any, name: str, reading: Reading, role: str = "assistant") -
     Raises:
         Unusable: 说出是第几轮、哪个字段、得到的是什么。
     """
-    if name in (*TURNS, "role") and isinstance(value, str):
-        value = from_json(value, name)
-    if name in (*TURNS, "role") and isinstance(value, dict):
-        value = from_columns(value, name)
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        if not isinstance(value, str):
-            reading.changes.append("数字写成文字")
-        if name in (*TURNS, "role"):
-            raise Unusable(f"{name} 不是一列发言", f"是{type_name(value)}")
+    if name in (*TURNS, "role"):
+        value = from_json(value, name) if isinstance(value, str) else value
+        value = from_columns(value, name) if isinstance(value, dict) else value
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        reading.changes += [] if isinstance(value, str) else ["数字写成文字"]
         return [(role, plain_text(value, name))]
     if not isinstance(value, list):
         raise Unusable(f"{name} 不是一列发言", f"是{type_name(value)}")
@@ -137,8 +133,9 @@ def turn_of(message: Any, where: str, name: str, reading: Reading) -> Any:
         shown = reprlib.repr(role)
         raise Unusable("不认识的角色", f"{where}是 {shown}；认识 system、user、assistant、tool 等")
     role = ROLES[role.lower()]
-    verdicts = [verdict(mark, fields.get(mark)) for mark in judging(message)]
-    if role == "assistant" and False in verdicts:
+    marks = verdicts(message)
+    fields.taken |= marks.keys()
+    if role == "assistant" and not all(marks.values()):
         return MASKED
     written, text = fields.first(WORDS)
     if role == "tool" and isinstance(text, dict):  # 工具的回答常是一个对象
@@ -171,7 +168,10 @@ def message_text(value: Any, name: str, where: str, reading: Reading) -> str | N
     lines = []
     for part in value:
         text = part.get("text") if isinstance(part, dict) else part
-        if isinstance(text, str):
+        if isinstance(part, dict) and part.get("type") in ("thinking", "reasoning"):
+            thought = thoughts(Fields({REASONING[0]: part.get("thinking") or text}), reading)
+            lines.insert(0, thought.rstrip("\n") + "\n") if thought else None
+        elif isinstance(text, str):
             lines.append(well_formed(text))
         else:
             reading.changes.append(f"略去了不是文字的部分（{part_name(part)}）")
@@ -180,7 +180,7 @@ def message_text(value: Any, name: str, where: str, reading: Reading) -> str | N
 
 def as_json(value: Any, name: str) -> str:
     """工具的说明与调用写成 JSON 文字；已经是文字的原样，空的是空的。Raises Unusable。"""
-    if not value:
+    if not value or value in ("[]", "{}", "null"):
         return ""
     try:
         return well_formed(value if isinstance(value, str) else JSON_TEXT.encode(value))

@@ -12,21 +12,18 @@ import lzma
 import os
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from config import UserError
 from corpus.find import PACKED, looks_like_data
-from corpus.log import ReadLog
+from corpus.log import ReadLog, shown
+from corpus.streams import Broken, Joined, Steady, Unpacked, check_ratio, cut_off, named_damage
 
 HEAD = 1 << 18  # 看开头多少字节，来辨认是什么
 BUFFER = 1 << 18
 NESTED = 3  # 压缩与打包至多套几层
-# 文字很少压得到二十分之一；解出这么多之后，还压得这么小的，不是文字。
-BOMB_RATIO, BOMB_SIZE = 100, 32 << 20
 
 
 class Part(NamedTuple):
@@ -37,109 +34,6 @@ class Part(NamedTuple):
     head: bytes  # 开头至多 HEAD 个字节
     stream: BinaryIO  # 从头读起
     on_disk: bool  # 没有压缩也没有打包，可以跳着读
-
-
-class Steady(io.RawIOBase):
-    """磁盘上的文件，只读到打开时的大小：一边读一边还在长的，也有读完的时候。"""
-
-    def __init__(self, path: Path):
-        self.raw = path.open("rb", buffering=0)
-        self.size = os.fstat(self.raw.fileno()).st_size
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.raw.tell()
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self.raw.seek(self.size + offset) if whence == 2 else self.raw.seek(offset, whence)
-
-    def readinto(self, buffer) -> int | None:
-        room = max(0, self.size - self.raw.tell())
-        return self.raw.readinto(memoryview(buffer)[:room])
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
-
-class Broken(Exception):
-    """压缩或打包的数据坏了，或者断在中间。"""
-
-
-# 各种解压的库遇到坏数据时抛出的；bz2 与 zstd 抛出的是没有 errno 的 OSError。
-DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
-          tarfile.TarError)  # fmt: skip
-
-
-@contextmanager
-def named_damage(what: str) -> Iterator[None]:
-    """把解压时的各种异常换成 Broken；磁盘的错误照常抛出。"""
-    try:
-        yield
-    except DAMAGE as error:
-        raise Broken(f"{what} 压缩数据不完整（{error}）") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise Broken(f"{what} 压缩数据不完整（{error}）") from error
-
-
-class Unpacked(io.RawIOBase):
-    """解压出来的内容。解出的比压缩的大得不像文字，就停下来。
-
-    Args:
-        inner: 解压的那一个，有 read1 或 read。
-        what: 是什么压缩的，说给人看。
-        consumed: 到现在为止用掉了多少压缩的字节。
-    """
-
-    def __init__(self, inner, what: str, name: str, consumed: Callable[[], int]):
-        self.what, self.name, self.consumed = what, name, consumed
-        # read1 有多少给多少：断在中间的，断之前的也拿得到。
-        self.read_some = getattr(inner, "read1", inner.read)
-        self.produced = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        with named_damage(self.what):
-            data = self.read_some(len(buffer))
-        buffer[: len(data)] = data
-        self.produced += len(data)
-        check_ratio(self.name, self.produced, self.consumed())
-        return len(data)
-
-
-def check_ratio(name: str, produced: int, packed: int) -> None:
-    """解压出的与压缩的相比，像不像文字。Raises UserError：压得太小，不像。"""
-    if produced > BOMB_SIZE and produced > BOMB_RATIO * packed:
-        raise UserError(
-            f"{name} 解压出来有 {produced >> 20} MB 以上，是压缩的 "
-            f"{produced // max(1, packed)} 倍：这样压得小的不是文字；确实要用，请先自己解压"
-        )
-
-
-class Joined(io.RawIOBase):
-    """先给出已经读进来的开头，再接着读。"""
-
-    def __init__(self, head: bytes, rest):
-        self.head, self.rest = memoryview(head), rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int | None:
-        if not self.head:
-            return self.rest.readinto(buffer)
-        n = min(len(buffer), len(self.head))
-        buffer[:n], self.head = self.head[:n], self.head[n:]
-        return n
 
 
 def open_parts(path: Path, log: ReadLog) -> Iterator[Part]:
@@ -227,21 +121,34 @@ def _decompressor(what: str, stream: BinaryIO, name: str):
 
 
 def _wanted(member: str, left: list[str]) -> bool:
-    """包里的一个要不要；不要的记在 left 里。"""
-    if any(piece.startswith((".", "__MACOSX")) for piece in member.split("/")):
+    """包里的一个要不要；不要的记在 left 里，苹果系统自己添的不必说。"""
+    pieces = [piece for piece in member.split("/") if piece != "."]
+    if "__MACOSX" in pieces or pieces[-1].startswith("._"):
         return False
-    if not looks_like_data(member):
+    if any(piece.startswith(".") for piece in pieces) or not looks_like_data(member):
         left.append(member)
         return False
     return True
 
 
 def _say_left(name: str, taken: int, left: list[str], log: ReadLog) -> None:
-    names = "、".join(left[:5]) + "……" * (len(left) > 5)
-    if left:
-        log.note(f"{name} 里有 {len(left)} 个文件看名字不是数据，没有读：{names}")
+    log.left_out(name, left)
     if not taken:
-        raise UserError(f"{name} 是一个包，里面没有数据文件（有的是：{names or '什么也没有'}）")
+        there = "、".join(map(shown, left[:5])) or "什么也没有"
+        raise UserError(f"{name} 是一个包，里面没有数据文件（有的是：{there}）")
+
+
+class Member(tarfile.TarInfo):
+    """坏了的头要说出来：tarfile 只当作到了末尾。"""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "Member":
+        """读下一个头。"""
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError,
+                tarfile.EmptyHeaderError) as error:  # fmt: skip
+            raise tarfile.ReadError(str(error)) from error
 
 
 def _zip_members(name: str, stream, on_disk: bool, depth: int, log: ReadLog) -> Iterator[Part]:
@@ -259,12 +166,17 @@ def _zip_members(name: str, stream, on_disk: bool, depth: int, log: ReadLog) -> 
             raise UserError(f"{name} 有密码；请先运行 unzip 解开")
         taken += 1
         check_ratio(name, info.file_size, info.compress_size)  # 它解不出比写着的更多
-        with named_damage("zip"):
-            member = archive.open(info)
-        size = info.compress_size
-        inner = Unpacked(member, "zip", name, lambda size=size: size)
-        shown = f"{name} 里的 {info.filename}"
-        yield from _unwrap(shown, info.filename, inner, inner.consumed, depth + 1, log)
+        try:
+            with named_damage("zip"):
+                member = archive.open(info)
+        except NotImplementedError as error:
+            raise UserError(f"{name} 用的压缩办法解不开（{error}）；请先运行 unzip") from error
+        inner = Unpacked(member, "zip", name, lambda size=info.compress_size: size)
+        inside = f"{name} 里的 {info.filename}"
+        try:
+            yield from _unwrap(inside, info.filename, inner, inner.consumed, depth + 1, log)
+        except Broken as error:  # 坏了一个，别的还读得到
+            log.refuse(f"里的 {info.filename}", cut_off(error))
     _say_left(name, taken, left, log)
 
 
@@ -272,7 +184,7 @@ def _tar_members(name: str, stream, consumed, depth: int, log: ReadLog) -> Itera
     left: list[str] = []
     taken = 0
     with named_damage("tar"):
-        archive = tarfile.open(fileobj=stream, mode="r|")  # noqa: SIM115
+        archive = tarfile.open(fileobj=stream, mode="r|", tarinfo=Member)  # noqa: SIM115
     while True:
         with named_damage("tar"):
             info = archive.next()

@@ -15,7 +15,7 @@ from config import MissingData, UserError
 from engine.checkpoint import SCRIPTS, imported
 from settings.resolve import Origin
 
-SIDES = ("train_sha256", "val_sha256")
+HASHES = ("train_sha256", "val_sha256")
 
 
 def identity(card: dict, old: dict | None = None) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def identity(card: dict, old: dict | None = None) -> dict[str, Any]:
         card: 词元文件的卡片。
         old: 旧语料的，没有是 None。
     """
-    named = {name: card[name] for name in (*SIDES, "format")}
-    return named | ({f"old_{name}": old[name] for name in SIDES} if old else {})
+    named = {name: card[name] for name in (*HASHES, "format")}
+    return named | ({f"old_{name}": old[name] for name in HASHES} if old else {})
 
 
 def check(run) -> None:
@@ -37,7 +37,7 @@ def check(run) -> None:
     """
     stored, mine, path = run.checkpoint["data"], identity(run.card, run.old_card), run.folder.path
     differ = [n for n in mine if n != "format" and stored.get(n) != mine[n]]
-    new = [n for n in differ if n in SIDES]
+    new = [n for n in differ if n in HASHES]
     if new and stored.get("format") != mine["format"]:
         raise UserError(
             f"写 {path} 的程序，读数据、分检验的办法与现在的不同，接着练不会逐位相同；"
@@ -66,7 +66,7 @@ def read_old(run, read: Callable):
     config, source, wanted = run.config, run.config.replay_data, run.config.replay > 0
     if source is None or (run.checkpoint and "old_val_sha256" not in run.checkpoint["data"]):
         return None
-    if source == config.data:
+    if source == config.data or os.path.realpath(source) == os.path.realpath(config.data):
         if wanted:
             raise UserError(
                 f"新旧语料都是 {source}，没有什么要回放；"

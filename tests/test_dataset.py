@@ -145,7 +145,7 @@ def test_anything_changed_means_it_is_redone(work, tokenizer, monkeypatch, chang
     elif change == "val_fraction":
         work.config.val_fraction = 0.3
     elif change == "code":
-        monkeypatch.setattr(token_file, "fields", json)  # 别的代码
+        monkeypatch.setattr(token_file, "code_fingerprint", lambda: "other")
     else:
         work.tokenizer = OtherTokenizer()
     file = work.prepare()

@@ -1,9 +1,12 @@
 """读数据：各种来源的文件都认得，坏数据一条不少地报告，再大的文件也只占一点内存。"""
 
 import gzip
+import io
 import json
 import random
+import tarfile
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -530,3 +533,134 @@ def test_big_files_are_streamed(tmp_path, layout):
         tracemalloc.stop()
     assert count == n
     assert peak < 3e6
+
+
+# ---------- 5. 读代码的人找到的 ----------
+
+
+def paragraphs(texts) -> str:
+    return "\n\n".join(texts) + "\n"
+
+
+def tar_of(members: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, text in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data := text.encode())
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_a_tar_of_the_current_folder_is_read(tmp_path):
+    """tar cf x.tar . 里的名字都以 ./ 开头。"""
+    path = write(tmp_path / "x.tar", tar_of({"./a.txt": paragraphs(TEXTS), "./.hidden": "不要"}))
+    documents, log = read(path)
+    assert documents == TEXTS
+    assert ".hidden" in "".join(log.notes)
+
+
+def test_a_damaged_header_inside_a_tar_is_not_the_end_of_it(tmp_path):
+    """tarfile 遇到坏了的头，只当作到了末尾：后面的几个文件就不声不响地没有了。"""
+    data = bytearray(tar_of({f"{i}.txt": paragraphs(TEXTS) for i in range(3)}))
+    second = data.index(b"1.txt")
+    data[second + 148] ^= 0xFF  # 校验和
+    with pytest.raises(UserError, match="tar"):
+        read(write(tmp_path / "x.tar", bytes(data)))
+
+
+def test_many_comments_at_the_top_are_a_text(tmp_path):
+    text = "<!-- 注 -->\n" * 60 + "正文"
+    assert read(write(tmp_path / "x.md", text))[1].kind == "text"
+
+
+def test_a_glob_of_everything_reads_each_file_once(tmp_path):
+    write_in(tmp_path / "g" / "a.txt", paragraphs(TEXTS))
+    write_in(tmp_path / "g" / "sub" / "b.txt", paragraphs(TEXTS))
+    assert len(read(f"{tmp_path}/g/**")[0]) == 2 * len(TEXTS)
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    """数据放在别的盘上，目录里是一个链接；绕回来的链接不会走个没完。"""
+    write_in(tmp_path / "far" / "a.txt", paragraphs(TEXTS))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "wiki").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "data")
+    assert read(tmp_path / "data")[0] == TEXTS
+
+
+def write_in(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("text, said", [
+    ('id,text\n1,甲乙\n2,"丁戊己\n3,庚\n4,子\n', "引号没有关上"),
+    ("text,text,note\n甲,乙,丙\n", "两个 text"),
+])  # fmt: skip
+def test_broken_tables_are_not_swallowed(tmp_path, text, said):
+    with pytest.raises(UserError, match=said):
+        read(write(tmp_path / "x.csv", text))
+
+
+def test_wrappers_one_after_another(tmp_path):
+    """两个包着数据的对象接在一起；前后别的项都数得到。"""
+    one = json.dumps({"version": "1", "data": good_rows(20), "end": 1}, indent=1)
+    documents, log = read(write(tmp_path / "x.json", one + "\n" + one))
+    assert len(documents) == 40
+    assert log.unused == {"version": 2, "end": 2}
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"instruction": "三", "output": "四", "history": [{"answer": "二", "question": "一"}]},
+     ["一", "二", "三", "四"]),
+    ({"instruction": "一", "output": "二", "history": "[]", "tools": "[]"}, ["一", "二"]),
+    ({"conversations": "", "instruction": "一", "output": "二"}, ["一", "二"]),
+    ({"conversations": [turn("user", "一"), turn("assistant", [
+        {"type": "reasoning", "text": "想"}, {"type": "text", "text": "二"}])]}, ["一", "二"]),
+])  # fmt: skip
+def test_what_is_meant_is_what_is_read(tmp_path, row, expected):
+    conversations, _ = read(write(tmp_path / "x.jsonl", jsonl([row] * 3)), read_conversations)
+    assert [[text for _, text in c] for c in conversations] == [expected] * 3
+
+
+def test_a_list_with_one_bad_turn_names_the_turn(tmp_path):
+    row = [turn("user", "一"), {"content": "二"}, turn("assistant", "三")]
+    with pytest.raises(UserError, match="第 2 轮"):
+        read(write(tmp_path / "x.jsonl", jsonl([row] * 3)), read_conversations)
+
+
+def test_one_damaged_member_does_not_take_the_others_along(tmp_path):
+    """zip 里坏了一个文件，别的照读。"""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in "abc":
+            archive.writestr(f"{name}.jsonl", jsonl(good_rows(200)))
+    data = bytearray(buffer.getvalue())
+    data[data.index(b"b.jsonl") + 3000] ^= 0xFF
+    documents, log = read(write(tmp_path / "x.zip", bytes(data)))
+    assert len(documents) >= 400
+    assert log.bad
+
+
+def test_paragraphs_are_as_long_as_is_said(tmp_path):
+    text = paragraphs("一二三四五六七八九。" * 700 for _ in range(3))
+    documents, log = read(write(tmp_path / "x.txt", text))
+    assert max(map(len, documents)) <= 4096
+    assert sum(map(len, documents)) == 21_000
+    assert "4,096" in "".join(log.notes)
+
+
+@pytest.mark.parametrize("text", ["GGUF 是一种文件格式。\n\n别的。", "<s>旧价</s>新价\n\n别的。"])
+def test_texts_that_only_look_like_something_else(tmp_path, text):
+    assert read(write(tmp_path / "x.txt", text))[0] == text.split("\n\n")
+
+
+def test_a_parquet_that_cannot_be_decoded_is_one_sentence(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="没有 pyarrow")
+    from pyarrow import parquet
+
+    broken = pyarrow.array([b"\xff\xfe\xfd"] * 3).cast(pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="读不出"):
+        read(tmp_path / "x.parquet")
