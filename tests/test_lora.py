@@ -59,7 +59,8 @@ def test_ids_and_labels_are_those_of_sft(made, tmp_path):
     """transformers 照对话模板拼出的编号与「助手的话」，与 SFT 的一批里逐段相同。"""
     _, tokenizer, _ = load_folder(made.base)
     expected = []
-    for _, turns in read_conversations(SAMPLE, ReadLog(str(SAMPLE))):
+    for record in read_conversations(SAMPLE, ReadLog(str(SAMPLE))):
+        turns = record.content
         found = tokenizer.apply_chat_template(
             [{"role": role, "content": text} for role, text in turns],
             return_dict=True, return_assistant_tokens_mask=True,

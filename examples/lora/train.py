@@ -195,6 +195,8 @@ def questions_and_answers(source: str, fraction: float, seq_len: int) -> tuple[A
     ]
     hashes = (np.array(list(map(hash_of, keys)), np.uint64) for keys in zip(*texts, strict=True))
     held_out = choose(*hashes, fraction)
+    if held_out is None:  # 只有一段，留不出来
+        held_out = [False] * len(records)
     for record, side in zip(records, held_out, strict=True):
         turns = record.content
         last = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
