@@ -7,6 +7,7 @@
 字段与角色的名字见 fields.py。
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from corpus.fields import (
     CONTEXT,
     DETAIL,
     QUESTION,
+    SYSTEM,
+    TEXT,
     TITLE,
     TURNS,
 )
@@ -29,11 +32,12 @@ from corpus.turns import (
     Reading,
     as_json,
     from_json,
+    pair_of,
     plain_text,
     thoughts,
     turns_of,
-    verdicts,
 )
+from corpus.verdicts import verdicts
 
 
 def read_conversations(
@@ -73,12 +77,16 @@ def conversation_turns(row: Any, reading: Reading) -> Conversation:
     fields = Fields(row)
     check_wanted(fields)
     name, turns = fields.first(TURNS)
+    if not name and is_message_list(row.get("data")):
+        name, turns = "data", fields.get("data")
     if turns in ([], {}) or (isinstance(turns, str) and not turns.strip()):
         answered = any(fields.row.get(other) for other in QUESTION)
         name = "" if answered else name  # 表格里空着的一格
     if not name and isinstance(row.get("role"), list):  # 一列角色，一列正文
         name, turns = "role", {n: fields.get(n) for n in ("role", "content")}
     read = question_and_answer(fields, reading) if not name else turns_of(turns, name, reading)
+    if name and read[-1][0] == "assistant":  # 思考写在整段对话的外面
+        read[-1] = ("assistant", thoughts(fields, reading) + read[-1][1])
     conversation = better_answer(fields, read, reading)
     conversation = with_system(fields, conversation)
     reading.unused += fields.unused()
@@ -108,6 +116,9 @@ def better_answer(fields: Fields, turns: Conversation, reading: Reading) -> Conv
         if name and (not turns or turns[-1][0] != "assistant"):
             raise Unusable("只有 rejected（不好的回答），没有 chosen", broken=False)
         return turns
+    if isinstance(chosen, str) and chosen.startswith("\n\nHuman:"):  # hh-rlhf
+        pieces = re.split(r"\n\n(Human|Assistant):", chosen)[1:]
+        chosen = [{"role": r, "content": t.strip()} for r, t in batched(pieces)]
     answers = turns_of([chosen] if isinstance(chosen, dict) else chosen, "chosen", reading)
     if any(role == "user" for role, _ in answers):  # chosen 里是整段对话
         return answers
@@ -116,24 +127,33 @@ def better_answer(fields: Fields, turns: Conversation, reading: Reading) -> Conv
     return [*turns, *answers]
 
 
+def batched(items: list) -> Iterator[tuple]:
+    """两个两个地给。"""
+    return zip(items[::2], items[1::2], strict=True)
+
+
 # ---------- 2. 一问一答 ----------
 
 
 def question_and_answer(fields: Fields, reading: Reading) -> Conversation:
     """instruction/input/output 之类，连同 history；有 chosen 的，可以没有 output。"""
     asked, question = fields.first(QUESTION)
-    if not asked and fields.row.get("answer") is not None:  # 问答社区：标题是问题，desc 是补充
-        asked, question = fields.first(TITLE)
+    chosen = fields.row.get("chosen")
+    if not asked and (isinstance(chosen, list) or as_text(chosen).startswith("\n\nHuman:")):
+        return []  # 提问也在 chosen 里
+    a_text = any(name in fields.row for name in TEXT)
+    if not asked and not a_text and fields.row.get("answer") is not None:
+        asked, question = fields.first(TITLE)  # 问答社区：标题是问题，desc 是补充
         question = "\n".join(filter(None, [as_text(question), fields.words((DETAIL,))]))
     added, context = fields.first(CONTEXT)
     if not asked:
         asked, question, added, context = added, context, "", None
     answered, answer = fields.first(ANSWER)
-    if not answered and fields.row.get("chosen") is None:
+    if not answered and chosen is None:
         answered, answer = fields.first(("content",)) if asked else ("", None)
     if not asked:
         raise fields.missing((*TURNS, *QUESTION), " conversations 或 instruction 字段")
-    if not answered and fields.row.get("chosen") is None:
+    if not answered and chosen is None:
         if "rejected" in fields.row:
             raise Unusable("只有 rejected（不好的回答），没有 chosen", broken=False)
         raise fields.missing(ANSWER, "写着回答的 output 之类的字段")
@@ -169,11 +189,9 @@ def history_of(history: Any, reading: Reading) -> Conversation:
         return turns_of(history, "history", reading)
     turns: Conversation = []
     for pair in history:
-        if isinstance(pair, dict):
-            sides = Fields(pair)
-            pair = [sides.first((*QUESTION, *CONTEXT, "user", "human"))[1],
-                    sides.first((*ANSWER, "assistant", "bot"))[1]]  # fmt: skip
-            reading.unused += [f"history.{field}" for field in sides.unused()]
+        if isinstance(pair, dict) and (turn := pair_of(pair, reading)):
+            turns += turn
+            continue
         if not isinstance(pair, list) or len(pair) != 2:
             raise Unusable("history 里不是一问一答的两项", f"是{type_name(pair)}")
         question, answer = (plain_text(text, "history 里的一项") for text in pair)
@@ -186,8 +204,8 @@ def history_of(history: Any, reading: Reading) -> Conversation:
 
 def with_system(fields: Fields, turns: Conversation) -> Conversation:
     """写在对话外面的 system 与 tools，归到开头的 system 一轮。"""
-    system = fields.first(("system",))[1]
-    outside = [plain_text(system, "system") if system is not None else ""]
+    system = fields.first(SYSTEM)[1]
+    outside = [plain_text(system, "system") if system else ""]
     outside += [as_json(fields.get(name), name) for name in CALLS[:2]]
     outside = [text for text in outside if text.strip()]
     if not outside:

@@ -11,9 +11,10 @@ DETAIL = "desc"  # 题目的补充（brightmart 的几个语料），接在题�
 # ---------- 对话 ----------
 
 TURNS = ("conversations", "messages", "conversation", "dialogue", "dialog")
-QUESTION = ("instruction", "prompt", "question", "query", "problem", "问题")
+QUESTION = ("instruction", "prompt", "question", "query", "problem", "ask", "问题")
 CONTEXT = ("input", "context")  # 接在提问后面
 ANSWER = ("output", "response", "answer", "completion", "target", "回答", "答案")
+SYSTEM = ("system", "system_prompt")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 ROLE, WORDS = ("role", "from"), ("content", "value", "text", "parts")
 CALLS = ("tools", "functions", "tool_calls", "function_call")  # 工具的说明与调用
@@ -30,16 +31,11 @@ ROLES = {
     "ipython": "tool",
 }  # fmt: skip
 
-# 名字里有这些词的字段，说的是学不学：前一种是假的、0、负的就不该学，后一种是真的、1 就不该学。
-LEARN_WORDS = {"loss", "weight", "train", "trainable", "learn", "label", "tag", "mask", "accept",
-               "accepted", "chosen"}  # fmt: skip
-AVOID_WORDS = {"reject", "rejected", "masked", "ignore", "ignored", "bad", "wrong", "exclude"}
-NO = {"false", "0", "no", "reject", "rejected", "bad", "negative", "dislike"}
-YES = {"true", "1", "yes"}
-
 # 一个对象包着全部数据时，那一项常用的名字。
 WRAPPERS = ("data", "rows", "items", "examples", "instances", "records", "documents", "train",
             "results", "list")  # fmt: skip
 
 KNOWN = {*TEXT, *PARTS, *TITLE, DETAIL, *TURNS, *QUESTION, *CONTEXT, *ANSWER, *REASONING,
-         "system", "history", "tools", "chosen", "rejected"}  # fmt: skip
+         *SYSTEM, "history", "tools", "chosen", "rejected"}  # fmt: skip
+# 有了这些中的一个，这个对象自己就是一条，不是包着许多条的。
+OF_A_ROW = {*TEXT, *TURNS, *QUESTION, *ANSWER, "chosen", "rejected", "role"}

@@ -15,7 +15,8 @@ from corpus.log import ReadLog
 
 PACKED = (".gz", ".xz", ".bz2", ".zst", ".lzma", ".zip", ".tar", ".tgz", ".txz", ".tbz", ".tbz2")
 PLAIN = ("", ".txt", ".text", ".md", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-NOT_DATA = ("readme", "license", "licence", "notice", "changelog", "makefile", "dockerfile")
+NOT_DATA = ("readme", "license", "licence", "notice", "changelog", "makefile", "dockerfile",
+            "dataset_info", "dataset_dict")  # fmt: skip
 
 
 def find_files(source: str, log: ReadLog | None = None) -> list[Path]:
@@ -32,8 +33,9 @@ def find_files(source: str, log: ReadLog | None = None) -> list[Path]:
     if os.path.exists(source):
         return [Path(source)]
     if "," in source:
-        pieces = [piece.strip() for piece in source.split(",")]
-        return [path for piece in pieces if piece for path in find_files(piece, log)]
+        pieces = [piece.strip() for piece in source.split(",") if piece.strip()]
+        if pieces:
+            return [path for piece in pieces for path in find_files(piece, log)]
     if glob.has_magic(source) and (found := sorted(glob.glob(source, recursive=True))):
         every = (path for name in found for path in find_files(name, log))
         return list(dict.fromkeys(every))  # ** 既找到目录，也找到里面的文件
@@ -54,7 +56,8 @@ def _in_folder(folder: Path, log: ReadLog | None) -> list[Path]:
         for name in sorted(files):
             path = Path(root, name)
             cache = name.endswith(".json") and path.with_suffix(".train.bin").exists()
-            (found if looks_like_data(name) and not cache else left).append(path)
+            wanted = looks_like_data(name) and not cache and path.exists()  # 断了的链接不算
+            (found if wanted else left).append(path)
     if log:
         log.left_out(str(folder), [path.name for path in left])
     if not found:
@@ -65,6 +68,8 @@ def _in_folder(folder: Path, log: ReadLog | None) -> list[Path]:
 def looks_like_data(name: str) -> bool:
     """目录或包里的一个文件，看名字像不像数据；没有扩展名的也像（例如 wiki_00）。"""
     stem, suffix = os.path.splitext(os.path.basename(name).lower())
+    if name.lower().endswith("state.json") and stem == "state":  # datasets 的 save_to_disk 写的
+        return False
     return suffix in PLAIN + PACKED and not stem.startswith((".", *NOT_DATA))
 
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from config import UserError
 from corpus import json_text
-from corpus.fields import KNOWN, PARTS, TURNS, WRAPPERS
+from corpus.fields import KNOWN, OF_A_ROW, PARTS, TURNS, WRAPPERS
 from corpus.json_text import BLANK, BadValue, Text
 from corpus.log import ReadLog, Unusable
 from corpus.sniff import JSON, is_message, is_message_list
@@ -19,6 +19,8 @@ from corpus.sniff import JSON, is_message, is_message_list
 NOT_UTF8 = "不是 UTF-8（第 {} 字节）；可以先用 iconv -f GB18030 -t UTF-8 转换编码"
 CUT_LINE = "最后一行不完整，多半是下载中断了；请接着下载，或删掉这一行"
 CUT_ARRAY = "数组没有写完，不完整，多半是下载中断了；请接着下载"
+
+BETWEEN = re.compile("[ \t\n\r\ufeff,]*")  # 行尾多一个逗号的，是去掉了方括号的数组
 
 Rows = Iterator[tuple[str, Any]]  # (在哪里, 解析好的值)
 
@@ -53,7 +55,7 @@ def read_jsonl(stream: BinaryIO, log: ReadLog) -> Rows:
             continue
         where = f"第 {number} 行"
         try:
-            values = [json.loads(line)]
+            values = [JSON.decode(line)]
         except RecursionError:
             log.refuse(where, Unusable("不是合法的 JSON", "嵌套得太深"))
             continue
@@ -67,6 +69,8 @@ def read_jsonl(stream: BinaryIO, log: ReadLog) -> Rows:
             elif isinstance(value, dict) and (name := wrapper_in(value)):
                 log.leave(other for other in value if other != name)
                 yield from one_by_one(value[name], where, log)
+            elif isinstance(value, str) and value.startswith("{"):  # 转了两次的 JSON
+                yield where, twice_encoded(value)
             else:
                 yield where, value
 
@@ -77,11 +81,33 @@ def one_by_one(value: Any, where: str, log: ReadLog) -> Rows:
     while waiting:
         value = waiting.pop()
         if not isinstance(value, list) or is_message_list(value):
-            yield where, value
+            yield from ((where, row) for row in rows_in(value))
         elif value:
             waiting += reversed(value)
         else:
             log.refuse(where, Unusable("空的数组", broken=False))
+
+
+def twice_encoded(text: str) -> Any:
+    """一段文字里写着一个对象，就是那个对象；不是的，原样。"""
+    try:
+        return JSON.decode(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def rows_in(value: Any) -> list[Any]:
+    """别的摆法：几列一样长的（{"text": […], "label": […]}）拆成一条条，{"row": {…}} 取里面的。"""
+    if not isinstance(value, dict):
+        return [value]
+    if isinstance(value.get("row"), dict) and OF_A_ROW.isdisjoint(value):
+        return [value["row"]]
+    columns = {name: x for name, x in value.items() if isinstance(x, list)}
+    lengths = {len(x) for x in columns.values()}
+    single = OF_A_ROW.isdisjoint(columns) or any(name in columns for name in (*TURNS, "role"))
+    if single or len(columns) < 2 or len(columns) < len(value) or len(lengths) != 1:
+        return [value]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def wrapper_in(row: dict) -> str:
@@ -101,15 +127,16 @@ def bad_line(line: str, error: ValueError) -> Unusable:
         return Unusable(CUT_LINE)
     if re.match(r"\s*[\[{]\s*'", line):
         return Unusable("不是 JSON，像是 Python 的写法（单引号）；请用 json.dumps 写出来")
-    reason = str(error).partition(": line")[0]  # 它说的行号是这一行里面的，只会误导
-    return Unusable("不是合法的 JSON", reason)
+    if not isinstance(error, json.JSONDecodeError):
+        return Unusable("不是合法的 JSON", "有一个整数太长")  # Python 不肯把几千位的变成整数
+    return Unusable("不是合法的 JSON", f"第 {error.pos + 1} 个字起")
 
 
 def several_values(line: str) -> list[Any]:
     """一行里首尾相接的几个值；接不下去的，一个也不要。"""
     values, at = [], 0
     try:
-        while (at := BLANK.match(line, at).end()) < len(line):
+        while (at := BETWEEN.match(line, at).end()) < len(line):
             value, at = JSON.raw_decode(line, at)
             if not isinstance(value, dict | list | str):  # 01 不是 0 与 1 两条
                 return []
@@ -178,6 +205,9 @@ def items(text: Text, opened: bool = False) -> Iterator[Any]:
         if character != ",":
             text.at -= 1
             raise BadValue("少了 , 或 ]", at_end=not character)
+        if text.next_character() == "]":  # 最后一条后面多一个逗号
+            text.at += 1
+            return
 
 
 def a_conversation_follows(text: Text) -> bool:
@@ -193,29 +223,39 @@ def a_conversation_follows(text: Text) -> bool:
 
 
 def enter_wrapper(text: Text, log: ReadLog) -> bool:
-    """接下来的对象若是包着全部数据的，走到那个数组的左括号之后，返回真。"""
+    """接下来的对象若是包着全部数据的，走到那个数组的左括号之后，返回真。
+
+    先找常用的名字；没有，才是头一个装着一条条数据的数组。自己就是一条的，不是。
+    """
     text.look_ahead()
-    whole, at, before = text.text, text.at + 1, []
+    whole, at, names = text.text, text.at + 1, []
+    found = None  # (数组从哪里起，它之前有哪些名字)
     try:
         while True:
             at = BLANK.match(whole, at).end()
             name, at = JSON.raw_decode(whole, at)
             at = BLANK.match(whole, at).end()
-            if not isinstance(name, str) or whole[at : at + 1] != ":":
+            if not isinstance(name, str) or whole[at : at + 1] != ":" or name in OF_A_ROW:
                 return False
             at = BLANK.match(whole, at + 1).end()
             if whole[at : at + 1] == "[" and holds_rows(name, whole, at + 1):
-                text.at = at + 1
-                log.leave(before)
-                return True
-            before.append(name)
+                if name in WRAPPERS or found is None:
+                    found = at + 1, names.copy()
+                if name in WRAPPERS:
+                    break
             _, at = JSON.raw_decode(whole, at)
+            names.append(name)
             at = BLANK.match(whole, at).end()
             if whole[at : at + 1] != ",":
-                return False
+                break
             at += 1
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # 数组太长，眼前看不全：就是它
+        pass
+    if found is None:
         return False
+    text.at, before = found
+    log.leave(before)
+    return True
 
 
 def holds_rows(name: str, whole: str, at: int) -> bool:
@@ -229,7 +269,8 @@ def holds_rows(name: str, whole: str, at: int) -> bool:
         return False
     if name in WRAPPERS:
         return True
-    return isinstance(first, dict) and name not in (*TURNS, *PARTS, "history", "tools")
+    known = isinstance(first, dict) and not OF_A_ROW.isdisjoint(first)
+    return known and name not in (*PARTS, "history", "tools")
 
 
 def leave_wrapper(text: Text, log: ReadLog) -> None:

@@ -16,6 +16,7 @@ BAD_ROWS_ALLOWED = 0.01
 GIVE_UP_AFTER = 1000  # 开头这么多条全是坏的，就不再往下读
 N_EXAMPLES, N_FIELDS = 5, 12  # 报告里至多写几个
 MANY_NAMES = 10_000  # 至多记几个字段名
+MANY_NOTES = 20
 
 
 class Unusable(ValueError):
@@ -122,9 +123,11 @@ class ReadLog:
             self.check()
 
     def note(self, sentence: str) -> None:
-        """记下一句该告诉用户的话；说过的不再说。"""
-        if sentence not in self.notes:
+        """记下一句该告诉用户的话；许多文件都是同样的，只说前几个。"""
+        if len(self.notes) < MANY_NOTES:
             self.notes.append(sentence)
+        elif len(self.notes) == MANY_NOTES:
+            self.notes.append("（别的文件也有这样的，不一一说了）")
 
     def left_out(self, place: str, names: list[str]) -> None:
         """place 里有些文件没有读。"""

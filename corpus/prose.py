@@ -77,10 +77,10 @@ def read_prose(
     """纯文本 -> (在哪里, 一篇)。
 
     Args:
-        layout: 怎样分篇，见 sniff.py 的 `Kind`。
+        layout: 怎样分篇，见 sniff.py 的 `Kind`；"whole" 是整个文件一篇。
         size: 一篇最长多少字；再长的在句末分成几篇。
     """
-    marker = "" if layout in ("blank", "line", "sentence") else layout
+    marker = "" if layout in ("blank", "line", "sentence", "whole") else layout
     held, start, made, long = "", 1, 0, 0
 
     def give(document: str) -> Iterator[tuple[str, str]]:
@@ -119,7 +119,7 @@ def say_how(layout: str, made: int, long: int, size: int, log: ReadLog) -> None:
         log.note(f"{log.place} 没有空行，每行都是完整的句子：一行一篇，共 {made:,} 篇")
     elif layout == "sentence" and made > 1:
         log.note(f"{log.place} 没有空行：在句末分成 {made:,} 篇，每篇至多 {size:,} 字")
-    elif layout not in ("blank", "sentence"):
+    elif layout not in ("blank", "sentence", "whole"):
         log.note(f"{log.place} 用 {layout} 隔开：共 {made:,} 篇")
     if long and layout != "sentence":
         log.note(f"{log.place} 有的太长，在句末分成几篇，每篇至多 {size:,} 字")

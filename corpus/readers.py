@@ -17,11 +17,12 @@ from typing import Any
 
 from config import UserError
 from corpus import json_text
+from corpus.fields import KNOWN
 from corpus.find import find_files, stamp
 from corpus.json_rows import read_jsonl, read_lines, read_values
 from corpus.log import ReadLog, Unusable, shown
 from corpus.prose import FEW, MAX_DOCUMENT, SHORTEST, read_prose, read_wiki
-from corpus.sniff import Kind, recognise
+from corpus.sniff import Empty, Kind, recognise
 from corpus.streams import Broken, check_ratio, cut_off
 from corpus.unpack import Part, open_parts
 
@@ -34,15 +35,23 @@ def read_rows(source: str | Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
     Raises:
         UserError: 不是数据，或者读的时候文件变了。
     """
-    for path in find_files(str(source), log):
+    paths = find_files(str(source), log)
+    for path in paths:
         before = stamp(path)
         broken = False
         try:
             for part in open_parts(path, log):
-                kind = recognise(part)
+                several = len(paths) > 1 or part.name != str(path)
+                try:
+                    kind = recognise(part)
+                except Empty:
+                    if not several:
+                        raise
+                    log.note(f"{part.name} 是空的")
+                    continue
                 log.begin(part.name, kind.name)
                 try:
-                    yield from rows_of(part, kind, log)
+                    yield from rows_of(part, kind, log, several)
                 except Broken as error:  # zip 里坏了一个，别的还读得到
                     broken = True
                     log.refuse("末尾", cut_off(error))
@@ -67,8 +76,8 @@ def check_unchanged(path: Path, before: list[int]) -> None:
 OPEN_QUOTE = "有一格的引号没有关上，后面的都被当成了这一格；请检查文件完不完整"
 
 
-def rows_of(part: Part, kind: Kind, log: ReadLog) -> Iterator[tuple[str, Any]]:
-    """一份内容里的每一条。"""
+def rows_of(part: Part, kind: Kind, log: ReadLog, several: bool) -> Iterator[tuple[str, Any]]:
+    """一份内容里的每一条；several：它只是几份中的一份。"""
     if kind.name == "jsonl":
         return read_jsonl(part.stream, log)
     if kind.name == "json":
@@ -79,11 +88,13 @@ def rows_of(part: Part, kind: Kind, log: ReadLog) -> Iterator[tuple[str, Any]]:
         return read_parquet(part)
     if kind.name in ("csv", "tsv"):
         return read_table(part, kind.layout, log)
-    size = MAX_DOCUMENT
-    if kind.layout == "sentence":  # 小文件也要切成几篇，才留得出检验的
-        n_characters = len(part.head.decode("utf-8", "replace"))
+    layout, size = kind.layout, MAX_DOCUMENT
+    n_characters = len(part.head.decode("utf-8", "replace"))
+    if several and layout in ("line", "sentence") and n_characters < MAX_DOCUMENT:
+        layout = "whole"  # 许多小文件，一个文件一篇
+    elif layout == "sentence":  # 只有一个小文件，也要切成几篇，才留得出检验的
         size = min(size, max(SHORTEST, n_characters // FEW))
-    return read_prose(part.stream, kind.layout, log, size)
+    return read_prose(part.stream, layout, log, size)
 
 
 def read_table(part: Part, comma: str, log: ReadLog) -> Iterator[tuple[str, dict[str, str]]]:
@@ -92,8 +103,12 @@ def read_table(part: Part, comma: str, log: ReadLog) -> Iterator[tuple[str, dict
     rows = csv.reader((line for _, line in lines), delimiter=comma, strict=True)
     try:
         names = [name.strip() for name in next(rows, [])]
-        if twice := [name for name, n in Counter(names).items() if n > 1]:
-            raise UserError(f"{part.name} 的表头里有两个 {shown(twice[0])}；请把其中一个改名")
+        check_names(part, names)
+        if KNOWN.isdisjoint(name.lower() for name in names):
+            raise UserError(
+                f"{part.name} 的第一行被当作表头（{'、'.join(map(shown, names[:5]))[:80]}），"
+                f"里面没有认得的字段；请补上表头，例如 text，或者 question 与 answer"
+            )
         for cells in rows:
             where = f"第 {rows.line_num} 行"
             if not cells:
@@ -130,6 +145,8 @@ def read_parquet(part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
                 return
             produced += batch.nbytes
             rows = batch.to_pylist()
+        except UserError:
+            raise
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
             raise UserError(
@@ -143,4 +160,12 @@ def read_parquet(part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def parquet_batches(part: Part, parquet) -> Iterator[Any]:
     """一批几十条，一批批地给。"""
-    yield from parquet.ParquetFile(part.stream).iter_batches(batch_size=64)
+    table = parquet.ParquetFile(part.stream)
+    check_names(part, table.schema_arrow.names)
+    yield from table.iter_batches(batch_size=64)
+
+
+def check_names(part: Part, names: list[str]) -> None:
+    """各列的名字不能相同：同名的，只剩得下一列。Raises UserError。"""
+    if twice := [name for name, n in Counter(names).items() if n > 1]:
+        raise UserError(f"{part.name} 里有两列都叫 {shown(twice[0])}；请把其中一列改名")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from corpus.fields import DETAIL, HEADING, PARTS, TEXT, TITLE
+from corpus.fields import CONTEXT, DETAIL, HEADING, KNOWN, PARTS, TEXT, TITLE
 from corpus.log import ReadLog, Unusable, shown
 from corpus.prose import cut, cut_one
 from corpus.readers import read_rows
@@ -34,6 +34,8 @@ class Fields:
     """一个对象的各字段；取过哪些都记着，没有取过的最后数出来。"""
 
     def __init__(self, row: dict[str, Any]):
+        if KNOWN.isdisjoint(row):  # 写成 Text、INSTRUCTION 的
+            row = {str(name).strip().lower(): value for name, value in row.items()}
         self.row, self.taken = row, set()
 
     def get(self, name: str) -> Any:
@@ -46,9 +48,9 @@ class Fields:
         blank = "", None
         for name in names:
             value = self.row.get(name)
-            if value is None or (isinstance(value, str) and not value.strip()):
-                self.taken.add(name)
-                blank = (name, value) if value is not None and not blank[0] else blank
+            if value is None or value != value or (isinstance(value, str) and not value.strip()):
+                self.taken.add(name)  # 与自己不相等的是 NaN：pandas 用它表示没有
+                blank = (name, value) if isinstance(value, str) and not blank[0] else blank
             else:
                 self.taken.add(name)
                 return name, value
@@ -173,7 +175,7 @@ def joined_text(value: Any, changes: list[str], name: str = "") -> str:
             lines.append(piece)
             continue
         fields = Fields(piece) if isinstance(piece, dict) else None
-        inner = fields.first((*TEXT, *PARTS)) if fields else ("", None)
+        inner = fields.first((*TEXT, *PARTS, *CONTEXT)) if fields else ("", None)
         if not inner[0]:
             changes.append(f"略去了 {name or '列表'} 里不是文字的部分（{part_name(piece)}）")
             continue
@@ -183,6 +185,8 @@ def joined_text(value: Any, changes: list[str], name: str = "") -> str:
         lines.append(joined_text(inner[1], changes, inner[0]))
         if left := fields.unused():
             changes.append(f"略去了 {name or '列表'} 里的 {'、'.join(map(shown, left[:5]))}")
+    if not lines and value:
+        raise Unusable(f"{name or '列表'} 里没有文字", part_name(value[0]))
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from config import UserError
 from corpus.fields import KNOWN, ROLE
 from corpus.unpack import HEAD, Part
 
-JSON = json.JSONDecoder()
+JSON = json.JSONDecoder(parse_constant=lambda name: None)  # NaN 就是没有
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 BOM = b"\xef\xbb\xbf"
 # 一篇的结尾：各个项目写在纯文本里的。
@@ -40,6 +40,10 @@ MAGIC = {
     b"\x89HDF": "HDF5 文件；请先把里面的文字存成 JSONL",
     b"GGUF\3\0\0\0": "GGUF 模型，不是数据；请检查路径",
 }  # fmt: skip
+
+
+class Empty(UserError):
+    """空的文件。"""
 
 
 class Kind(NamedTuple):
@@ -80,7 +84,7 @@ def recognise(part: Part) -> Kind:
         )  # fmt: skip
     head = head.removeprefix(BOM)
     if not head.strip():
-        raise UserError(f"{part.name} 是空文件；请检查它是否下载完整")
+        raise Empty(f"{part.name} 是空文件；请检查它是否下载完整")
     text = head.decode("utf-8", "replace").lstrip()
     whole = len(part.head) < HEAD
     check_is_data(part.name, text)
@@ -94,11 +98,13 @@ def recognise(part: Part) -> Kind:
 
 
 def guess_utf16(head: bytes) -> str:
-    """没有 BOM 的 UTF-16，NUL 多半都在单数或都在双数的位置；都不像，返回空的。"""
-    even, odd = head[0::2].count(0), head[1::2].count(0)
-    if max(even, odd) < 8 * min(even, odd) + 8 or max(even, odd) < len(head) // 20:
-        return ""
-    return "UTF-16LE" if odd > even else "UTF-16BE"
+    """没有 BOM 的 UTF-16：照它解码，得到的几乎都是汉字、标点与字母；不像，返回空的。"""
+    for name in ("UTF-16LE", "UTF-16BE"):
+        text = head[: len(head) // 2 * 2].decode(name, "replace")[:4000]
+        usual = sum("\t" <= c <= "~" or "\u3000" <= c <= "\u9fff" or c >= "\uff00" for c in text)
+        if usual > 0.9 * len(text) and "\ufffd" not in text[:-1]:
+            return name
+    return ""
 
 
 def check_is_data(name: str, text: str) -> None:

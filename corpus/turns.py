@@ -1,25 +1,26 @@
 """一列发言 -> [(角色, 正文), …]：各种写法都读，读不了的说出是第几轮、哪个字段、得到的是什么。"""
 
 import json
-import re
+import math
 import reprlib
 from typing import Any
 
 from corpus.fields import (
-    AVOID_WORDS,
+    ANSWER,
     CALLS,
-    LEARN_WORDS,
-    NO,
+    CONTEXT,
+    QUESTION,
     REASONING,
     ROLE,
     ROLES,
+    SYSTEM,
     TURNS,
     WORDS,
-    YES,
 )
 from corpus.log import Unusable
 from corpus.shapes import Conversation, Fields, part_name, type_name, well_formed
 from corpus.sniff import is_message_list
+from corpus.verdicts import verdicts
 
 JSON_TEXT = json.JSONEncoder(ensure_ascii=False)
 THINK = "<think>\n{}\n</think>\n\n"  # 思考过程写在这两个标记之间；tokenizer.py 的对话模板也这样写
@@ -35,37 +36,18 @@ class Reading:
         self.unused: list[str] = []
 
 
-def verdict(name: str, value: Any) -> bool | None:
-    """一个字段说的是学（真）还是不学（假）；说的是另外的事，是 None。"""
-    words = set(re.findall("[a-z]+", name.lower()))
-    if not isinstance(value, bool | int | float | str):
-        return None
-    if isinstance(value, str):
-        text = value.strip().lower()
-        no, yes = text in NO, text in YES
-    else:
-        no, yes = value <= 0, value > 0
-    if words & AVOID_WORDS:
-        no, yes = yes, no
-    elif not words & LEARN_WORDS:
-        return None
-    if words == {"mask"} and (no or yes):
-        return False  # 1 是遮住还是留下，各家说法不一：宁可不学
-    return False if no else True if yes else None
-
-
-def verdicts(row: dict[str, Any]) -> dict[str, bool]:
-    """说学不学的字段：{名字: 学不学}。"""
-    return {name: v for name, x in row.items() if (v := verdict(name, x)) is not None}
-
-
 def plain_text(value: Any, name: str) -> str:
     """文字，或者一个数。Raises Unusable：是别的东西。"""
     if isinstance(value, str):
         return well_formed(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         return JSON_TEXT.encode(value)
     raise Unusable(f"{name} 不是文字", f"是{type_name(value)}")
+
+
+def is_number(value: Any) -> bool:
+    """一个有限的数；true 与 false 不算，NaN 是「没有」，也不算。"""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def turns_of(value: Any, name: str, reading: Reading, role: str = "assistant") -> Conversation:
@@ -77,17 +59,25 @@ def turns_of(value: Any, name: str, reading: Reading, role: str = "assistant") -
     if name in (*TURNS, "role"):
         value = from_json(value, name) if isinstance(value, str) else value
         value = from_columns(value, name) if isinstance(value, dict) else value
-    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+    elif isinstance(value, str) and value.lstrip().startswith("[{"):  # 存成了文字的一列发言
+        parsed = from_json(value, name, strict=False)
+        value = parsed if is_message_list(parsed) else value
+    if isinstance(value, str) or is_number(value):
+        if name in (*TURNS, "role"):
+            raise Unusable(f"{name} 不是一列发言", f"是{type_name(value)}")
         reading.changes += [] if isinstance(value, str) else ["数字写成文字"]
         return [(role, plain_text(value, name))]
     if not isinstance(value, list):
         raise Unusable(f"{name} 不是一列发言", f"是{type_name(value)}")
     if not value:
         raise Unusable(f"{name} 是空的", broken=False)
-    if name not in TURNS and not is_message_list(value):
+    if name not in (*TURNS, "data") and not is_message_list(value):
         raise Unusable(f"{name} 不是文字", f"是{type_name(value)}")
     turns: Conversation = []
     for number, message in enumerate(value, start=1):
+        if isinstance(message, dict) and (pair := pair_of(message, reading)):
+            turns += pair  # 一项就是一问一答
+            continue
         turn = turn_of(message, f"第 {number} 轮", name, reading)
         if turn is MASKED:
             if any(is_answer(later) for later in value[number:]):
@@ -98,6 +88,21 @@ def turns_of(value: Any, name: str, reading: Reading, role: str = "assistant") -
     return turns
 
 
+def pair_of(item: dict[str, Any], reading: Reading) -> Conversation:
+    """没有角色的一项若是一问一答，它的几轮；不是的，是空的。"""
+    fields = Fields(item)
+    if fields.first(ROLE)[0]:
+        return []
+    question = fields.first((*QUESTION, *CONTEXT, "user", "human"))[1]
+    answer = fields.first((*ANSWER, "assistant", "bot", "gpt"))[1]
+    if not all(isinstance(text, str) or is_number(text) for text in (question, answer)):
+        return []
+    system = fields.words(SYSTEM)
+    reading.unused += fields.unused()
+    turns = [("user", plain_text(question, "")), ("assistant", plain_text(answer, ""))]
+    return [("system", system), *turns] if system else turns
+
+
 def is_answer(message: Any) -> bool:
     """一轮发言是不是助手的。"""
     if not isinstance(message, dict):
@@ -106,11 +111,13 @@ def is_answer(message: Any) -> bool:
     return isinstance(role, str) and ROLES.get(role.lower()) == "assistant"
 
 
-def from_json(text: str, name: str) -> Any:
-    """存成一段 JSON 文字的对话。Raises Unusable。"""
+def from_json(text: str, name: str, strict: bool = True) -> Any:
+    """存成一段 JSON 文字的对话；不是 JSON 的，strict 假时是 None。Raises Unusable。"""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
+        if not strict:
+            return None
         raise Unusable(f"{name} 是文字，又不是 JSON，不是一列发言") from None
 
 
@@ -128,17 +135,20 @@ def turn_of(message: Any, where: str, name: str, reading: Reading) -> Any:
     if not isinstance(message, dict):
         raise Unusable("一轮发言应该是对象", f"{where}，得到的是{type_name(message)}")
     fields = Fields(message)
-    role = fields.first(ROLE)[1]
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        shown = reprlib.repr(role)
-        raise Unusable("不认识的角色", f"{where}是 {shown}；认识 system、user、assistant、tool 等")
-    role = ROLES[role.lower()]
+    named, role = fields.first(ROLE)
+    if not named:
+        raise Unusable("一轮发言没有角色", f"{where}，有的是：{fields.names()}")
+    if not isinstance(role, str) or role.strip().lower() not in ROLES:
+        found = reprlib.repr(role)
+        raise Unusable("不认识的角色", f"{where}是 {found}；认识 system、user、assistant、tool 等")
+    called, role = "call" in role, ROLES[role.strip().lower()]
     marks = verdicts(message)
     fields.taken |= marks.keys()
     if role == "assistant" and not all(marks.values()):
         return MASKED
     written, text = fields.first(WORDS)
-    if role == "tool" and isinstance(text, dict):  # 工具的回答常是一个对象
+    plain = isinstance(text, str) or (isinstance(text, list) and part_of_text(text))
+    if (role == "tool" or called) and not plain:  # 工具的调用与回答常是一个对象
         text = as_json(text, written)
     text = message_text(text, written, where, reading)
     extras = [as_json(fields.get(field), field) for field in CALLS]
@@ -147,9 +157,17 @@ def turn_of(message: Any, where: str, name: str, reading: Reading) -> Any:
         if role == "user":
             raise Unusable("有一轮没有文字", f"{where}（user）的 content 是 null")
         text = ""
-    thought = thoughts(fields, reading) if role == "assistant" else ""
+    said = (text or "").strip() or calls
+    thought = thoughts(fields, reading) if role == "assistant" and said else ""
+    if thought and text and text.lstrip().startswith("<think>"):
+        thought = ""  # 正文里已经写着
     reading.unused += [f"{name}.{field}" for field in fields.unused()]
     return role, thought + "\n".join(filter(None, [text, *calls]))
+
+
+def part_of_text(parts: list) -> bool:
+    """一列部分里有没有文字。"""
+    return any(isinstance(p, str) or (isinstance(p, dict) and "text" in p) for p in parts)
 
 
 def message_text(value: Any, name: str, where: str, reading: Reading) -> str | None:
@@ -158,7 +176,9 @@ def message_text(value: Any, name: str, where: str, reading: Reading) -> str | N
         return None
     if isinstance(value, dict) and isinstance(value.get("parts", value.get("text")), str | list):
         value = value.get("parts", value.get("text"))
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if is_number(value):
         reading.changes.append("数字写成文字")
         return JSON_TEXT.encode(value)
     if isinstance(value, str):
@@ -171,6 +191,8 @@ def message_text(value: Any, name: str, where: str, reading: Reading) -> str | N
         if isinstance(part, dict) and part.get("type") in ("thinking", "reasoning"):
             thought = thoughts(Fields({REASONING[0]: part.get("thinking") or text}), reading)
             lines.insert(0, thought.rstrip("\n") + "\n") if thought else None
+        elif isinstance(part, dict) and str(part.get("type")).startswith("tool_"):
+            lines.append(as_json(part, name))
         elif isinstance(text, str):
             lines.append(well_formed(text))
         else:

@@ -120,7 +120,7 @@ def test_the_last_answer_of_a_long_conversation_is_asked(tmp_path):
     row = {"conversations": [{"role": role, "content": text} for role, text in turns]}
     path = tmp_path / "my.jsonl"
     path.write_text(json.dumps(row), encoding="utf-8")
-    _, ((messages,), answers) = lora.questions_and_answers(str(path), 1.0, 256)
+    ((messages,), answers), _ = lora.questions_and_answers(str(path), 0.5, 256)
     assert [m["content"] for m in messages] == ["一", "甲", "二"]
     assert answers == ["乙"]
 

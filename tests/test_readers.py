@@ -596,7 +596,7 @@ def write_in(path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("text, said", [
     ('id,text\n1,甲乙\n2,"丁戊己\n3,庚\n4,子\n', "引号没有关上"),
-    ("text,text,note\n甲,乙,丙\n", "两个 text"),
+    ("text,text,note\n甲,乙,丙\n", "两列都叫 text"),
 ])  # fmt: skip
 def test_broken_tables_are_not_swallowed(tmp_path, text, said):
     with pytest.raises(UserError, match=said):
