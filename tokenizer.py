@@ -179,8 +179,9 @@ class Tokenizer:
         shift = np.concatenate([[0], np.cumsum(longer, dtype=np.int64)])
         bounds = [0, *(ends + shift[np.searchsorted(joined[::2], ends)]).tolist()]
         missing = [""] * len(texts)
-        for at, characters in lost:
-            missing[np.searchsorted(ends, at, side="right")] += characters
+        of_text = np.searchsorted(ends, [at for at, _ in lost], side="right").tolist()
+        for text, (_, characters) in zip(of_text, lost, strict=True):
+            missing[text] += characters
         return [
             (ids[start : end - 1], gone)
             for start, end, gone in zip(bounds, bounds[1:], missing, strict=False)

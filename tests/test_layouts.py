@@ -112,10 +112,12 @@ def test_other_things_are_no_verdict(field, value):
 
 def test_reasoning_is_written_once(tmp_path):
     """正文里已经有 <think> 的不再写；写在整段外面的也学；只有思考没有回答的，不是回答。"""
-    rows = [{"messages": [ASK, REPLY | {"content": f"<think>想</think>{A}",
-                                        "reasoning_content": "想"}]},
-            {"messages": [ASK, REPLY], "reasoning_content": "想"},
-            {"messages": [ASK, {"role": "assistant", "content": "", "reasoning_content": "想"}]}]  # fmt: skip
+    thought = {"reasoning_content": "想"}
+    rows = [
+        {"messages": [ASK, REPLY | thought | {"content": f"<think>想</think>{A}"}]},
+        {"messages": [ASK, REPLY], **thought},
+        {"messages": [ASK, REPLY | thought | {"content": ""}]},
+    ]
     path = tmp_path / "x.jsonl"
     path.write_text("".join(dump(row) + "\n" for row in rows), encoding="utf-8")
     log = ReadLog(str(path))
@@ -138,7 +140,7 @@ DOCUMENTS = {
     "comma_before_the_end": "[" + "".join(dump(row) + ",\n" for row in ROWS) + "]",
     "twice_encoded": "".join(dump(dump(row)) + "\n" for row in ROWS),
     "capitals": "".join(dump({"Text": text}) + "\n" for text in TEXTS),
-    "squad_context": dump([{"title": "", "paragraphs": [{"context": t, "qas": []}]} for t in TEXTS]),
+    "squad_context": dump([{"paragraphs": [{"context": t, "qas": []}]} for t in TEXTS]),
 }  # fmt: skip
 
 
