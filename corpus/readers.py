@@ -37,18 +37,18 @@ def read_rows(source: str | Path, log: ReadLog) -> Iterator[tuple[str, Any]]:
     """
     paths = find_files(str(source), log)
     for path in paths:
-        before = stamp(path)
+        before, first = stamp(path), len(log.files)
         broken = False
         try:
             for part in open_parts(path, log):
-                several = len(paths) > 1 or part.name != str(path)
                 try:
                     kind = recognise(part)
                 except Empty:
-                    if not several:
+                    if len(paths) == 1 and part.name == str(path):
                         raise
                     log.note(f"{part.name} 是空的")
                     continue
+                several = len(paths) > 1 or len(log.files) > first  # 只有一个的包，就像那个文件
                 log.begin(part.name, kind.name)
                 try:
                     yield from rows_of(part, kind, log, several)

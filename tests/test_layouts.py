@@ -1,6 +1,8 @@
 """公开的数据集各有各的写法：照它们的样子编几条，读出来的要是原意；读不了的，说得出是什么。"""
 
 import json
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -181,3 +183,23 @@ def test_utf16_without_a_mark_is_named(tmp_path):
     path.write_bytes("今天天气很好，我们去公园。\n".encode("utf-16-le") * 50)
     with pytest.raises(UserError, match="UTF-16LE"):
         list(read_documents(path, ReadLog("x")))
+
+
+@pytest.mark.parametrize(
+    "text", ["甲说的一句话。\n乙说的一句话。\n", "没有分行" * 30 + "。然后" * 30]
+)
+def test_a_small_text_is_the_same_inside_an_archive(tmp_path, text):
+    """只装着一个文件的包，与那个文件读出来的一样，哪怕它小得要切开。"""
+    plain = tmp_path / "a.txt"
+    plain.write_text(text, encoding="utf-8")
+    expected = [r.content for r in read_documents(plain, ReadLog("a"))]
+    assert len(expected) > 1
+    for name in ("a.zip", "a.tar"):
+        if name.endswith("zip"):
+            with zipfile.ZipFile(tmp_path / name, "w") as archive:
+                archive.write(plain, "a.txt")
+        else:
+            with tarfile.open(tmp_path / name, "w") as archive:
+                archive.add(plain, "a.txt")
+        path = tmp_path / name
+        assert [r.content for r in read_documents(path, ReadLog("b"))] == expected

@@ -21,7 +21,7 @@ from pathlib import Path
 from config import PRESETS, Config, UserError, option
 from corpus.token_file import tokenize_corpus
 from settings.flags import read_options, run_script, words
-from settings.resolve import load_config
+from settings.resolve import Origin, Origins, load_config
 from tokenizer import Tokenizer
 from tools.inspect import facts, screen
 
@@ -49,8 +49,8 @@ class Options:
             found.append("--json 是空的；请写上路径，或写 - 印在标准输出")
         return found
 
-    def config(self) -> Config:
-        """训练时会用的那一份配置；文件有几个的，合成一份语料。
+    def config(self) -> tuple[Config, Origins]:
+        """训练时会用的那一份配置，每个值从哪里来；文件有几个的，合成一份语料。
 
         Raises:
             UserError: 看得出的问题一次列出。
@@ -58,7 +58,7 @@ class Options:
         names = ("preset", "seq_len", "data_dir", "val_fraction", "keep_reasoning")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         given["data"] = ",".join(self.files)
-        return load_config(self.stage, [f"--{name}={value}" for name, value in given.items()])[0]
+        return load_config(self.stage, [f"--{name}={value}" for name, value in given.items()])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,13 +66,13 @@ def main(argv: list[str] | None = None) -> None:
     options = read_options(Options, sys.argv[1:] if argv is None else argv, USAGE)
     stdout = sys.stdout
     with redirect_stdout(sys.stderr if options.json == "-" else stdout):
-        config = options.config()
+        config, origins = options.config()
         if options.json not in (None, "-"):
             check_writable(Path(options.json))
         report = facts.nothing_known(options.stage, config)
         samples: list[facts.Sample] = []
         try:
-            samples += examine(report, config, options.time)
+            samples += examine(report, config, origins, options.time)
         except UserError as error:  # 不收的，知道多少写多少
             report |= facts.of_refusal(error)
             raise
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
                 write_json(report, options.json, stdout)
 
 
-def examine(report: dict, config: Config, with_time: bool) -> list[facts.Sample]:
+def examine(report: dict, config: Config, origins: Origins, with_time: bool) -> list[facts.Sample]:
     """备好词元文件，把知道的逐项填进 report；返回样本。
 
     Raises:
@@ -98,7 +98,9 @@ def examine(report: dict, config: Config, with_time: bool) -> list[facts.Sample]
     if with_time:
         from tools.inspect.timing import time_of_default_run  # 用到训练的一切，不估计时不必等
 
-        report["time"] = time_of_default_run(stage, config, tokenizer)
+        steps = {"pretrain": "max_steps", "sft": "sft_max_steps"}[stage]
+        preset = origins[steps] is Origin.PRESET
+        report["time"] = time_of_default_run(stage, config, tokenizer, preset)
     report["samples"] = [sample.to_dict() for sample in samples]
     return samples
 

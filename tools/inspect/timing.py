@@ -19,6 +19,7 @@ from config import Config
 from engine.device import Device
 from engine.stepper import Stepper
 from model import Transformer
+from settings.defaults import fewer_steps
 from settings.flags import is_out_of_memory
 from tokenizer import Tokenizer
 
@@ -63,8 +64,13 @@ class Trial(Stepper):
         return super().clip(optimizer, limit)
 
 
-def time_of_default_run(stage: str, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+def time_of_default_run(
+    stage: str, config: Config, tokenizer: Tokenizer, preset_steps: bool
+) -> dict[str, Any]:
     """照 config 训练要多久。
+
+    Args:
+        preset_steps: 步数是预设的：数据少时，训练会少走几步。
 
     Returns:
         {"steps", "seconds_per_step", "seconds", "device", "compile"}；内存不够，走不了一步的，
@@ -80,7 +86,10 @@ def time_of_default_run(stage: str, config: Config, tokenizer: Tokenizer) -> dic
         if not is_out_of_memory(error):
             raise
         each = None
+    n_steps = trial.n_steps
+    if preset_steps:
+        n_steps = fewer_steps(config, n_steps, trial.train.n_rows)
     return {
-        "steps": trial.n_steps, "seconds_per_step": each, "seconds": each and each * trial.n_steps,
+        "steps": n_steps, "seconds_per_step": each, "seconds": each and each * n_steps,
         "device": trial.device.place.type, "compile": Device(config).compile,
     }  # fmt: skip
