@@ -115,8 +115,7 @@ class SFTBatches:
         self, tokens: np.ndarray, starts: np.ndarray, seq_len: int, tokenizer: Tokenizer,
         seed: int, max_len: int | None = None, side: str = "train",
     ):  # fmt: skip
-        self.tokens, self.starts, self.seq_len = tokens, starts, seq_len
-        self.tokenizer = tokenizer
+        self.tokens, self.starts, self.seq_len, self.tokenizer = tokens, starts, seq_len, tokenizer
         # 一段 n 个词元的对话占 n - 1 格：最后一个词元只作目标。
         self.lengths = np.minimum(np.diff(starts) - 1, seq_len)
         # 第一个助手标记在截断之前，才有话可学。

@@ -39,7 +39,9 @@ def find_files(source: str, log: ReadLog | None = None) -> list[Path]:
     if glob.has_magic(source) and (found := sorted(glob.glob(source, recursive=True))):
         every = (path for name in found for path in find_files(name, log))
         return list(dict.fromkeys(every))  # ** 既找到目录，也找到里面的文件
-    raise MissingData(f"找不到数据文件 {source}；请检查路径，或先运行 python download.py wiki")
+    raise MissingData(
+        f"找不到数据文件 {source}；请检查路径，或先运行 python download.py wiki（对话是 sft）"
+    )
 
 
 def _in_folder(folder: Path, log: ReadLog | None) -> list[Path]:
