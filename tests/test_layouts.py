@@ -1,16 +1,20 @@
 """公开的数据集各有各的写法：照它们的样子编几条，读出来的要是原意；读不了的，说得出是什么。"""
 
+import gzip
 import json
 import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from config import UserError
+from corpus import streams
 from corpus.conversations import read_conversations
 from corpus.log import ReadLog
 from corpus.shapes import read_documents
+from corpus.split import choose, hash_of
 from corpus.verdicts import verdict
 
 Q, A, Q2, A2 = "问甲", "答甲", "问乙", "答乙"
@@ -203,3 +207,34 @@ def test_a_small_text_is_the_same_inside_an_archive(tmp_path, text):
                 archive.add(plain, "a.txt")
         path = tmp_path / name
         assert [r.content for r in read_documents(path, ReadLog("b"))] == expected
+
+
+# ---------- 3. 故意改坏代码时，没有测试发觉的 ----------
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.zip"])
+def test_what_unpacks_to_far_too_much_is_no_text(tmp_path, monkeypatch, name):
+    """解压炸弹，小的：真的 2 GB 的在 test_traps.py，平时不跑。"""
+    monkeypatch.setattr(streams, "BOMB_SIZE", 1 << 20)
+    data, path = (dump({"text": "同一行"}) + "\n").encode() * 200_000, tmp_path / name
+    if name.endswith("zip"):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("x.jsonl", data)
+    else:
+        path.write_bytes(gzip.compress(data))
+    with pytest.raises(UserError, match="不是文字"):
+        list(read_documents(path, ReadLog("x")))
+
+
+def test_fields_beside_wrapped_rows_are_counted(tmp_path):
+    line = dump({"page": 1, "data": ROWS[:2]}) + "\n"
+    documents, log = read(tmp_path / "x.jsonl", line * 3, read_documents)
+    assert len(documents) == 6 and log.unused == {"page": 3}
+
+
+def test_two_greetings_do_not_hold_out_half():
+    """一半以「你好」开头，一半以「在吗」：改看全文，留出的仍接近想要的。"""
+    n = 100
+    keys = np.array([hash_of(("你好", "在吗")[i % 2]) for i in range(n)], np.uint64)
+    whole = np.array([hash_of(f"第 {i} 段") for i in range(n)], np.uint64)
+    assert choose(keys, whole, whole, 0.1).sum() == pytest.approx(10, abs=2)
