@@ -47,6 +47,7 @@ class Sampling:
 
 
 CALM = {"sft": {"temp": 0.3}}  # 接龙要活，回答要稳
+CHARACTERS_PER_TOKEN = 32  # 真的文字里，一个词元平均到不了这么多字
 
 
 class KVCache:
@@ -208,11 +209,25 @@ class Speaker:
                 return
             context = torch.cat([context, new])
 
+    def encode(self, text: str) -> list[int]:
+        """用户写的一段文字 -> 编号。先看有多少个字：分词时一个字占几百字节，太长的不能交给它。
+
+        Raises:
+            UserError: 长得无论如何也放不进上下文。
+        """
+        if len(text) > (most := CHARACTERS_PER_TOKEN * self.config.max_len):
+            raise UserError(
+                f"这段文字有 {len(text):,} 个字，模型最多看 {self.config.max_len} 个词元，"
+                f"放不下；请缩到 {most:,} 个字以内"
+            )
+        return self.tokenizer.encode(text)
+
     def prompt(self, text: str) -> list[int]:
         """一段文字变成开头：预训练的模型接着写，微调过的当作一句提问来回答。"""
+        ids = self.encode(text)
         if self.stage == "sft":
-            return self.tokenizer.question_ids(text)
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+            return self.tokenizer.turn_ids("user", ids) + self.tokenizer.reply_prefix()
+        return [self.tokenizer.bos_id, *ids]
 
     @torch.inference_mode()
     def read(self, ids: list[int]) -> Tensor:

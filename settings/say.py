@@ -1,0 +1,33 @@
+"""说给人看的话，都从这里出去：别处来的字里若有控制终端的，写成看得见的样子。
+
+clean           一段文字 -> 控制不了终端的文字
+say             同 print，但先 clean
+say_above_bar   同 say，进度条还在走时用
+
+检查点里的字段、下载来的列表、一行数据、模型写的、用户说的，都可能含有转义序列：清屏、改窗口的标题、
+把字倒过来显示。程序自己的颜色与进度条不从这里走（rich 与 tqdm 各管各的），交给它们的文字要先 clean。
+"""
+
+from typing import IO
+
+from tqdm import tqdm
+
+# C0 与 C1 的控制字符（换行与制表除外），改变文字方向的，以及另外两种换行。
+CONTROLS = [*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F),
+            *range(0x2066, 0x206A)]  # fmt: skip
+VISIBLE = {code: repr(chr(code))[1:-1] for code in CONTROLS if chr(code) not in "\n\t"}
+
+
+def clean(text: object) -> str:
+    r"""控制终端的字符写成看得见的样子，例如 ESC 写成 \x1b；其余的原样。"""
+    return str(text).translate(VISIBLE)
+
+
+def say(*parts: object, end: str = "\n", file: IO[str] | None = None, flush: bool = False) -> None:
+    """同 print：几样东西用空格隔开，默认写到标准输出。"""
+    print(*map(clean, parts), end=end, file=file, flush=flush)
+
+
+def say_above_bar(text: object, file: IO[str] | None = None) -> None:
+    """印在进度条之上，不打断它。"""
+    tqdm.write(clean(text), file=file)
