@@ -10,6 +10,8 @@ download() 按顺序做五件事：列出数据集里的文件 → 选中一个 
 这里只决定下载什么、放到哪里，并把它的异常翻译成一句看得懂的话。
 """
 
+from settings.script import run_script
+
 import contextlib
 import difflib
 import logging
@@ -23,7 +25,7 @@ from typing import NamedTuple
 from chat.numbers import file_size
 from config import UserError, option
 from corpus.find import sha256
-from settings.flags import read_options, run_script, word
+from settings.flags import read_options, word
 
 
 class Source(NamedTuple):

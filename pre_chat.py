@@ -4,11 +4,12 @@ python pre_chat.py                          一句一句地玩
 python pre_chat.py --prompt "守株待兔："    只写一次，供脚本使用
 """
 
+from settings.script import run_script
+
 import sys
 
 from chat import repl
 from config import UserError
-from settings.flags import run_script
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,6 +11,8 @@
 循环里 `run` 的几个动作（取一批、反向、截短、更新）在 engine/stepper.py，每个只有几行。
 """
 
+from settings.script import run_script
+
 import math
 
 from config import Config
@@ -20,7 +22,6 @@ from engine.run import Run
 from generate import make_speaker
 from loss import Exam, Loss
 from optimizer import build_optimizer, learning_rate
-from settings.flags import run_script
 
 
 def main(argv: list[str] | None = None, run: Run | None = None) -> None:

@@ -4,13 +4,14 @@ python sft_chat.py                                  一问一答
 python sft_chat.py --prompt "画蛇添足是什么意思？"  只答一次，供脚本使用
 """
 
+from settings.script import run_script
+
 import sys
 from collections.abc import Sequence
 
 from chat import repl
 from config import UserError
 from generate import Speaker
-from settings.flags import run_script
 
 Turns = list[list[int]]
 

@@ -8,6 +8,8 @@
 起点是预训练的检查点；学习率小得多，轻轻推一把。
 """
 
+from settings.script import run_script
+
 import math
 
 from corpus.token_file import tokenize_corpus
@@ -16,7 +18,6 @@ from engine.run import Run
 from generate import make_speaker
 from loss import Exam, Loss
 from optimizer import build_optimizer, learning_rate
-from settings.flags import run_script
 
 
 def main(argv: list[str] | None = None, run: Run | None = None) -> None:

@@ -4,6 +4,8 @@ out_of_memory   内存不够时该说的话
 auto_batch      ``--batch_size auto``
 """
 
+from settings.script import is_out_of_memory
+
 from collections.abc import Callable
 
 import torch
@@ -14,7 +16,6 @@ from dataset import Batch
 from engine.device import Device
 from engine.expert_load import expert_loads
 from model import Transformer
-from settings.flags import is_out_of_memory
 
 
 def out_of_memory(config: Config, model: Transformer, size: int) -> UserError:

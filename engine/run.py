@@ -4,6 +4,8 @@
 这里不算损失，也不更新参数；一步之内的几个动作在 stepper.py。
 """
 
+from settings.script import is_out_of_memory
+
 import math
 import sys
 import time
@@ -38,7 +40,6 @@ from engine.stepper import Stepper
 from engine.stop import Stop
 from model import Transformer
 from settings.defaults import eval_interval, fewer_steps
-from settings.flags import is_out_of_memory
 from settings.resolve import Origin, load_config, save_config
 from settings.stored import inherit
 from tokenizer import Tokenizer

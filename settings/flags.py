@@ -5,17 +5,10 @@ word / words    写在前面、不带名字的字段（config.option 是带名�
 parse_flags     ``--名字 值`` -> {字段名: 值}
 check_choices   只能从几个里选的，在不在其中
 help_text       --help 印的
-run_script      运行 main()；错误印成一句话，退出码
 """
 
 import difflib
-import os
-import re
 import reprlib
-import signal
-import sys
-import threading
-from collections.abc import Callable
 from dataclasses import field, fields
 from typing import Any, get_args, get_type_hints
 
@@ -189,56 +182,3 @@ def help_text(cls: type, usage: str) -> str:
         choices = "，可选：" + " ".join(f.metadata["choices"]) if f.metadata["choices"] else ""
         lines += [flag, f"      {help}（默认：{default}{unit}{choices}）"]
     return "\n".join(lines)
-
-
-# ---------- 3. 运行 ----------
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """运行脚本的 main()；用户的错误印成一句话，退出码 2；Ctrl-C 是 130，SIGTERM 是 143。"""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # 启动时就被关掉了（<&-）
-            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
-        if hasattr(getattr(sys, name), "reconfigure"):  # Windows 默认不是 UTF-8
-            getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
-    if hasattr(sys.stdout, "reconfigure"):  # 输出接到文件或管道时，也写一行看得到一行
-        sys.stdout.reconfigure(line_buffering=True)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        main()
-    except UserError as error:
-        who = f"第 {rank} 个进程" if (rank := os.environ.get("RANK", "0")) != "0" else ""
-        print(f"{who}错误：{error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\n已中断", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # 例如接在后面的 head 先走了
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # 128 + SIGPIPE，与别的命令一样
-    except OSError as error:
-        where = f" {error.filename} " if error.filename else ""
-        print(f"错误：读写{where}失败（{error.strerror}）；请检查路径、权限与空间", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            print(
-                "错误：内存不够；请把 --batch_size 减半、--grad_accum 加倍，或换小些的 --preset",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        reason = (str(error).splitlines() or [""])[0][:200]
-        if "WORLD_SIZE" in os.environ and re.search("gloo|nccl|connection", reason, re.IGNORECASE):
-            print(
-                f"错误：与别的进程联系不上，结束（{reason}）；若别的进程先出了错，原因在那里",
-                file=sys.stderr,
-            )
-            sys.exit(1)
-        raise
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """是不是内存或显存不够；PyTorch 在 CPU 上抛出的只是 RuntimeError。"""
-    words = ("out of memory", "allocate memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

@@ -3,14 +3,14 @@
 clean           一段文字 -> 控制不了终端的文字
 say             同 print，但先 clean
 say_above_bar   同 say，进度条还在走时用
+indented        一句话里嵌进来的字若有换行，后面几行都缩进：冒充不了程序另说的一句
 
 检查点里的字段、下载来的列表、一行数据、模型写的、用户说的，都可能含有转义序列：清屏、改窗口的标题、
 把字倒过来显示。程序自己的颜色与进度条不从这里走（rich 与 tqdm 各管各的），交给它们的文字先 clean。
 """
 
+import re
 from typing import IO
-
-from tqdm import tqdm
 
 # C0 与 C1 的控制字符（换行与制表除外），改变文字方向的，以及另外两种换行。
 CONTROLS = [*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F),
@@ -23,6 +23,11 @@ def clean(text: object) -> str:
     return str(text).translate(VISIBLE)
 
 
+def indented(text: object) -> str:
+    """第二行起至少缩进两格；已经缩进的不动。"""
+    return re.sub(r"\n(?! )", "\n  ", str(text))
+
+
 def say(*parts: object, end: str = "\n", file: IO[str] | None = None, flush: bool = False) -> None:
     """同 print：几样东西用空格隔开，默认写到标准输出。"""
     print(*map(clean, parts), end=end, file=file, flush=flush)
@@ -30,4 +35,6 @@ def say(*parts: object, end: str = "\n", file: IO[str] | None = None, flush: boo
 
 def say_above_bar(text: object, file: IO[str] | None = None) -> None:
     """印在进度条之上，不打断它。"""
+    from tqdm import tqdm  # 用到才导入：包还没有装时，也要说得出话
+
     tqdm.write(clean(text), file=file)

@@ -1,5 +1,7 @@
 """配置：改过的值必须算数，写错的值必须在加载任何东西之前、一次全部说清。"""
 
+from settings.script import run_script
+
 import os
 import re
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 
 from config import PRESETS, Config, UserError
 from settings import resolve
-from settings.flags import field_types, help_text, parse_flags, run_script
+from settings.flags import field_types, help_text, parse_flags
 from settings.resolve import Origin, describe, load_config
 
 
@@ -185,7 +187,7 @@ def test_closed_streams_and_broken_pipes_are_not_tracebacks(tmp_path):
     """输入输出一开始就关着，或者接在后面的程序先走了。"""
     script = tmp_path / "s.py"
     script.write_text(
-        "import sys\nfrom settings.flags import run_script\n"
+        "import sys\nfrom settings.script import run_script\n"
         "run_script(lambda: [print(i, sys.stdin.isatty()) for i in range(99999)])\n"
     )
     root = Path(__file__).resolve().parent.parent

@@ -28,7 +28,7 @@ def test_after_a_signal_a_reader_that_left_does_not_matter(tmp_path):
     """``2>&1 | tee log`` 时按 Ctrl-C，tee 先走了：照样做完、存好，退出码仍是 130。"""
     saved = tmp_path / "saved"
     program = (
-        "import os, signal, sys; from settings.flags import run_script\n"
+        "import os, signal, sys; from settings.script import run_script\n"
         "from engine.distributed import World; from engine.stop import Stop\n"
         "def main():\n"
         "    stop = Stop(World()); stop.watch(); print('开始', flush=True); sys.stdin.readline()\n"

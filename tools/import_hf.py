@@ -6,7 +6,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
 
-from settings.flags import run_script
+from settings.script import run_script
+
 from tools.huggingface.import_hf import Options, main
 
 __all__ = ["Options", "main"]

@@ -17,6 +17,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}examples{os.sep}")[0]
 
+from settings.script import run_script
+
 import math
 from dataclasses import dataclass
 
@@ -41,7 +43,6 @@ from examples.common import (
     save_folder,
     write_answers,
 )
-from settings.flags import run_script
 from tools.lab.check_answers import unseen_entries
 
 

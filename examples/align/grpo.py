@@ -16,13 +16,14 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}examples{os.sep}")[0]
 
+from settings.script import run_script
+
 from dataclasses import dataclass
 
 from config import option
 from examples.align.measure import Exam, frozen_copy, still_a_model, tell_progress, trl_settings
 from examples.align.questions import Question, ask, score, training_entries
 from examples.common import Folders, check_installed, load_folder, read_arguments, save_folder
-from settings.flags import run_script
 from tokenizer import Tokenizer
 from tools.lab.check_answers import unseen_entries
 

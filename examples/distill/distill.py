@@ -22,6 +22,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}examples{os.sep}")[0]
 
+from settings.script import run_script
+
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -41,7 +43,7 @@ from engine.run import Run
 from engine.shared_row import SharedRow
 from loss import Loss, cross_entropy
 from model import Transformer
-from settings.flags import help_text, parse_flags, run_script
+from settings.flags import help_text, parse_flags
 from settings.resolve import Origin, load_config
 from tokenizer import Tokenizer
 

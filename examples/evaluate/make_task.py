@@ -15,6 +15,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}examples{os.sep}")[0]
 
+from settings.script import run_script
+
 import json
 import random
 import re
@@ -29,7 +31,7 @@ from config import Config, UserError, option
 from corpus import idioms
 from corpus.log import ReadLog
 from corpus.split import is_held_out
-from settings.flags import read_options, run_script, word
+from settings.flags import read_options, word
 from tokenizer import CONTROL_TOKENS, Tokenizer
 
 N_CHOICES = 4

@@ -17,6 +17,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}examples{os.sep}")[0]
 
+from settings.script import run_script
+
 import math
 from collections.abc import Iterator
 from copy import deepcopy
@@ -47,7 +49,6 @@ from examples.common import (
     write_answers,
 )
 from optimizer import learning_rate
-from settings.flags import run_script
 from tokenizer import Tokenizer
 
 SHOWN = ["你是谁？", "画蛇添足是什么意思？"]  # 本来会答的，练之前与之后各问一遍

@@ -12,6 +12,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}examples{os.sep}")[0]
 
+from settings.script import run_script
+
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from chat.piped import piped_lines
 from config import UserError, option
-from settings.flags import read_options, run_script, words
+from settings.flags import read_options, words
 
 if TYPE_CHECKING:
     import openai

@@ -15,6 +15,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
 
+from settings.script import run_script
+
 import json
 import time
 from dataclasses import asdict
@@ -23,7 +25,7 @@ from pathlib import Path
 import torch
 
 from config import UserError
-from settings.flags import read_options, run_script
+from settings.flags import read_options
 from tools.bench.chores import bench_data
 from tools.bench.decoding import bench_decode
 from tools.bench.growth import bench_memory, bench_scale

@@ -12,6 +12,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
 
+from settings.script import run_script
+
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from pathlib import Path
 from chat import display
 from config import UserError, option
 from generate import Sampling
-from settings.flags import read_options, run_script, word
+from settings.flags import read_options, word
 from tools.explain.facts import examine
 from tools.explain.page import page
 from tools.explain.report import report

@@ -13,6 +13,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
 
+from settings.script import run_script
+
 import json
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from config import PRESETS, Config, UserError, option
 from corpus.token_file import tokenize_corpus
-from settings.flags import read_options, run_script, words
+from settings.flags import read_options, words
 from settings.resolve import Origin, Origins, load_config
 from tokenizer import Tokenizer
 from tools.inspect import facts, screen

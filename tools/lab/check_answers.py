@@ -12,6 +12,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
 
+from settings.script import run_script
+
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from corpus.split import is_held_out
 from engine.device import Device
 from engine.speed import load_for_chat
 from generate import Sampling, Speaker
-from settings.flags import read_options, run_script
+from settings.flags import read_options
 
 QUESTIONS = {  # 种类: (问法, 回答应有的样子)
     "意思": ("{word}是什么意思？", r"(?!出自|例如)[^《》]{3,}。"),

@@ -21,6 +21,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
 
+from settings.script import run_script
+
 import time
 from dataclasses import dataclass
 from statistics import mean
@@ -31,7 +33,6 @@ import torch.nn.functional as F
 from config import Config, UserError, option
 from dataset import IGNORE, Batch
 from model import Transformer
-from settings.flags import run_script
 from tools.lab.laboratory import DataOptions, Laboratory, Record, open_lab
 from tools.lab.showing import finish, mean_and_spread, new_picture, seed_curves, seed_points
 

@@ -24,6 +24,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
 
+from settings.script import run_script
+
 import math
 from dataclasses import dataclass
 
@@ -33,7 +35,6 @@ from torch import Tensor, nn
 from chat.numbers import magnitude
 from config import Config, option
 from model import AttentionContext, Block, Transformer
-from settings.flags import run_script
 from tools.lab.laboratory import DataOptions, Laboratory, Record, open_lab
 from tools.lab.showing import STYLES, finish, new_picture, smooth
 

@@ -15,6 +15,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
 
+from settings.script import run_script
+
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +24,6 @@ from torch import Tensor
 
 from config import option
 from generate import Sampling
-from settings.flags import run_script
 from tools.draw.lottery import distributions, left_out, n_alive
 from tools.explain.speaker import load_speaker
 from tools.lab.laboratory import LabOptions, numbers_in, prompt_ids, read_lab_options

@@ -16,6 +16,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
 
+from settings.script import run_script
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,6 @@ from engine.device import Device
 from engine.speed import load_for_chat
 from generate import Sampling, Speaker
 from loss import Loss, evaluate
-from settings.flags import run_script
 from tools.lab.check_answers import QUESTIONS, count_right, unseen_entries
 from tools.lab.laboratory import DataOptions, prompt_ids, read_lab_options
 from tools.lab.showing import STYLES, distribution, finish, new_picture

@@ -25,13 +25,14 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
 
+from settings.script import run_script
+
 import math
 from dataclasses import dataclass
 from statistics import mean
 
 from config import Config, option
 from model import Transformer
-from settings.flags import run_script
 from tools.bench.flops import training_flops
 from tools.lab.laboratory import DataOptions, Laboratory, Record, numbers_in, open_lab
 from tools.lab.showing import (

@@ -20,6 +20,8 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
 
+from settings.script import run_script
+
 from dataclasses import dataclass
 from statistics import mean
 
@@ -29,7 +31,6 @@ from torch import Tensor, nn
 
 from config import Config, UserError, option
 from model import Attention, AttentionContext, RotaryEmbedding, Transformer
-from settings.flags import run_script
 from tools.lab.laboratory import DataOptions, Laboratory, Record, open_lab, prompt_ids
 from tools.lab.showing import STYLES, finish, new_picture, smooth
 

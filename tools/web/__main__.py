@@ -13,13 +13,15 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
 
+from settings.script import run_script
+
 import socket
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError, option
-from settings.flags import read_options, run_script
+from settings.flags import read_options
 from tools.web import actions
 
 
