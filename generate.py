@@ -162,6 +162,15 @@ class Choice:
     written: Tensor  # 编号 (n,)
 
 
+def check_characters(text: str, max_len: int) -> None:
+    """长得无论如何也放不进 max_len 个词元的文字，不必分词就知道。Raises UserError。"""
+    if len(text) > (most := CHARACTERS_PER_TOKEN * max_len):
+        raise UserError(
+            f"这段文字有 {len(text):,} 个字，模型最多看 {max_len} 个词元，"
+            f"放不下；请缩到 {most:,} 个字以内"
+        )
+
+
 @dataclass
 class Speaker:
     """会说话的模型：模型、分词器，以及生成所需的一切。缓存只有一份，所以一次只能写一篇。"""
@@ -215,11 +224,7 @@ class Speaker:
         Raises:
             UserError: 长得无论如何也放不进上下文。
         """
-        if len(text) > (most := CHARACTERS_PER_TOKEN * self.config.max_len):
-            raise UserError(
-                f"这段文字有 {len(text):,} 个字，模型最多看 {self.config.max_len} 个词元，"
-                f"放不下；请缩到 {most:,} 个字以内"
-            )
+        check_characters(text, self.config.max_len)
         return self.tokenizer.encode(text)
 
     def prompt(self, text: str) -> list[int]:

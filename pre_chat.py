@@ -10,6 +10,7 @@ import sys
 
 from chat import repl
 from config import UserError
+from settings.say import say
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         """从这个开头接着写；空的就接着刚才的写。"""
         nonlocal written
         if text.strip():
-            written = speaker.tokenizer.encode(text)
+            written = speaker.encode(text)
         elif not written:
             raise UserError("请先写个开头，例如：守株待兔：")
         # 太长时只留末尾，至少空出四分之一的上下文给它写。
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         if len(written) > keep:
             repl.notify(f"（前文 {len(written)} 个词元，只看得到最后 {keep} 个）")
         ids = [speaker.tokenizer.bos_id, *written[-keep:]]
-        print(text, end="", flush=True)
+        say(text, end="", flush=True)
         written = written + chat.stream(ids)
 
     chat.run(answer, reset=lambda: written.clear())

@@ -40,7 +40,7 @@ def ask(
         UserError: 这句话太长，放不下。
     """
     tokenizer = speaker.tokenizer
-    question = tokenizer.turn_ids(role, tokenizer.encode(text))
+    question = tokenizer.turn_ids(role, speaker.encode(text))
     if role == "tool":
         *turns, asked, call = turns
         question = asked + call + question
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def begin(text: str = "") -> None:
         """忘掉前文，换上这段系统的话。"""
-        ids = tokenizer.turn_ids("system", tokenizer.encode(text)) if text else []
+        ids = tokenizer.turn_ids("system", speaker.encode(text)) if text else []
         if len(ids) > (limit := speaker.config.max_len // 2):  # 另一半留给问与答
             raise UserError(f"这段话有 {len(ids)} 个词元，最多 {limit} 个；请短一些")
         turns[:], system[:], chat.last = [], ids, None

@@ -8,23 +8,35 @@
 
 import math
 import sys
+from collections.abc import Iterable
 
 from rich.bar import Bar
 from rich.cells import cell_len
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from settings.say import clean
 from tokenizer import Tokenizer
 
 HEIGHTS = "▁▂▃▄▅▆▇█"  # 意外不到 1 比特、不到 2 比特……，最后是 7 比特以上
 COLOURS = ["green"] + ["default"] * 3 + ["magenta"] * 3 + ["bold red"]  # 与上面一一对应
 
 
+class CleanConsole(Console):
+    """同 rich 的 Console，但画的字里若有控制终端的，写成看得见的样子；颜色是 rich 自己的。"""
+
+    def render(self, renderable: RenderableType, options=None) -> Iterable[Segment]:
+        """把要画的东西变成一段段文字；表格里的格子也经过这里。"""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=clean(segment.text))
+
+
 def terminal(file=None) -> Console:
     """默认画在标准错误上：管道里接着的程序读到的只有回答。"""
-    return Console(file=file or sys.stderr, highlight=False)
+    return CleanConsole(file=file or sys.stderr, highlight=False)
 
 
 def bits(p: float) -> float:
@@ -59,7 +71,7 @@ def candidates(
         p, style = probs[token].item(), "bold" if token == drawn else ""
         cells = [
             Text("→" if token == drawn else " ", style),
-            Text(tokenizer.label(token), style),
+            Text(clean(tokenizer.label(token)), style),
             Bar(1, 0, p, width=30),
             Text(percent(p), style, justify="right"),
         ]
@@ -80,7 +92,7 @@ def surprise(tokenizer: Tokenizer, ids: list[int], probs: list[float], width: in
     """
     lines, text, marks = [], Text(), ""
     for token, p in zip(ids, probs, strict=True):
-        name = tokenizer.label(token).removeprefix("##")
+        name = clean(tokenizer.label(token)).removeprefix("##")
         if text and text.cell_len + cell_len(name) > width:
             lines, text, marks = [*lines, text, Text(marks)], Text(), ""
         level = min(7, int(bits(p)))

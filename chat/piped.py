@@ -1,8 +1,9 @@
-"""管道里送来的话：一行一句；不是 UTF-8 的不猜，也不换成别的字。"""
+"""管道里送来的话：一行一句；不是 UTF-8 的不猜，也不换成别的字；没完没了的一行不收。"""
 
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from typing import BinaryIO
 
 from config import UserError
 
@@ -10,17 +11,24 @@ MARKS = {  # UTF-32 小端的开头两个字节与 UTF-16 的相同，所以先�
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
+LONGEST = 1 << 24  # 一行最多多少字节：比任何模型看得到的都长得多
 
 
-def piped_lines(stream: Iterable[bytes]) -> Iterator[str]:
+def piped_lines(stream: BinaryIO) -> Iterator[str]:
     """字节 -> 一行行文字，不带行尾；来一行给一行，开头的 BOM 略过。
 
     Args:
-        stream: 按行给出字节，例如 sys.stdin.buffer。
+        stream: 例如 sys.stdin.buffer。
     Raises:
-        UserError: 不是 UTF-8；说出是哪一行，怎样转换。
+        UserError: 不是 UTF-8，说出是哪一行，怎样转换；或者一行太长。
     """
-    for number, line in enumerate(stream, start=1):
+    # 一次至多读这么多：没有换行的几个 GB，不能整个读进内存再看有多长。
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST + 1), b""), start=1):
+        if len(line) > LONGEST:
+            raise UserError(
+                f"管道里送来的第 {number} 行超过了 {LONGEST >> 20} MB；请一行写一句，"
+                "不要把整个文件写成一行"
+            )
         try:
             if b"\0" in line:
                 raise ValueError

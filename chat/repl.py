@@ -7,18 +7,19 @@ obey       执行设置采样的命令
 
 import reprlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from chat import display
-from chat.piped import piped_lines
+from chat.inputs import Remembered, notify, read_inputs
 from config import Config, UserError, option
 from engine.device import Device
 from engine.speed import load_for_chat
 from generate import CALM, Choice, Sampling, Speaker, is_looping, probabilities
 from settings.flags import convert, field_types, read_options
 from settings.resolve import default_checkpoint
+from settings.say import say
 
 HELP = """\
   /help              这份说明；下面的数是举例，只写名字就说出现在的值
@@ -32,6 +33,7 @@ HELP = """\
   /next 守株待       不写，只看接下来最可能是什么（sft_chat.py 当作提问，看回答的头一个）
   /system 请简短     只在 sft_chat.py：换一段系统的话，重新开始；不写字就说出现在的
   /tool 晴，20 度    只在 sft_chat.py：替工具答复它刚才的调用，它接着回答
+  /forget            忘掉输入过的话，连同存在你自己目录里的
   回答时按 Ctrl-C 停止回答；上下方向键翻看输入过的话。"""
 
 
@@ -81,49 +83,8 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
         notify("（正在编译：第一次半分钟到一分钟，以后快些……）")
         list(speaker.generate([speaker.tokenizer.bos_id], Sampling(max=2)))
     if sys.stdout.isatty() and options.prompt is None:
-        print(f"已载入 {path}。输入 /help 看命令，Ctrl-D 离开。")
+        say(f"已载入 {path}。输入 /help 看命令，Ctrl-D 离开。")
     return options, speaker
-
-
-def notify(sentence: str) -> None:
-    """说给人看的话不是回答，走标准错误：管道里接着的程序读不到它。"""
-    print(sentence, file=sys.stderr)
-
-
-def as_text(line: str) -> str:
-    """终端送来的字节若不是 UTF-8，读成的是不成对的代理字符；换成 ? 才是文字。"""
-    return line.encode("utf-8", "replace").decode()
-
-
-def read_inputs(history: Path) -> Iterator[str]:
-    """逐行给出用户输入的话；终端上有行编辑与历史，管道里就是一行一句。
-
-    Raises:
-        UserError: 管道里送来的不是 UTF-8。
-    """
-    if not sys.stdin.isatty():
-        yield from piped_lines(sys.stdin.buffer)
-        return
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    class TextHistory(FileHistory):
-        def store_string(self, string: str) -> None:
-            super().store_string(as_text(string))
-
-    try:
-        history.open("ab").close()
-        session: PromptSession[str] = PromptSession(history=TextHistory(str(history)))
-    except OSError as error:
-        notify(f"（写不了 {history}（{error.strerror}），输入过的话只记到离开为止）")
-        session = PromptSession(history=InMemoryHistory())
-    while True:
-        try:
-            yield as_text(session.prompt("\n你> "))
-        except KeyboardInterrupt:
-            notify("（要离开请按 Ctrl-D，或输入 /quit）")
-        except EOFError:
-            return
 
 
 @dataclass
@@ -155,7 +116,8 @@ class Chat:
                 raise UserError("--prompt 是空的；请写上要说的话")
             answer(self.options.prompt)
             return
-        for text in read_inputs(Path(self.options.checkpoint).with_name("chat_history")):
+        remembered = Remembered(old=Path(self.options.checkpoint).with_name("chat_history"))
+        for text in read_inputs(remembered):
             if text.startswith(("/", "／")):  # 中文输入法打出来的是全角的
                 text = "/" + text[1:]
             command = text.split()[0].lower() if text.startswith("/") else ""
@@ -167,6 +129,8 @@ class Chat:
                     reset()
                     self.last = None
                     notify("（已忘掉前文）")
+                elif command == "/forget":
+                    notify(remembered.forget())
                 elif command == "/why":
                     self.why()
                 elif command == "/next":
@@ -199,7 +163,7 @@ class Chat:
                     break
                 new.append(choice.token)
                 if not options.probs:
-                    print(speaker.tokenizer.decode([choice.token]), end="", flush=True)
+                    say(speaker.tokenizer.decode([choice.token]), end="", flush=True)
                 if is_looping(new):
                     notice = "（开始重复，停在这里；可以用 /penalty 1.3 加重惩罚）"
                     break
@@ -212,7 +176,7 @@ class Chat:
                 notice = "（它一个字也没写：认为到这里就完了）"
         except KeyboardInterrupt:
             notice = "（已停止）"
-        print(speaker.tokenizer.decode(new) if options.probs else "")
+        say(speaker.tokenizer.decode(new) if options.probs else "")
         if notice:
             notify(notice)
         self.last = (ids, new + end)

@@ -71,7 +71,7 @@ def test_no_command_is_a_traceback(text):
 def test_help_names_every_command():
     assert obey("/help", ChatOptions()) == HELP
     for name in ("help", "reset", "temp", "top_k", "top_p", "min_p", "penalty", "max", "seed",
-                 "quit", "probs", "why", "next", "system", "tool"):  # fmt: skip
+                 "quit", "probs", "why", "next", "system", "tool", "forget"):  # fmt: skip
         assert f"/{name}" in HELP
 
 
@@ -85,7 +85,9 @@ def fake_speaker(tokenizer, ids, max_len=1000):
             yield Choice(token, None, None)
 
     config = SimpleNamespace(max_len=max_len, out_dir=".")
-    return SimpleNamespace(tokenizer=tokenizer, config=config, choices=choices)
+    return SimpleNamespace(
+        tokenizer=tokenizer, config=config, choices=choices, encode=tokenizer.encode
+    )
 
 
 def stream(speaker, ids, options):
@@ -308,7 +310,9 @@ roles = st.lists(st.tuples(st.sampled_from(["user", "tool"]), st.integers(1, 12)
 def test_forgetting_keeps_the_system_and_never_splits_a_call(sizes, n):
     """系统的话总在最前面；工具的答复紧跟着它的调用，调用紧跟着它的提问。"""
     tokenizer = Tokenizer()
-    speaker = SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(max_len=90))
+    speaker = SimpleNamespace(
+        tokenizer=tokenizer, config=SimpleNamespace(max_len=90), encode=tokenizer.encode
+    )
     system = tokenizer.turn_ids("system", [700] * n) if n else []
     turns, whole = [], []
     for number, (role, size) in enumerate(sizes):

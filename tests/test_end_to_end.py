@@ -118,7 +118,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(trained):
     """在真的终端里：Ctrl-C 停下回答，程序还在；Ctrl-D 离开，退出码 0。"""
     folder, *_ = trained
     main, child = pty.openpty()
-    env = {**os.environ, "TERM": "xterm"}
+    env = {**os.environ, "TERM": "xterm", "XDG_STATE_HOME": str(folder / "state")}
     # 温度极高：每个词元几乎都一样可能，不会重复，也不会自己结束，有时间按 Ctrl-C。
     wild = ["--max", "400", "--temp", "10", "--top_k", "0", "--top_p", "1"]
     process = subprocess.Popen(

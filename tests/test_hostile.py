@@ -30,6 +30,7 @@ import download
 import pre_chat
 import sft_chat
 from chat import repl
+from chat.inputs import as_text
 from chat.repl import Chat, ChatOptions, obey
 from config import SHAPE, Config, UserError, option
 from corpus import json_text, token_file
@@ -698,7 +699,7 @@ def talk(script, options: ChatOptions, speaker, lines: list[str]) -> str:
         contextlib.redirect_stderr(io.StringIO()),
     ):
         patch.setattr(repl, "start", lambda stage, argv: (options, speaker))
-        patch.setattr(repl, "read_inputs", lambda history: map(repl.as_text, lines))
+        patch.setattr(repl, "read_inputs", lambda history: map(as_text, lines))
         script.main()
     return out.getvalue()
 
@@ -718,7 +719,9 @@ def test_a_chat_cannot_forge_a_turn(lines, reply, max_len):
         yield from (Choice(token, None, None) for token in reply)
 
     config = SimpleNamespace(max_len=max_len)
-    speaker = SimpleNamespace(tokenizer=TOKENIZER, config=config, choices=choices)
+    speaker = SimpleNamespace(
+        tokenizer=TOKENIZER, config=config, choices=choices, encode=TOKENIZER.encode
+    )
     talk(sft_chat, ChatOptions(checkpoint="x/sft.pt"), speaker, lines)
     user, assistant = (TOKENIZER.role_ids[role] for role in ("user", "assistant"))
     for ids in asked:

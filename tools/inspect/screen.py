@@ -13,6 +13,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from chat import display
 from tokenizer import VISIBLE
 from tools.inspect.facts import TITLE, Sample
 
@@ -25,7 +26,7 @@ UNIT = re.compile(r"<\|\w+\|>|\[UNK\]|.", re.DOTALL)  # 略去中间时，不从
 
 def show(report: dict, samples: list[Sample]) -> None:
     """印出一屏；训练不收的，只印已经知道的。"""
-    console = Console(file=sys.stdout, highlight=False)
+    console = display.terminal(sys.stdout)
     stage, unit = STAGES[report["stage"]]
     lines = [Text(f"{TITLE}：{plain(report['source'])}（{stage}，{report['preset']}）", "bold")]
     for part in (reading, content, shape, openings):

@@ -3,6 +3,8 @@
 走的就是 pre_train.py、sft_train.py 的循环，一行没有另写；只是不编译，也没有检查点与检验。
 """
 
+from settings.script import is_out_of_memory
+
 import io
 import statistics
 import time
@@ -20,7 +22,6 @@ from engine.device import Device
 from engine.stepper import Stepper
 from model import Transformer
 from settings.defaults import fewer_steps
-from settings.flags import is_out_of_memory
 from tokenizer import Tokenizer
 
 SECONDS = 4.0  # 至多走多久，头两步除外

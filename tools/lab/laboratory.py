@@ -28,7 +28,7 @@ from engine.device import Device
 from engine.expert_load import ExpertLoad, expert_loads
 from engine.shared_row import tie_unused_rows
 from engine.stepper import Stepper
-from generate import Sampling, make_speaker
+from generate import Sampling, check_characters, make_speaker
 from loss import Loss, evaluate
 from model import Transformer
 from settings.flags import read_options
@@ -114,6 +114,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, as_question: bool, max_len: in
     Raises:
         UserError: 是空的，或者长过模型的上下文。
     """
+    check_characters(prompt, max_len)
     if as_question:
         ids = tokenizer.question_ids(prompt)
     else:
