@@ -187,14 +187,14 @@ def _quiet_ctrl_c() -> None:
 
 def _uncaught(kind, error, trace) -> None:
     """没有人接的异常：想得到的说一句，想不到的照常印出回溯，但其中的字不能控制终端。"""
-    from settings.say import clean, indented
+    from settings.say import clean, indented, say
 
     if (found := outcome(error)) is not None:
         sentence, code = found
         _leave(clean(indented(sentence)) + "\n", code)
     import traceback
 
-    print(clean("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+    say("".join(traceback.format_exception(kind, error, trace)), end="", file=sys.stderr)
 
 
 def _show_no_controls() -> None:

@@ -24,6 +24,7 @@ from config import PRESETS, Config, UserError, option
 from corpus.token_file import tokenize_corpus
 from settings.flags import read_options, words
 from settings.resolve import Origin, Origins, load_config
+from settings.say import VISIBLE
 from tokenizer import Tokenizer
 from tools.inspect import facts, screen
 
@@ -130,8 +131,9 @@ def opening() -> bytes:
 
 
 def to_json(report: dict) -> bytes:
-    """UTF-8 的 JSON；字段名里不成对的代理字符写成 \\ud800 的样子，仍是合法的 JSON。"""
+    """UTF-8 的 JSON；不成对的代理字符、能控制终端的，写成 \\ud800 的样子，仍是合法的 JSON。"""
     text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+    text = text.translate({code: f"\\u{code:04x}" for code in VISIBLE})
     return text.encode("utf-8", "backslashreplace")
 
 
