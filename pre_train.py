@@ -22,6 +22,7 @@ from engine.run import Run
 from generate import make_speaker
 from loss import Exam, Loss
 from optimizer import build_optimizer, learning_rate
+from settings.say import say
 
 
 def main(argv: list[str] | None = None, run: Run | None = None) -> None:
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
         run.begin()  # 真要开始了：旧的盖掉，记录备好，先存一次
         if run.newborn:
             n = config.batch_size * config.seq_len if run.from_scratch else config.eval_tokens
-            print(expected(config, run.first_check(exam, n), run.from_scratch))
+            say(expected(config, run.first_check(exam, n), run.from_scratch))
 
         # ---------- 3. 训练：检验、记录、保存、叫停都在两步之间 ----------
         for step in run.steps(exam):

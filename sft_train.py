@@ -18,6 +18,7 @@ from engine.run import Run
 from generate import make_speaker
 from loss import Exam, Loss
 from optimizer import build_optimizer, learning_rate
+from settings.say import say
 
 
 def main(argv: list[str] | None = None, run: Run | None = None) -> None:
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
             for s in SIDES
         )  # fmt: skip
         for sentence in train.left_out():
-            print(f"（{sentence}）")
+            say(f"（{sentence}）")
         run.plan(train, data.card)  # 定下走几步，与别的进程接上
 
         # ---------- 2. 模型、损失、优化器、检验 ----------
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
         run.begin()  # 真要开始了：旧的盖掉，记录备好，先存一次
         if run.newborn:
             before, blind = run.first_check(exam, config.eval_tokens), math.log(config.vocab_size)
-            print(f"微调之前，对助手的话的损失是 {before:.2f}（全凭瞎猜是 ln V = {blind:.2f}）")
+            say(f"微调之前，对助手的话的损失是 {before:.2f}（全凭瞎猜是 ln V = {blind:.2f}）")
 
         # ---------- 3. 训练：检验、记录、保存、叫停都在两步之间 ----------
         for step in run.steps(exam):

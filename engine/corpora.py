@@ -14,6 +14,7 @@ from typing import Any
 from config import MissingData, UserError
 from engine.checkpoint import SCRIPTS, imported
 from settings.resolve import Origin
+from settings.say import say
 
 HASHES = ("train_sha256", "val_sha256")
 
@@ -51,7 +52,7 @@ def check(run) -> None:
             f"或用 --out_dir 换一个目录从头练"
         )
     if differ:
-        print("（旧语料与上次的不同：不影响训练，只是它的检验损失与前面的比不得）")
+        say("（旧语料与上次的不同：不影响训练，只是它的检验损失与前面的比不得）")
 
 
 def read_old(run, read: Callable):
@@ -85,7 +86,7 @@ def read_old(run, read: Callable):
         # 几个进程时，别的进程也许正等着这一个把数据备好：坏的不能就这样跳过。
         if wanted or (run.world.size > 1 and not isinstance(error, MissingData)):
             raise
-        print(f"（旧语料读不了，忘了多少就看不到：{error}；用 --replay_data 可以写明它在哪里）")
+        say(f"（旧语料读不了，忘了多少就看不到：{error}；用 --replay_data 可以写明它在哪里）")
         return None
     warn_if_split_anew(run, old.card)
     return old
@@ -96,7 +97,7 @@ def warn_if_split_anew(run, card: dict) -> None:
     if run.resumed or run.start["stage"] != "pretrain" or imported(run.start):
         return  # 接着练的已经说过；微调的、导入的，没有记下预训练留出了哪些
     if run.start["data"].get("val_sha256") != card["val_sha256"]:
-        print(
+        say(
             f"（旧语料现在留出的，与 {run.start_path} 训练时留出的不同："
             f"检验的题里也许有它学过的，旧语料的检验损失会偏低）"
         )

@@ -17,6 +17,7 @@ import torch
 
 from config import Config, UserError
 from engine.distributed import World
+from settings.say import say
 
 
 class Device:
@@ -189,7 +190,7 @@ def give_up_compiling(device: Device, error: Exception) -> None:
     """以后不编译了，说一声。"""
     device.compile = False
     reason = str(error).strip().splitlines()[0][:100]
-    print(
+    say(
         f"（torch.compile 失败，改为不编译：结果相近，通常慢一些。原因：{reason}）",
         file=sys.stderr,
     )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
+from settings.say import say
 
 
 class World:
@@ -57,7 +58,7 @@ class World:
             if self.machines > 1:  # 各数各的重启次数，不一定相同
                 shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
                 if shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-                    print(
+                    say(
                         "（几台机器重启之后可能连不上；要用 --max-restarts，"
                         "请在每台的 torchrun 前面加上 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1）"
                     )

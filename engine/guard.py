@@ -4,13 +4,13 @@ import itertools
 import math
 
 import torch
-from tqdm import tqdm
 
 from config import UserError
 from engine.checkpoint import write
 from engine.device import Device
 from engine.progress import Progress
 from engine.run_folder import RunFolder
+from settings.say import say_above_bar
 
 
 def skip_step(
@@ -39,7 +39,7 @@ def skip_step(
     if not (scaler.is_enabled() and math.isfinite(loss)):
         what = "梯度" if math.isfinite(loss) else "损失"
         shown = "、".join(map(str, rows[:8])) + ("……" if len(rows) > 8 else "")
-        tqdm.write(
+        say_above_bar(
             f"（第 {progress.step + 1} 步的{what}不是有限的数，没有更新；"
             f"用的数据：第 {epoch + 1} 遍，词元切成等长的行之后的第 {shown} 行，从 0 数）"
         )

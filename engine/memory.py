@@ -16,6 +16,7 @@ from dataset import Batch
 from engine.device import Device
 from engine.expert_load import expert_loads
 from model import Transformer
+from settings.say import say
 
 
 def out_of_memory(config: Config, model: Transformer, size: int) -> UserError:
@@ -84,7 +85,7 @@ def auto_batch(config: Config, loss: nn.Module, device: Device) -> None:
     """
     rows, model = config.batch_size * config.grad_accum, loss.model
     if device.place.type != "cuda":
-        print(f"（batch_size=auto 只在显卡上试；这里用预设的 {config.batch_size}）")
+        say(f"（batch_size=auto 只在显卡上试；这里用预设的 {config.batch_size}）")
         return
     optimizer_bytes = memory_needed(config, model)[0] - 8 * sum(
         p.numel() for p in model.parameters()
@@ -116,7 +117,7 @@ def auto_batch(config: Config, loss: nn.Module, device: Device) -> None:
     config.grad_accum = rows // config.batch_size
     expert_loads(model, device.world)  # 试的时候数下的专家的负载，不算
     torch.cuda.empty_cache()
-    print(
+    say(
         f"（batch_size=auto：一次前向 {config.batch_size} 行，累积成每步 {rows} 行，"
         f"结果与这样的划分无关）"
     )

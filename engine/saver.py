@@ -5,13 +5,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tqdm import tqdm
-
 from config import UserError
 from engine.checkpoint import write
 from engine.progress import Progress
 from engine.run_folder import RunFolder
 from settings.defaults import save_interval
+from settings.say import say_above_bar
 
 
 class Saver:
@@ -59,7 +58,7 @@ class Saver:
                     again = f"腾出空间后接着练：{self.folder.how_to_resume}"
                     raise UserError(f"{error}；{kept}，{again}") from error
                 then = "" if leaving else "；训练接着进行，下次再存"
-                tqdm.write(f"（{error}。{kept}{then}）", file=sys.stderr)
+                say_above_bar(f"（{error}。{kept}{then}）", file=sys.stderr)
         self.last = time.monotonic()
         self.cost = self.last - started
         self.progress.saving_seconds += self.cost

@@ -9,6 +9,7 @@ from typing import NoReturn
 from engine.distributed import World
 from engine.progress import Progress
 from engine.saver import Saver
+from settings.say import say
 
 
 class Lasting:
@@ -95,7 +96,7 @@ class Stop:
         folder = saver.folder
         saved = saver.step == progress.step
         where = "已经存进" if saved else f"没有存下，走到第 {saver.step} 步的检查点还在"
-        print(
+        say(
             f"停在第 {progress.step} 步，共 {max_steps} 步；{where} {folder.path}。\n"
             f"接着练：{folder.how_to_resume}"
         )

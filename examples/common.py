@@ -37,6 +37,7 @@ from engine.device import Device, add_in_fixed_order, keep_freed_memory
 from loss import evaluate
 from settings.check import LARGEST
 from settings.flags import read_options
+from settings.say import say
 from tokenizer import Tokenizer
 from tools.huggingface.export import check_target, save_tokenizer, written_whole
 from tools.huggingface.import_hf import Options as ImportOptions
@@ -111,7 +112,7 @@ def load_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, C
     options = ImportOptions(stage="sft", preset="tiny")  # 没有记下也不要紧：要用的与预设无关
     _, config = our_config(path / "config.json", theirs, noted, options)
     if config.sft_data != "builtin":
-        print(f"（它微调用的对话：{config.sft_data}；下面说的词典与训练过的成语，它未必学过）")
+        say(f"（它微调用的对话：{config.sft_data}；下面说的词典与训练过的成语，它未必学过）")
     return read_model(path, theirs), tokenizer, config
 
 
@@ -135,7 +136,7 @@ def save_folder(
         n += 1
         checkpoint = path.with_name(f"sft-{n}.pt")
     folder, file = shlex.quote(str(path)), shlex.quote(str(checkpoint))
-    print(
+    say(
         f"写好 {path}；带回来接着聊：\n  python -m tools.import_hf {folder} {file}\n"
         f"  python sft_chat.py --checkpoint {file}"
     )

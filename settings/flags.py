@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 from config import PRESETS, Config, UserError
 from settings.defaults import SENTENCES
+from settings.say import say
 
 # ---------- 1. 一次做完 ----------
 
@@ -56,7 +57,7 @@ def read_options(cls: type, argv: list[str], usage: str, **defaults: Any) -> Any
         SystemExit: --help。
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text(cls, usage))
+        say(help_text(cls, usage))
         raise SystemExit(0)
     problems: list[str] = []
     options = cls(**defaults | parse_flags(cls, argv, problems))

@@ -20,6 +20,7 @@ from config import BOTH_STAGES, PRESETS, STEPS_OR_EPOCHS, Config, UserError
 from settings.check import check_types, check_values
 from settings.defaults import AUTOMATIC, sft_start
 from settings.flags import help_text, parse_flags
+from settings.say import say
 
 # ---------- 1. 定值 ----------
 
@@ -58,7 +59,7 @@ def load_config(
     """
     if "--help" in argv or "-h" in argv:
         script = {"pretrain": "pre_train.py", "sft": "sft_train.py"}[stage]
-        print(help_text(Config, f"用法：python {script} [--参数 值 …]"))
+        say(help_text(Config, f"用法：python {script} [--参数 值 …]"))
         raise SystemExit(0)
     problems: list[str] = []
     flags = parse_flags(Config, argv, problems)

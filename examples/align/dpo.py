@@ -43,6 +43,7 @@ from examples.common import (
     save_folder,
     write_answers,
 )
+from settings.say import say
 from tools.lab.check_answers import unseen_entries
 
 
@@ -86,9 +87,9 @@ def main() -> None:
     unseen = make_pairs(model, tokenizer, questions)
     if not known or not unseen:
         raise UserError("抽签的回答全都合格，没有差的可比；请加大 --n_train 与 --n_test")
-    print(f"{len(known)} 对用来练，{len(unseen)} 对没见过的成语用来考，例如：")
+    say(f"{len(known)} 对用来练，{len(unseen)} 对没见过的成语用来考，例如：")
     for pair in known[:3]:
-        print(f"  问：{pair.question.text}\n    好：{pair.chosen}\n    差：{pair.rejected}")
+        say(f"  问：{pair.question.text}\n    好：{pair.chosen}\n    差：{pair.rejected}")
     exam = Exam(questions, reference, options.seed)
 
     def check() -> None:
@@ -96,13 +97,13 @@ def main() -> None:
         tell_preference(model, reference, unseen)
         exam.take(model, tokenizer)
 
-    print("练之前：")
+    say("练之前：")
     check()
 
     # ---------- 2. 训练，再考一次，保存 ----------
     with still_a_model(options.lr):
         make_trainer(model, reference, tokenizer, known, options, target).train()
-        print("练之后：")
+        say("练之后：")
         check()
     save_folder(model, tokenizer, target)
 
@@ -128,7 +129,7 @@ def tell_preference(model: PreTrainedModel, reference: PreTrainedModel, pairs: l
         bad, _ = log_probabilities(judge, questions, [pair.rejected for pair in pairs])
         gaps.append(good - bad)
     now, before = gaps
-    print(
+    say(
         f"  好的概率更大的占 {(now > 0).float().mean():.1%}；"
         f"与练之前相比，好的涨得更多的占 {(now - before > 0).float().mean():.1%}，"
         f"平均多涨 {(now - before).mean():.2f} 奈特"

@@ -24,6 +24,7 @@ from config import option
 from examples.align.measure import Exam, frozen_copy, still_a_model, tell_progress, trl_settings
 from examples.align.questions import Question, ask, score, training_entries
 from examples.common import Folders, check_installed, load_folder, read_arguments, save_folder
+from settings.say import say
 from tokenizer import Tokenizer
 from tools.lab.check_answers import unseen_entries
 
@@ -58,7 +59,7 @@ def main() -> None:
     model, tokenizer, noted = load_folder(source)
     unseen = ask(unseen_entries(options.n_test, noted.val_fraction))
     exam = Exam(unseen, frozen_copy(model), options.seed)
-    print("练之前：")
+    say("练之前：")
     before = exam.take(model, tokenizer)
 
     # ---------- 2. 训练，再考一次，保存 ----------
@@ -66,10 +67,10 @@ def main() -> None:
     known = ask(training_entries(n_known, noted.val_fraction, options.seed))
     with still_a_model(options.lr):
         make_trainer(model, tokenizer, known, options, target).train()
-        print("练之后：")
+        say("练之后：")
         after = exam.take(model, tokenizer)
     for question, old, new in list(zip(unseen, before, after, strict=True))[:9]:
-        print(f"  问：{question.text}\n    练之前：{old}\n    练之后：{new}")
+        say(f"  问：{question.text}\n    练之前：{old}\n    练之后：{new}")
     save_folder(model, tokenizer, target)
 
 

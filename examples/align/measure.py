@@ -29,6 +29,7 @@ from config import UserError
 from dataset import IGNORE
 from examples.align.questions import Question, is_real, rules
 from examples.common import write_answers
+from settings.say import say
 from tokenizer import Tokenizer
 
 BATCH = 32  # 一次算几个回答
@@ -89,7 +90,7 @@ class Exam:
         passed = torch.tensor([float(all(k.values())) for k in kept])
         scores = torch.tensor([sum(k.values()) / len(k) for k in kept])
         broken = Counter(rule for k in kept for rule, held in k.items() if not held)
-        print(
+        say(
             f"  {len(answers)} 个回答（温度 1）：平均分 {with_error(scores)}，"
             f"合格 {with_error(passed)}，其中"
             + "，".join(f"{kind} {rate:.0%}" for kind, rate in self._by_kind(passed).items())
@@ -114,7 +115,7 @@ class Exam:
         )
         now, _ = log_probabilities(model, self.questions, answers)
         before, _ = log_probabilities(self.reference, self.questions, answers)
-        print(
+        say(
             f"  词典的真回答：每词元 {-real.sum() / n_tokens.sum():.3f} 奈特；"
             f"与原来的模型相差（KL）每个回答 {(now - before).mean():.2f} 奈特；"
             f"不同的回答占 {len(set(answers)) / len(answers):.0%}，"
@@ -147,7 +148,7 @@ class TellProgress(TrainerCallback):
         """trl 每隔 logging_steps 步叫它一次。"""
         values = [f"{name} {float(logs[k]):.3f}" for k, name in self.names.items() if k in logs]
         if values and "train_runtime" not in logs:  # 最后还有一份总的
-            print(f"第 {state.global_step} / {state.max_steps} 步 · " + "，".join(values))
+            say(f"第 {state.global_step} / {state.max_steps} 步 · " + "，".join(values))
 
 
 def tell_progress(trainer: Trainer, names: dict[str, str]) -> Trainer:

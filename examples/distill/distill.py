@@ -45,6 +45,7 @@ from loss import Loss, cross_entropy
 from model import Transformer
 from settings.flags import help_text, parse_flags
 from settings.resolve import Origin, load_config
+from settings.say import say
 from tokenizer import Tokenizer
 
 PROGRAM = "examples.distill.distill"
@@ -197,9 +198,9 @@ def load_teacher(path: Path, config: Config) -> Transformer:
             f"请加上 --seq_len {theirs.max_len}"
         )
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"老师：{path}（{n_params / 1e6:.1f} M 参数，{summary(checkpoint)}）")
+    say(f"老师：{path}（{n_params / 1e6:.1f} M 参数，{summary(checkpoint)}）")
     if (theirs.data, theirs.val_fraction) != (config.data, config.val_fraction):
-        print("（老师学的语料与这次的不同：这次留出的它也许学过，检验损失会因此偏低）")
+        say("（老师学的语料与这次的不同：这次留出的它也许学过，检验损失会因此偏低）")
     return model
 
 
@@ -221,9 +222,9 @@ def main(argv: list[str] | None = None) -> None:
     """请来老师，其余的交给 pre_train.py。"""
     argv = sys.argv[1:] if argv is None else argv
     if {"--help", "-h"} & set(argv):
-        print(help_text(Options, f"用法：python -m {PROGRAM} [--参数 值 …]"))
-        print("接着练（--resume）时，以上三个要再写一遍；中断时印出的命令里都有。")
-        print("其余的参数与预训练的相同：python pre_train.py --help")
+        say(help_text(Options, f"用法：python -m {PROGRAM} [--参数 值 …]"))
+        say("接着练（--resume）时，以上三个要再写一遍；中断时印出的命令里都有。")
+        say("其余的参数与预训练的相同：python pre_train.py --help")
         return
     mine, rest = split_flags(argv)
     options = read_options(mine)
@@ -238,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
             _, student, _ = load(Path(config.out_dir) / "pretrain.pt", Tokenizer())
     model = load_teacher(Path(options.teacher), student)
     teacher = Teacher(model.to(Device(config, World()).place), options)
-    print(
+    say(
         f"损失：{1 - options.alpha:g} · 交叉熵 + {options.alpha:g} · τ² · KL，"
         f"温度 τ = {options.temperature:g}"
     )

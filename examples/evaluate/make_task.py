@@ -32,6 +32,7 @@ from corpus import idioms
 from corpus.log import ReadLog
 from corpus.split import is_held_out
 from settings.flags import read_options, word
+from settings.say import say
 from tokenizer import CONTROL_TOKENS, Tokenizer
 
 N_CHOICES = 4
@@ -83,17 +84,17 @@ def main() -> None:
     folder = Path(options.folder)
     entries, dropped = examinable(options.val_fraction)
     reasons = "；".join(f"{reason} {n}" for reason, n in dropped.items())
-    print(f"能考的成语 {len(entries)} 个，去掉 {sum(dropped.values())} 个：{reasons}")
+    say(f"能考的成语 {len(entries)} 个，去掉 {sum(dropped.values())} 个：{reasons}")
     questions = [ask(word, entries, options.seed) for word in entries]
     unshared = [q for q in questions if not shared(q.word, q.right)]
     folder.mkdir(parents=True, exist_ok=True)
     for name, chosen in (("questions", questions), ("unshared", unshared)):
         write_questions(folder / f"{name}.jsonl", chosen)
-        print(f"{name}.jsonl：{len(chosen)} 题；不用模型，{describe(controls(chosen))}")
+        say(f"{name}.jsonl：{len(chosen)} 题；不用模型，{describe(controls(chosen))}")
     for task in tasks(folder):
         path = folder / f"{task['task']}.yaml"
         path.write_text(yaml.safe_dump(task, allow_unicode=True, sort_keys=False), "utf-8")
-    print(f"写好 {folder}；怎样考，见 examples/evaluate/README.md")
+    say(f"写好 {folder}；怎样考，见 examples/evaluate/README.md")
 
 
 # ---------- 1. 哪些成语能考 ----------

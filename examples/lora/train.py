@@ -49,6 +49,7 @@ from examples.common import (
     write_answers,
 )
 from optimizer import learning_rate
+from settings.say import say
 from tokenizer import Tokenizer
 
 SHOWN = ["你是谁？", "画蛇添足是什么意思？"]  # 本来会答的，练之前与之后各问一遍
@@ -107,7 +108,7 @@ def main() -> None:
         losses = [
             held_out_loss(model, part["val"], options.eval_tokens) for part in (own, dictionary)
         ]
-        print(
+        say(
             f"  自己的问答：练的 {len(learned[0])} 个问法，答得一字不差的 {exact[0]} 个；"
             f"留出的 {len(held_out[0])} 个，{exact[1]} 个，损失 {losses[0]:.3f}\n"
             f"  词典：留出的成语，损失 {losses[1]:.3f}"
@@ -115,21 +116,21 @@ def main() -> None:
         shown = [[{"role": "user", "content": text}] for text in SHOWN]
         shown += learned[0][:3] + held_out[0][:3]
         for prompt, reply in zip(shown, answers(shown), strict=True):
-            print(f"    问：{prompt[-1]['content']}  答：{reply}")
+            say(f"    问：{prompt[-1]['content']}  答：{reply}")
 
-    print("练之前：")
+    say("练之前：")
     check()
 
     # ---------- 2. 加上窄路，只练它 ----------
     torch.manual_seed(options.seed)
     adapted = add_lora(model, options.rank)
     trained, total = adapted.get_nb_trainable_parameters()
-    print(f"加上 r = {options.rank} 的窄路：练 {trained:,} 个参数，占全部的 {trained / total:.1%}")
+    say(f"加上 r = {options.rank} 的窄路：练 {trained:,} 个参数，占全部的 {trained / total:.1%}")
     train(adapted, own["train"], dictionary["train"] if options.replay else None, options)
 
     # ---------- 3. 合并，再看一遍，保存 ----------
     model = deepcopy(adapted).merge_and_unload()  # 合并了就没有窄路，它还要另存
-    print("练之后：")
+    say("练之后：")
     check()
     save_folder(model, tokenizer, target, adapter=adapted)
 
@@ -216,9 +217,9 @@ def tell_what_is_left_out(own: dict[str, SFTBatches], seq_len: int) -> None:
     """自己的问答里，有多少太长，没有用或没有用全。"""
     skipped, cut = (sum(getattr(b, n) for b in own.values()) for n in ("skipped", "cut"))
     if skipped:
-        print(f"（{skipped} 段对话在 {seq_len} 个词元之内没有助手的话，不用）")
+        say(f"（{skipped} 段对话在 {seq_len} 个词元之内没有助手的话，不用）")
     if cut:
-        print(f"（{cut} 段对话超过 {seq_len} 个词元，末尾截掉了）")
+        say(f"（{cut} 段对话超过 {seq_len} 个词元，末尾截掉了）")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from chat.piped import piped_lines
 from config import UserError, option
 from settings.flags import read_options, words
+from settings.say import say
 
 if TYPE_CHECKING:
     import openai
@@ -75,14 +76,14 @@ def main() -> None:
             question = {"role": "user", "content": text}
             pieces.clear()
             for piece in answer(client, model, [*remembered, question], options):
-                print(piece, end="", flush=True)
+                say(piece, end="", flush=True)
                 pieces.append(piece)
-            print()
+            say()
             if pieces:  # 一个字也没答的提问不留着，免得它接着答上一句
                 turns += [question, {"role": "assistant", "content": "".join(pieces)}]
     except openai.APIConnectionError as error:
         if pieces:
-            print()
+            say()
             raise UserError(f"话没说完，与 {options.url} 断开了；请看服务那边的输出") from error
         raise UserError(
             f"连不上 {options.url}；请先启动服务（见 examples/serve/README.md），"

@@ -26,6 +26,7 @@ import torch
 
 from config import UserError
 from settings.flags import read_options
+from settings.say import say
 from tools.bench.chores import bench_data
 from tools.bench.decoding import bench_decode
 from tools.bench.growth import bench_memory, bench_scale
@@ -54,17 +55,17 @@ def main(argv: list[str] | None = None) -> None:
     for section in options.sections or SECTIONS:
         for preset in presets_of(section, options.preset):
             name = f"{section} {preset}（{place}）".replace(" （", "（")
-            print(f"== {name}", flush=True)
+            say(f"== {name}", flush=True)
             start = time.monotonic()
             rows = MEASURES[section](options, preset)
             for row in rows:
-                print(f"  {row.what}：{row.shown()}" + (f"    目标 {row.goal}" * bool(row.goal)))
-            print(f"  （用了 {(time.monotonic() - start) / 60:.1f} 分钟）", flush=True)
+                say(f"  {row.what}：{row.shown()}" + (f"    目标 {row.goal}" * bool(row.goal)))
+            say(f"  （用了 {(time.monotonic() - start) / 60:.1f} 分钟）", flush=True)
             command = options.command(section, preset)
             done[name] = {"machine": about, "command": command, "rows": [*map(asdict, rows)]}
             path.write_text(json.dumps(done, ensure_ascii=False, indent=1), encoding="utf-8")
             path.with_suffix(".md").write_text(to_markdown(done), encoding="utf-8")
-    print(f"写好 {path} 与 {path.with_suffix('.md')}")
+    say(f"写好 {path} 与 {path.with_suffix('.md')}")
 
 
 def presets_of(section: str, wanted: str) -> list[str]:

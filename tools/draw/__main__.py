@@ -25,6 +25,7 @@ from pathlib import Path
 
 from config import option
 from settings.flags import read_options, word
+from settings.say import say
 from tools.draw.pictures import PICTURES, draw
 from tools.draw.trained import Trained
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in PICTURES if options.name == "all" else [options.name]:
         path = draw(name, Trained(Path(options.checkpoint)), folder)
-        print(f"{name}：{path}（用浏览器打开）")
+        say(f"{name}：{path}（用浏览器打开）")
 
 
 if __name__ == "__main__":

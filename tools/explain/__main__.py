@@ -22,6 +22,7 @@ from chat import display
 from config import UserError, option
 from generate import Sampling
 from settings.flags import read_options, word
+from settings.say import say
 from tools.explain.facts import examine
 from tools.explain.page import page
 from tools.explain.report import report
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     ids += speaker.generate(ids, greedy) if options.write else []
     dropped = max(0, len(ids) - options.most)
     if dropped:
-        print(
+        say(
             f"（共 {len(ids)} 个词元，只把最后 {options.most} 个送进模型，数因此与读全文时不同；"
             f"想看全文用 --most {len(ids)}）"
         )
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     path = Path(options.html)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(facts, at - 1), encoding="utf-8")
-    print(f"\n看一遍用了 {seconds:.2f} 秒。网页：{path}（用浏览器打开）")
+    say(f"\n看一遍用了 {seconds:.2f} 秒。网页：{path}（用浏览器打开）")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from engine.device import Device
 from engine.speed import load_for_chat
 from generate import Sampling, Speaker
 from settings.flags import read_options
+from settings.say import say
 
 QUESTIONS = {  # 种类: (问法, 回答应有的样子)
     "意思": ("{word}是什么意思？", r"(?!出自|例如)[^《》]{3,}。"),
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     entries = unseen_entries(options.n, speaker.config.val_fraction)
     right = count_right(speaker, entries, options.show)
     for kind, count in right.items():
-        print(f"问{kind}：{len(entries)} 个没见过的成语，{count} 个回答的样子对")
+        say(f"问{kind}：{len(entries)} 个没见过的成语，{count} 个回答的样子对")
 
 
 def unseen_entries(n: int, fraction: float) -> list[dict]:
@@ -79,7 +80,7 @@ def count_right(speaker: Speaker, entries: list[dict], show: int = 0) -> dict[st
             fits = re.fullmatch(form, answer, re.S) is not None
             right[kind] += fits
             if number < show:
-                print(f"{'✓' if fits else '✗'} {asked}\n    {answer}")
+                say(f"{'✓' if fits else '✗'} {asked}\n    {answer}")
     return right
 
 

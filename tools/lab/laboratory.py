@@ -33,6 +33,7 @@ from loss import Loss, evaluate
 from model import Transformer
 from settings.flags import read_options
 from settings.resolve import load_config
+from settings.say import say
 from tokenizer import Tokenizer
 
 # ---------- 1. 命令行 ----------
@@ -104,7 +105,7 @@ def open_lab(cls: type, program: str, argv: list[str] | None):
     """
     options = read_lab_options(cls, program, argv)
     config = options.base()
-    print(options.plan())
+    say(options.plan())
     return options, Laboratory(config)
 
 

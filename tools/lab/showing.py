@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 
+from settings.say import say
 from tools.draw.svg import SVG, quiet_about_fonts
 from tools.lab.laboratory import LabOptions
 
@@ -104,7 +105,7 @@ def finish(figure, sentences: list[str], options: LabOptions, program: str) -> N
     path = Path(options.out) / f"{program}.svg"
     with quiet_about_fonts():
         figure.savefig(path, metadata={"Date": None})
-    print("\n这一次看到的：")
+    say("\n这一次看到的：")
     for number, sentence in enumerate(sentences, start=1):
-        print(f"  {number}. {sentence}")
-    print(f"图：{path}")
+        say(f"  {number}. {sentence}")
+    say(f"图：{path}")

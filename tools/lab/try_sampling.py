@@ -24,6 +24,7 @@ from torch import Tensor
 
 from config import option
 from generate import Sampling
+from settings.say import say
 from tools.draw.lottery import distributions, left_out, n_alive
 from tools.explain.speaker import load_speaker
 from tools.lab.laboratory import LabOptions, numbers_in, prompt_ids, read_lab_options
@@ -122,10 +123,10 @@ def main(argv: list[str] | None = None) -> None:
     raw = next(iter(drawn_from.values()))
     order = raw.argsort(descending=True)[:SHOWN]
     tokens = [tokenizer.decode([i]) or "结束" for i in order.tolist()]
-    print(f"{speaker.stage} 阶段的模型，在「{options.prompt}」之后：")
+    say(f"{speaker.stage} 阶段的模型，在「{options.prompt}」之后：")
     for name, probs in drawn_from.items():
         best = "，".join(f"{t} {probs[i]:.1%}" for t, i in zip(tokens[:5], order, strict=False))
-        print(f"  {describe(name, probs)}：{best}")
+        say(f"  {describe(name, probs)}：{best}")
     figure = draw(drawn_from, tokens, order, options.prompt)
     finish(figure, sentences(drawn_from, order, tokens[0]), options, "try_sampling")
 

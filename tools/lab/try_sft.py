@@ -32,6 +32,7 @@ from engine.device import Device
 from engine.speed import load_for_chat
 from generate import Sampling, Speaker
 from loss import Loss, evaluate
+from settings.say import say
 from tools.lab.check_answers import QUESTIONS, count_right, unseen_entries
 from tools.lab.laboratory import DataOptions, prompt_ids, read_lab_options
 from tools.lab.showing import STYLES, distribution, finish, new_picture
@@ -169,18 +170,16 @@ def main(argv: list[str] | None = None) -> None:
     }
     for speaker in speakers.values():
         if speaker.config.data != "builtin":
-            print(f"（这个检查点读的是 {speaker.config.data}，这里量的却是内置的词典）")
+            say(f"（这个检查点读的是 {speaker.config.data}，这里量的却是内置的词典）")
     texts = held_out(options, config, speakers["sft"])
-    print(
-        f"两个检查点各写 {len(PROMPTS)} 段，各答 {3 * options.n} 问；默认设置约两分钟（两个核）。"
-    )
+    say(f"两个检查点各写 {len(PROMPTS)} 段，各答 {3 * options.n} 问；默认设置约两分钟（两个核）。")
     results = {}
     for stage, speaker in speakers.items():
         results[stage] = study(speaker, device, texts, options)
     for prompt in PROMPTS:
-        print(f"\n{prompt}")
+        say(f"\n{prompt}")
         for stage, result in results.items():
-            print(f"  {STAGES[stage]}：{result.texts[prompt]!r}")
+            say(f"  {STAGES[stage]}：{result.texts[prompt]!r}")
     likely = torch.cat([r.next_probs.topk(6).indices for r in results.values()]).tolist()
     tokens = {i: speakers["sft"].tokenizer.decode([i]) or "结束" for i in likely}
     finish(draw(results, tokens, options), sentences(results), options, "try_sft")

@@ -33,6 +33,7 @@ from statistics import mean
 
 from config import Config, option
 from model import Transformer
+from settings.say import say
 from tools.bench.flops import training_flops
 from tools.lab.laboratory import DataOptions, Laboratory, Record, numbers_in, open_lab
 from tools.lab.showing import (
@@ -177,7 +178,7 @@ def describe_costs(lab: Laboratory, options: Options) -> None:
         config = options.shape(name)
         n, flops = block_parameters(lab.build(0, config)), training_flops(config, n_rows)
         embedding = config.dim * config.vocab_size
-        print(
+        say(
             f"  {name}：各层参数 {n / 1e6:.3f} M，词嵌入 {embedding / 1e6:.2f} M，"
             f"训练一个词元 {flops / 1e6:.2f} MFLOP"
         )
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     describe_costs(lab, options)
     results = {name: study(lab, name, options) for name in SHAPES}
     tokens = options.steps * lab.config.batch_size * SEQ_LEN
-    print(
+    say(
         f"每次读 {tokens / 1e6:.2f} M 词元，{options.seeds} 个种子；"
         f"试过 {len(options.rates())} 个学习率，取用的是{describe_rates(results)}。"
     )

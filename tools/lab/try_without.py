@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from config import Config, UserError, option
 from model import Attention, AttentionContext, RotaryEmbedding, Transformer
+from settings.say import say
 from tools.lab.laboratory import DataOptions, Laboratory, Record, open_lab, prompt_ids
 from tools.lab.showing import STYLES, finish, new_picture, smooth
 
@@ -136,7 +137,7 @@ def study(lab: Laboratory, name: str, options: Options) -> Result:
     if run.died:
         raise UserError(f"「{name}」第 {run.died} 步就练坏了；请用小些的 --lr")
     result = Result(run, loss_without_future(lab, model), lab.write(model, options.prompt))
-    print(
+    say(
         f"  {name}：检验损失 {run.held_out:.3f}，不给后文时 {result.alone:.3f}\n"
         f"    {options.prompt}{result.text}"
     )
