@@ -74,8 +74,9 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
     device = Device(Config(device=options.device, compile=options.compile))
     speaker = load_for_chat(path, device, options.quantize)
     if speaker.stage != stage:
-        right = script[speaker.stage]
-        raise UserError(f"{path} 是 {speaker.stage} 阶段的检查点；请改用 python {right}")
+        right = script.get(speaker.stage)
+        then = f"请改用 python {right}" if right else "它不是训练脚本写的，请换一个"
+        raise UserError(f"{path} 是 {speaker.stage} 阶段的检查点；{then}")
     if options.compile:
         for note in device.notes:
             notify(f"（{note}）")

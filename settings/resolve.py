@@ -177,7 +177,8 @@ def describe(config: Config, origins: Origins) -> str:
     groups: dict[Origin, list[str]] = {}
     for name, value in asdict(config).items():
         if value is not None:
-            groups.setdefault(origins[name], []).append(f"{name}={value}")
+            shown = str(value).replace("\n", "\\n")  # 一个值占不了两行，冒充不了别的值
+            groups.setdefault(origins[name], []).append(f"{name}={shown}")
     order = sorted(groups, key=lambda o: (o is Origin.EDITED, o is not Origin.FLAG))
     labels = {o: o.value for o in Origin} | {Origin.PRESET: f"预设 {config.preset}"}
     return "\n".join(f"  [{labels[origin]}] " + "  ".join(groups[origin]) for origin in order)
