@@ -1,6 +1,9 @@
 """聊天：前文按整轮忘掉，命令不合法不生效，打印的就是生成的，该停的时候停。"""
 
+import ast
 import io
+import os
+import stat
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +14,15 @@ from hypothesis import strategies as st
 
 import pre_chat
 import sft_chat
-from chat import repl
+from chat import inputs, repl
+from chat.inputs import Remembered, as_text
+from chat.piped import LONGEST, piped_lines
 from chat.repl import HELP, Chat, ChatOptions, obey
 from config import UserError
-from generate import Choice, Sampling
+from generate import CHARACTERS_PER_TOKEN, Choice, Sampling, Speaker
 from sft_chat import ask, trim
 from tokenizer import Tokenizer
+from tools.lab.laboratory import prompt_ids
 
 
 @given(
@@ -223,6 +229,220 @@ def test_what_came_before_the_unreadable_line_is_answered(tokenizer, monkeypatch
     with pytest.raises(UserError, match="第 2 行"):
         run(ChatOptions(checkpoint="x/sft.pt"), None, answered.append, None)
     assert answered == [QUESTION]
+
+
+class Endless(io.BytesIO):
+    """没完没了、没有换行的一行；记下读走了多少。"""
+
+    read_so_far = 0
+
+    def readline(self, size=-1):
+        assert 0 < size < 2**25, "不设上限地读"
+        self.read_so_far += size
+        return b"x" * size
+
+
+def test_an_endless_line_is_refused_not_swallowed():
+    """从前整行读进内存才看：几个 GB 没有换行的文件，占几个 GB。"""
+    stream = Endless()
+    with pytest.raises(UserError, match="第 1 行超过了 16 MB"):
+        next(piped_lines(stream))
+    assert stream.read_so_far < 2**25
+    long = b"x" * (LONGEST - 1)
+    assert [len(line) for line in piped_lines(io.BytesIO(long + b"\nab"))] == [LONGEST - 1, 2]
+
+
+def test_a_text_too_long_never_reaches_the_tokenizer(tokenizer, monkeypatch, capsys):
+    """每一处输入都一样：先数字，再分词。"""
+    speaker = fake_speaker(tokenizer, tokenizer.encode("好"), max_len=10)
+    speaker.encode = lambda text: Speaker.encode(speaker, text)
+    speaker.prompt = lambda text: Speaker.prompt(speaker, text)
+    speaker.stage = "sft"
+    given_to_tokenizer = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda t: given_to_tokenizer.append(t) or encode(t))
+    most = CHARACTERS_PER_TOKEN * 10
+    long = "字" * (most + 1)
+    lines = [long, f"/system {long}", f"/next {long}", "你好", f"/tool {long}"]
+    talk(monkeypatch, speaker, lines)
+    talk(monkeypatch, speaker, [long], script=pre_chat)
+    assert max(map(len, given_to_tokenizer)) <= most
+    assert capsys.readouterr().err.count(f"这段文字有 {most + 1} 个字") >= 4
+    with pytest.raises(UserError, match="个字"):
+        prompt_ids(tokenizer, long, False, 10)
+
+
+REPO = Path(__file__).resolve().parent.parent
+TOKENISE = {  # 谁可以直接分词，为什么
+    "tokenizer.py": "分词器自己",
+    "generate.py": "Speaker.encode：先数字，再分词",
+    "corpus/encode.py": "数据：一篇一篇，读数据时已经限制了大小",
+    "examples/align/measure.py": "内置词典里的题",
+    "examples/evaluate/make_task.py": "内置词典里的词条",
+    "examples/lora/train.py": "数据与内置词典里的问答",
+    "tools/draw/of_tokens.py": "自己写的例子",
+    "tools/lab/laboratory.py": "prompt_ids：先数字",
+    "tools/lab/check_answers.py": "内置词典里的题",
+}
+
+
+def test_nobody_else_tokenises_what_people_write():
+    found = set()
+    for path in REPO.rglob("*.py"):
+        name = path.relative_to(REPO).as_posix()
+        if name.partition("/")[0] in ("tests", ".venv"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                owner = ast.unparse(node.value).rpartition(".")[2].lower()
+                tokenises = "tokenizer" in owner or owner in ("backend", "translator")
+                if (node.attr.startswith("encode") and tokenises) or node.attr == "question_ids":
+                    found.add(name)
+    assert found == set(TOKENISE)
+
+
+# ---------- 输入过的话记在哪里 ----------
+
+
+@pytest.fixture
+def state(tmp_path, monkeypatch) -> Path:
+    """输入过的话记在这里。"""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state/mini-llm/chat_history"
+
+
+def test_what_was_typed_is_for_its_owner_only(state):
+    old = os.umask(0)  # 最宽的 umask 下也一样
+    try:
+        remembered = Remembered()
+        remembered.begin()
+        remembered.add("你好")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(state.stat().st_mode) == 0o600
+    assert stat.S_IMODE(state.parent.stat().st_mode) == 0o700
+    state.chmod(0o644)  # 从前宽的，收紧
+    again = Remembered()
+    again.begin()
+    assert again.said == ["你好"] and stat.S_IMODE(state.stat().st_mode) == 0o600
+
+
+@given(st.lists(st.text(max_size=30).map(as_text), max_size=8))
+def test_what_was_typed_comes_back(tmp_path_factory, texts):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        first, second = Remembered(), Remembered()
+        first.begin(), second.begin()
+        for i, text in enumerate(texts):  # 两个聊天同时开着
+            (first, second)[i % 2].add(text)
+        again = Remembered()
+        again.begin()
+        assert again.said == [text for text in texts if text][::-1]
+
+
+def test_forget_forgets(state, capsys, monkeypatch):
+    remembered = Remembered()
+    remembered.begin()
+    remembered.add("秘密")
+    monkeypatch.setattr(repl, "Remembered", lambda old: remembered)
+    monkeypatch.setattr(repl, "read_inputs", lambda history: iter(["/forget"]))
+    run(ChatOptions(checkpoint="x/sft.pt"), None, None, None)
+    assert state.read_bytes() == b"" and remembered.said == []
+    assert f"{state} 已清空" in capsys.readouterr().err
+    remembered.add("又一句")
+    assert "又一句" in state.read_text("utf-8")
+    state.unlink()
+    assert "都忘掉了" in Remembered().forget() and not state.exists()
+
+
+def test_the_history_does_not_grow_for_ever(state, monkeypatch):
+    monkeypatch.setattr(inputs, "MOST", 3)
+    monkeypatch.setattr(inputs, "LONGEST", 40)
+    remembered = Remembered()
+    remembered.begin()
+    for i in range(20):
+        remembered.add(f"第 {i} 句" + "长" * 50 * (i == 19))
+    assert len(state.read_bytes().splitlines()) == 19  # 太长的一句不记
+    again = Remembered()
+    again.begin()
+    assert again.said == ["第 18 句", "第 17 句", "第 16 句"]
+    assert len(state.read_bytes().splitlines()) == 3
+    state.write_bytes(b"x" * 10**6 + b'\n[1]\n"\xff"\n' + b"[" * 9000 + b'\n"\\ud800"\n"z"\n"half')
+    again.begin()
+    assert again.said[0] == "z" and state.stat().st_size < 200
+
+
+def test_what_is_not_ours_is_not_written(state, tmp_path):
+    """符号链接、硬链接、管道、目录：不写，也不卡住。"""
+    target = tmp_path / "重要"
+    state.parent.mkdir(parents=True)
+    for make in (
+        lambda: state.symlink_to(target),
+        lambda: os.link(target, state),
+        lambda: os.mkfifo(state),
+        lambda: state.mkdir(),
+    ):
+        target.write_text("别动")
+        make()
+        with pytest.raises(OSError):
+            Remembered().begin()
+        assert Remembered().forget().startswith("（清不了")
+        assert target.read_text() == "别动"
+        state.rmdir() if state.is_dir() else state.unlink()
+
+
+def test_without_a_home_it_is_remembered_until_the_end(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_STATE_HOME", "写成相对的不算数")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert inputs.state_folder() == tmp_path / ".local/state/mini-llm"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert inputs.state_folder() == tmp_path / "Library/Application Support/mini-llm"
+    monkeypatch.setattr(sys, "platform", "linux")
+
+    def nowhere():
+        raise RuntimeError
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    old = tmp_path / "chat_history"
+    old.write_text("从前的")
+    assert typed(monkeypatch, Remembered(old), ["你好", "再见"]) == ["你好", "再见"]
+    said = capsys.readouterr().err
+    assert "不知道主目录在哪里" in said and "输入过的话只记到离开为止" in said
+    assert f"{old} 是从前记下的输入" in said
+
+
+def typed(monkeypatch, remembered, lines, keys="") -> list[str]:
+    """在（假的）终端上输入这些话，读到的各行。"""
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    with create_pipe_input() as keyboard, create_app_session(keyboard, DummyOutput()):
+        keyboard.send_text("".join(f"{line}\r" for line in lines) + keys + "\x04")
+        return list(repl.read_inputs(remembered))
+
+
+def test_the_arrow_finds_what_was_typed_and_forgets_what_was_forgotten(state, monkeypatch):
+    assert typed(monkeypatch, Remembered(), ["守株", "待兔"]) == ["守株", "待兔"]
+    up = "\x1b[A"
+    assert typed(monkeypatch, Remembered(), [up + up]) == ["守株"]  # 下一次也翻得到
+    remembered = Remembered()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    with create_pipe_input() as keyboard, create_app_session(keyboard, DummyOutput()):
+        lines = repl.read_inputs(remembered)
+        keyboard.send_text("/forget\r")
+        assert next(lines) == "/forget"
+        remembered.forget()
+        keyboard.send_text(f"{up}{up}新\r\x04")
+        assert list(lines) == ["新"]
+    assert state.read_text("utf-8") == '"新"\n'
 
 
 # ---------- 系统的话与工具的答复 ----------

@@ -68,8 +68,8 @@ def test_every_entrance_runs_as_a_file(path, tmp_path):
 # 假的包：不必真的等 torch 一两秒，也说得准信号来的那一刻正在导入。difflib 是读命令行要用的。
 SLOW = "import sys, time\nprint('正在导入', flush=True)\ntime.sleep(60)\n"
 IN_C = (  # C 写的模块，导入时收到 Ctrl-C，会换成 ImportError
-    "print('正在导入', flush=True)\nimport time\n"
-    "try:\n    time.sleep(60)\nexcept BaseException as e:\n    raise ImportError('numpy') from e\n"
+    "import time\ntry:\n    print('正在导入', flush=True)\n    time.sleep(60)\n"
+    "except BaseException as e:\n    raise ImportError('numpy') from e\n"
 )
 
 
