@@ -140,6 +140,26 @@ def test_ctrl_c_swallowed_by_a_module_in_c_is_still_ctrl_c(tmp_path):
     assert ended(process) == INTERRUPTED
 
 
+def test_ctrl_c_after_the_end_is_one_sentence(tmp_path):
+    """main 已经走完，还有线程没有做完：Python 在等它。"""
+    script = tmp_path / "a.py"
+    script.write_text(
+        "from settings.script import run_script\nimport threading, time\n"
+        "def main():\n    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    threading.Timer(0.3, lambda: print('等着', flush=True)).start()\n"
+        "run_script(main)\n",
+        encoding="utf-8",
+    )
+    process = subprocess.Popen(
+        [sys.executable, script], env={**ENVIRONMENT, "PYTHONPATH": str(REPO)}, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert process.stdout.readline() == "等着\n"
+    process.send_signal(signal.SIGINT)
+    assert ended(process) == INTERRUPTED
+
+
 def test_a_program_told_to_ignore_ctrl_c_ignores_it(tmp_path):
     """nohup、放在后台的，事先要求忽略；被别的程序导入的，什么也不改。"""
     source = "import signal\nprint(signal.getsignal(2) is signal.default_int_handler, flush=True)\n"
