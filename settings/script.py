@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # 上限比这还低，底层的库会直接中止，或者卡住，来不及说话。量到的：两个核上，地址空间不到 0.7 GB
 # 导入不了 torch，不到 1.1 GB 分词时会中止；最多打开十二个文件，训练会卡住。
-LEAST_MEMORY, MEMORY_PER_CORE, LEAST_FILES = 10**9, 2 * 10**8, 64
+LEAST_MEMORY, LEAST_FILES = 13 * 10**8, 64
 
 
 # ---------- 1. 运行 ----------
@@ -216,13 +216,12 @@ def _show_no_controls() -> None:
 def _check_limits() -> None:
     """上限太低，就不开始。"""
     memory, files = _limits()
-    least = LEAST_MEMORY + (os.cpu_count() or 1) * MEMORY_PER_CORE
     if 0 < files < LEAST_FILES:
         _leave(f"错误：最多只能同时打开 {files} 个文件，至少要 {LEAST_FILES} 个；"
                f"请先运行 ulimit -n 1024\n", 2)  # fmt: skip
-    if 0 < memory < least:
-        _leave(f"错误：ulimit -v 把内存限制在 {memory / 1e9:.1f} GB，这台机器上至少要 "
-               f"{least / 1e9:.1f} GB；请先运行 ulimit -v unlimited\n", 2)  # fmt: skip
+    if 0 < memory < LEAST_MEMORY:
+        _leave(f"错误：ulimit -v 把内存限制在 {memory / 1e9:.2g} GB，至少要 "
+               f"{LEAST_MEMORY / 1e9:.1f} GB；请先运行 ulimit -v unlimited\n", 2)  # fmt: skip
 
 
 def _typed() -> bool:

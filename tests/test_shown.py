@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripts import ENVIRONMENT, LITTLE, QUICK, REPO, run
 from tqdm import tqdm
@@ -146,34 +146,57 @@ def test_everything_shown_goes_one_way():
 # ---------- 3. 毒放进每一处 ----------
 
 
-def poisoned_tokenizer() -> Tokenizer:
-    """每个词元写出来都有毒。"""
+def poisoned_speaker(poison: str) -> SimpleNamespace:
+    """会说话的模型，每个词元写出来都有毒。"""
     tokenizer = Tokenizer()
-    tokenizer.label = lambda token: f"{POISON}{token}"
-    tokenizer.decode = lambda ids: "".join(f"{POISON}{i}" for i in ids)
-    return tokenizer
-
-
-def test_what_the_model_writes_controls_nothing(monkeypatch, capsys):
-    """模型写的、你写的、画出来的候选与意外，检查点的名字。"""
-    tokenizer = poisoned_tokenizer()
+    tokenizer.label = lambda token: f"{poison}{token}"
+    tokenizer.decode = lambda ids: "".join(f"{poison}{i}" for i in ids)
     logits = torch.zeros(tokenizer.vocab_size)
-    speaker = SimpleNamespace(
+    return SimpleNamespace(
         tokenizer=tokenizer, config=SimpleNamespace(max_len=400), stage="pretrain",
         banned=torch.tensor([0]), encode=tokenizer.encode,
         prompt=lambda text: [tokenizer.bos_id, *tokenizer.encode(text)],
         choices=lambda ids, options: iter([Choice(n, logits, torch.tensor([5])) for n in (7, 9)]),
         read=lambda ids: torch.full((len(ids), tokenizer.vocab_size), 1e-5),
     )  # fmt: skip
+
+
+def chat_with(script, poison: str, lines: list[str]) -> tuple[str, str]:
+    """聊一场，检查点的名字里也有毒；返回两份输出。"""
+    options, speaker = ChatOptions(checkpoint=f"{poison}/pretrain.pt"), poisoned_speaker(poison)
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(repl, "start", lambda stage, argv: (options, speaker))
+        patch.setattr(repl, "read_inputs", lambda history: iter(lines))
+        script.main([])
+    return out.getvalue(), err.getvalue()
+
+
+def test_what_the_model_writes_controls_nothing():
+    """模型写的、你写的、画出来的候选与意外。"""
     lines = ["你好" + POISON, "/probs 3", "你好", "/why", "/next 守" + POISON, f"/{POISON}",
              f"/temp {POISON}", f"/system {POISON}", f"/tool {POISON}", "/help"]  # fmt: skip
     for script in (pre_chat, sft_chat):
-        options = ChatOptions(checkpoint=f"{POISON}/pretrain.pt")
-        monkeypatch.setattr(repl, "start", lambda stage, argv, o=options: (o, speaker))
-        monkeypatch.setattr(repl, "read_inputs", lambda history: iter(lines))
-        script.main([])
-        out, err = capsys.readouterr()
+        out, err = chat_with(script, POISON, lines)
         assert "\\x1b[2J" in shown(out) and "\\x1b[2J" in shown(err)
+
+
+evil = st.lists(st.sampled_from([*POISON, "\n", "字", "a"]), max_size=9).map("".join) | st.text(
+    st.characters(categories=["Cc", "Cf", "Zl", "Zp", "Lo"]), max_size=9
+)
+FEW = settings(max_examples=settings().max_examples // 4)
+
+
+@FEW
+@given(st.lists(st.tuples(st.sampled_from(["", "/next ", "/temp ", "/tool ", "/", "/system "]),
+       evil).map("".join), max_size=4), evil, st.sampled_from([pre_chat, sft_chat]))  # fmt: skip
+def test_no_chat_shows_a_control_character(lines, poison, script):
+    lines = [line for line in lines if not line.lower().startswith("/forget")]
+    assert not controls("".join(chat_with(script, poison, ["/probs 2", *lines, "/why"])))
 
 
 def test_the_drawn_controls_nothing_even_unwashed():
