@@ -309,7 +309,8 @@ def guarded(headers: Iterable) -> list:
 async def refuse(why: Refused, scope: dict, send: Callable) -> None:
     """一句话；页面自己发的请求要的是 JSON，它才会把这句话给人看。"""
     form = scope["method"] == "POST"
-    body = (json.dumps({"detail": why.sentence}) if form else why.sentence + "\n").encode()
+    words = json.dumps({"detail": why.sentence}, ensure_ascii=False) if form else why.sentence
+    body = f"{words}\n".encode()
     kind = b"application/json" if form else b"text/plain; charset=utf-8"
     headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()),
                (b"connection", b"close"), *why.headers]  # fmt: skip

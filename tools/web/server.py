@@ -22,17 +22,20 @@ HEADER = 10.0  # 秒：一个请求的开头要在这之内送完
 
 
 class Protocol(H11Protocol):
-    """uvicorn 的，加上两个限度：连上不说话、话说一半的，等够了就挂断；太多了，不接。"""
+    """uvicorn 的，加上两个限度：连上不说话、话说一半的，等够了就挂断；太多了，先挂断闲着最久的。"""
 
     deadline = None
+    since = 0.0  # 最后一次有动静，loop.time()
 
     def connection_made(self, transport) -> None:
         """接通了。"""
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
-            transport.abort()
-        else:
-            self.wait()
+            idle = [other for other in self.connections if other.idle() and other is not self]
+            longest = min(idle, key=lambda other: other.since, default=self)
+            self.connections.discard(longest)  # 挂断要到下一轮才生效
+            longest.transport.abort()
+        self.wait()
 
     def data_received(self, data: bytes) -> None:
         """来了一些字节：要么一个请求的开头完整了，要么还在等它。"""
@@ -44,9 +47,14 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
         self.forget()
 
+    def idle(self) -> bool:
+        """没有请求在答。"""
+        return self.cycle is None or self.cycle.response_complete
+
     def wait(self) -> None:
         """没有请求在答，就限时等下一个的开头。"""
-        if self.cycle is not None and not self.cycle.response_complete:
+        self.since = self.loop.time()
+        if not self.idle():
             self.forget()
         elif self.deadline is None:
             self.deadline = self.loop.call_later(HEADER, self.transport.abort)
@@ -96,6 +104,5 @@ def serve(app: Lock, host: str, port: int) -> None:
     config = uvicorn.Config(
         app, host, port, http=Protocol, ws="none", log_level="critical", proxy_headers=False,
         server_header=False, date_header=False, timeout_keep_alive=5, timeout_graceful_shutdown=1,
-        limit_concurrency=CONNECTIONS,
     )  # fmt: skip
     Server(config).run()
