@@ -162,7 +162,8 @@ class Lock:
         path = check_route(scope)
         session, query = None, b""
         if path == "/gradio_api/queue/data":
-            found = re.fullmatch(f"session_hash=({SESSION})", scope["query_string"].decode("ascii"))
+            asked = scope["query_string"].decode("latin-1")
+            found = re.fullmatch(f"session_hash=({SESSION})", asked)
             session = found and found[1]
             if not session or not self.crowd.knows(session):
                 raise Refused(404, "这里没有在等的回答；请刷新这一页")

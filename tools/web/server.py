@@ -88,6 +88,7 @@ def own_folder() -> Iterator[None]:
 
 def locked(demo: gr.Blocks, names: Names, password: Password | None = None) -> Lock:
     """整个网页，外面上了锁。"""
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"  # 每答一次，它要统计记着的每一次
     demo.queue(default_concurrency_limit=8)  # 几位访客同时用；一共几件在等，由 Crowd 管
     fonts = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
