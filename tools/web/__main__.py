@@ -13,12 +13,15 @@ import sys
 if not __package__:  # 当作文件运行的：其余的到仓库里找
     sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
 
+import contextlib
 import ipaddress
 import re
 import secrets
 import socket
+import tempfile
 import threading
 import webbrowser
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,26 +76,38 @@ def main(argv: list[str] | None = None) -> None:
     if options.checkpoint:
         actions.open_model(options.checkpoint)  # 坏的现在就说
     loopback = check_port(options.host, options.port)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # 不联网；要写在导入之前
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # 不联网；这一项与临时目录都要写在导入之前
+    with own_folder():
+        open_page(options, loopback)
+
+
+@contextlib.contextmanager
+def own_folder() -> Iterator[None]:
+    """Gradio 的临时目录，用完就删。"""
+    with tempfile.TemporaryDirectory(prefix="mini-llm-web-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        yield
+
+
+def open_page(options: Options, loopback: bool) -> None:
+    """建好整个页面，上锁，等人来。"""
     try:
         import gradio  # noqa: F401
     except ImportError:
         raise UserError("还没有安装 gradio；请先运行 pip install -r requirements-web.txt") from None
     from tools.web.lock import WILDCARDS, Names
     from tools.web.page import build  # 它一导入就要 Gradio
-    from tools.web.server import locked, own_folder, serve
+    from tools.web.server import locked, serve
 
     password = choose_password(options.auth)
     if not loopback:
         warn(options)
-    names = Names(
-        options.host, options.port, options.names(), loopback or options.host in WILDCARDS
-    )
-    with own_folder():
-        demo = build(Path(options.out_dir), options.checkpoint)
-        if options.open:
-            threading.Timer(1, webbrowser.open, [f"http://127.0.0.1:{options.port}"]).start()
-        serve(locked(demo, names, password), options.host, options.port)
+    reachable = loopback or options.host in WILDCARDS
+    names = Names(options.host, options.port, options.names(), reachable)
+    demo = build(Path(options.out_dir), options.checkpoint)
+    if options.open:
+        threading.Timer(1, webbrowser.open, [f"http://127.0.0.1:{options.port}"]).start()
+    serve(locked(demo, names, password), options.host, options.port)
 
 
 def choose_password(name: str | None):

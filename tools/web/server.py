@@ -1,9 +1,6 @@
 """网页的服务器：uvicorn，外面一层门锁，等得有限，收尾时什么也不留下。"""
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Iterator
 
 import fastapi
 import gradio as gr
@@ -76,14 +73,6 @@ class Server(uvicorn.Server):
             config = self.config
             host = f"[{config.host}]" if ":" in config.host else config.host
             say(f"网页开在 http://{host}:{config.port}，按 Ctrl-C 关掉。", flush=True)
-
-
-@contextlib.contextmanager
-def own_folder() -> Iterator[None]:
-    """Gradio 的临时目录，用完就删。"""
-    with tempfile.TemporaryDirectory(prefix="mini-llm-web-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        yield
 
 
 def locked(demo: gr.Blocks, names: Names, password: Password | None = None) -> Lock:
