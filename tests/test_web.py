@@ -98,10 +98,10 @@ def test_two_visitors_do_not_mix(speaker):
 
 @pytest.mark.parametrize("text", ["", "  \n", "字" * 10_000])
 def test_what_cannot_be_answered_is_one_sentence(speaker, text):
-    with pytest.raises(UserError, match="请先写点什么|请说短一些|请短一些|放不下"):
+    with pytest.raises(UserError, match=r"请先写点什么|请说短一些|请短一些|放不下"):
         last(actions.reply(speaker, [], text, Sampling()))
     if text.strip():
-        with pytest.raises(UserError, match="请短一些|放不下"):
+        with pytest.raises(UserError, match=r"请短一些|放不下"):
             last(actions.answer_html(speaker, text, Sampling()))
 
 

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from tools.web import lock as lock_module
 from tools.web.crowd import Crowd
 from tools.web.forms import WORDS, BadForm, Forms
-from tools.web.lock import Lock, Names
+from tools.web.lock import Lock
+from tools.web.names import Names
 from tools.web.password import Password
 
 PORT = 7860

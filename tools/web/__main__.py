@@ -95,7 +95,7 @@ def open_page(options: Options, loopback: bool) -> None:
         import gradio  # noqa: F401
     except ImportError:
         raise UserError("还没有安装 gradio；请先运行 pip install -r requirements-web.txt") from None
-    from tools.web.lock import WILDCARDS, Names
+    from tools.web.names import WILDCARDS, Names
     from tools.web.page import build  # 它一导入就要 Gradio
     from tools.web.server import locked, serve
 

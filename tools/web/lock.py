@@ -1,6 +1,5 @@
 """网页的门锁，每个请求先过这里，再到 Gradio；它自己不认识 Gradio，只是一层 ASGI。
 
-    Names     这个网页叫什么：只有写着这些名字（Host）的请求才答
     Lock      依次看：名字、从哪个网页来的、密码、路、正文；哪一样不对，一句话，到此为止
     ROUTES    这个页面用得到的路；别的（上传、取文件、文档、监视……）都不开
 
@@ -12,17 +11,14 @@
 import asyncio
 import json
 import re
-import socket
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from settings.say import say
 from tools.web.crowd import Crowd
 from tools.web.forms import BadForm, Forms
+from tools.web.names import Names, bracket
 from tools.web.password import Password
 
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-WILDCARDS = ("0.0.0.0", "::")
 BODY = 256 * 1024  # 字节：最长的一段文字，全写成转义，也不到这么多
 PATIENCE = 10  # 秒：正文要在这之内送完
 SESSION = r"[A-Za-z0-9]{1,40}"  # Gradio 的页面给自己取的代号
@@ -53,45 +49,6 @@ class Refused(Exception):
     def __init__(self, status: int, sentence: str, *headers: tuple[bytes, bytes]):
         super().__init__(sentence)
         self.status, self.sentence, self.headers = status, sentence, headers
-
-
-@dataclass(frozen=True)
-class Names:
-    """这个网页叫什么。
-
-    Args:
-        host, port: 在哪里等。
-        given: 用户另外许可的名字，例如反向代理的域名；可以带端口。
-        loopback: 本机自己打得开：localhost 之类也是它的名字。
-    """
-
-    host: str
-    port: int
-    given: tuple[str, ...] = ()
-    loopback: bool = True
-
-    def own(self) -> set[str]:
-        """许可的 Host，都是小写；端口是 80 时，浏览器不写端口。"""
-        names = {bracket(self.host), *self.given, *(LOOPBACK if self.loopback else ())}
-        if self.host in WILDCARDS:
-            names.add(socket.gethostname())
-        names = {name.lower() for name in names}
-        bare = {name for name in names if self.port == 80 or name in self.proxied()}
-        return bare | {n if has_port(n) else f"{n}:{self.port}" for n in names}
-
-    def proxied(self) -> set[str]:
-        """前面可能另有一个 https 的代理的那几个名字。"""
-        return {name.lower() for name in self.given}
-
-
-def bracket(host: str) -> str:
-    """IPv6 的地址写在方括号里。"""
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
-
-
-def has_port(name: str) -> bool:
-    """名字里写着端口。"""
-    return re.search(r":\d+$", name) is not None and not name.endswith("]")
 
 
 class Lock:
@@ -228,19 +185,22 @@ async def read_body(length: bytes | None, receive: Callable) -> bytes:
     too_long = Refused(413, f"正文太长，最多 {BODY} 字节；请短一些")
     if length is not None and (not re.fullmatch(rb"\d{1,20}", length) or int(length) > BODY):
         raise too_long
-    body = bytearray()
+
+    async def whole() -> bytes:
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Gone
+            body += message.get("body", b"")
+            if len(body) > BODY:
+                raise too_long
+            if not message.get("more_body"):
+                return bytes(body)
+
     try:
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise Gone
-                body += message.get("body", b"")
-                if len(body) > BODY:
-                    raise too_long
-                if not message.get("more_body"):
-                    return bytes(body)
-    except TimeoutError:
+        return await asyncio.wait_for(whole(), PATIENCE)
+    except asyncio.TimeoutError:  # noqa: UP041（3.10 里与 TimeoutError 不是一个）
         raise Refused(408, f"{PATIENCE} 秒还没有送完，不等了") from None
 
 

@@ -10,7 +10,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from settings.say import say
 from tools.web.crowd import Crowd
 from tools.web.forms import Forms
-from tools.web.lock import Lock, Names
+from tools.web.lock import Lock
+from tools.web.names import Names
 from tools.web.page import CHINESE, CSS
 from tools.web.password import Password
 
