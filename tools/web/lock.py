@@ -200,7 +200,7 @@ async def read_body(length: bytes | None, receive: Callable) -> bytes:
 
     try:
         return await asyncio.wait_for(whole(), PATIENCE)
-    except asyncio.TimeoutError:  # noqa: UP041（3.10 里与 TimeoutError 不是一个）
+    except asyncio.TimeoutError:  # Python 3.10 里，它与 TimeoutError 不是一个
         raise Refused(408, f"{PATIENCE} 秒还没有送完，不等了") from None
 
 
