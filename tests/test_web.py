@@ -3,11 +3,17 @@
 浏览器是系统里的 chromium（Debian 的 chromium 包），由 Playwright 驱动；不让它联网。
 """
 
+import contextlib
 import functools
+import http.client
+import http.server
+import json
+import os
 import re
 import shutil
 import socket
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -25,6 +31,8 @@ from tools.explain.page import page as explain_page
 from tools.web import actions
 
 TOKENIZER = Tokenizer()
+# 像网页的，像公式的，像 Gradio 的模板的，控制终端的。
+MARKUP = "<img src=x onerror=alert(1)>$$x^2$$ ${1+1} {{value}}\x1b[2J"
 SHAPE = Config(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=32, max_len=80)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -90,10 +98,10 @@ def test_two_visitors_do_not_mix(speaker):
 
 @pytest.mark.parametrize("text", ["", "  \n", "字" * 10_000])
 def test_what_cannot_be_answered_is_one_sentence(speaker, text):
-    with pytest.raises(UserError, match=r"请先写点什么|请说短一些|请短一些"):
+    with pytest.raises(UserError, match=r"请先写点什么|请说短一些|请短一些|放不下"):
         last(actions.reply(speaker, [], text, Sampling()))
     if text.strip():
-        with pytest.raises(UserError, match="请短一些"):
+        with pytest.raises(UserError, match=r"请短一些|放不下"):
             last(actions.answer_html(speaker, text, Sampling()))
 
 
@@ -220,11 +228,23 @@ def address(trained, tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("web")
-    server = Running(log, "tools.web", "--port", str(port), "--out_dir", str(folder / "out"))
+    out, temporary = log / "out", log / "tmp"
+    shutil.copytree(folder / "out", out, copy_function=os.link)
+    temporary.mkdir()
+    record = out / f"zz{MARKUP}" / "metrics.jsonl"
+    record.parent.mkdir()
+    row = {"step": 0, "tokens": 1, "train_loss": 2.0, "val_loss": 2.0, "sample": MARKUP}
+    record.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    server = Running(
+        log, "tools.web", "--port", str(port), "--out_dir", str(out),
+        env={"TMPDIR": str(temporary)},
+    )  # fmt: skip
     assert server.until(lambda: "网页开在" in server.text()), server.text()
     yield f"http://127.0.0.1:{port}"
     assert server.end(15) == 143
-    assert "Traceback" not in server.text()
+    assert "Traceback" not in server.text() and "网页答不了" not in server.text()
+    left = [p.name for p in temporary.iterdir() if "torch" not in p.name]
+    assert left == []  # 什么也没有留下
 
 
 @pytest.fixture(scope="module")
@@ -382,6 +402,169 @@ def test_what_looks_like_html_is_shown_as_typed(visit):
     say(page, text)
     microscope_of(page)
     assert page.locator("[data-testid=user]").inner_text().strip() == text
+
+
+def test_what_looks_like_a_formula_or_a_template_is_text(visit):
+    """说的话、模型旁边的提示、记录的名字、样本，都原样；没有公式，没有图片，没有程序。"""
+    page = visit()
+    sampling(page, temp=0, max=3)
+    text = MARKUP.replace("\x1b", "")
+    say(page, text)
+    microscope_of(page)
+    assert page.locator("[data-testid=user]").inner_text().strip() == text
+    page.get_by_role("tab", name="一步一步").click()
+    page.get_by_label("开头（或者一句提问）").fill(text)
+    page.get_by_role("button", name="从这里开始").click()
+    page.locator(".tokens .given").nth(5).wait_for()
+    given = "".join(page.locator(".tokens .given").all_inner_texts())
+    assert "${" in given or "$" in given
+    page.get_by_role("tab", name="训练").click()
+    page.get_by_label("训练", exact=True).click()
+    page.get_by_role("option").filter(has_text="zz<img").click()
+    cell = page.get_by_role("gridcell").filter(has_text="$$x^2$$").first
+    cell.wait_for()
+    shown = cell.inner_text()
+    assert "<img src=x onerror=alert(1)>" in shown and "${1+1} {{value}}" in shown
+    assert page.locator(".katex, img[src=x]").count() == 0
+
+
+# ---------- 4. 别的网站，别的程序 ----------
+
+FOREIGN = """<!doctype html><script>
+async function attack(url) {
+  const found = {};
+  const join = {method: 'POST', credentials: 'include', body: JSON.stringify(
+      {fn_index: 0, session_hash: 'foreign', data: []})};
+  for (const [name, path, options] of [
+      ['read', '/', {}], ['config', '/config', {credentials: 'include'}],
+      ['theme', '/theme.css', {}],
+      ['json', '/gradio_api/queue/join', {...join, headers: {'content-type': 'application/json'}}],
+      ['text', '/gradio_api/queue/join', join],
+      ['listen', '/gradio_api/queue/data?session_hash=foreign', {}],
+      ['upload', '/gradio_api/upload', {method: 'POST', body: new FormData()}],
+  ]) {
+    try { const r = await fetch(url + path, options); found[name] = r.status; }
+    catch (e) { found[name] = 'refused'; }
+  }
+  const frame = document.createElement('iframe'); frame.src = url; document.body.append(frame);
+  const script = document.createElement('script'); script.src = url + '/theme.css';
+  await new Promise(done => {
+    script.onerror = done; script.onload = () => { found.script = 1; done(); };
+    document.body.append(script);
+  });
+  return found;
+}</script><body></body>"""
+
+
+@pytest.fixture
+def foreign():
+    """另一个网站，在另一个端口上。"""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(FOREIGN.encode())
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        # 没有最新的保护的浏览器：不问能不能访问本机，不管同源，域名可以指到任何地方。
+        ["--disable-web-security", "--host-resolver-rules=MAP evil.example 127.0.0.1",
+         "--disable-features=LocalNetworkAccessChecks,BlockInsecurePrivateNetworkRequests"],
+    ],
+    ids=["平常的", "没有保护的"],
+)  # fmt: skip
+def test_a_foreign_page_can_neither_chat_nor_read(address, foreign, flags, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="没有安装 playwright")
+    if CHROMIUM is None:
+        pytest.skip("没有 chromium：apt-get install chromium")
+    port = address.rpartition(":")[2]
+    # 另一个端口的网页；没有保护时，还有域名指到这里来的（DNS rebinding）。
+    pages = [f"http://127.0.0.1:{foreign}/", f"http://localhost:{foreign}/"]
+    targets = [address, f"http://localhost:{port}"]
+    if flags:
+        pages.append(f"http://evil.example:{foreign}/")
+        targets.append(f"http://evil.example:{port}")
+    results = run_in_another_browser(sync_api, [*QUIET, *flags], pages, targets)
+    assert len(results) == len(pages) * len(targets)
+    for where, found in results.items():
+        assert {v for v in found.values() if v in (200, 1)} == set(), (where, found)
+
+
+def run_in_another_browser(sync_api, args, pages, targets) -> dict:
+    """另开一个浏览器（另一个线程：Playwright 一个线程只许一个），从各个网页攻各个地址。"""
+    results, errors = {}, []
+
+    def attack():
+        try:
+            with sync_api.sync_playwright() as playwright:
+                browser = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
+                for page_url in pages:
+                    for target in targets:
+                        page = browser.new_page()
+                        page.goto(page_url)
+                        results[page_url, target] = page.evaluate("url => attack(url)", target)
+                        page.close()
+                browser.close()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=attack)
+    thread.start()
+    thread.join(100)
+    assert not errors, errors
+    return results
+
+
+def get(address, path="/", method="GET", body=None, **headers):
+    """不经过浏览器。"""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+    connection.request(method, path, body, headers)
+    reply = connection.getresponse()
+    text = reply.read().decode()
+    connection.close()
+    return reply.status, text
+
+
+def test_raw_requests(address):
+    """真的套接字：别的名字、上传、没完没了的正文、说一半的请求；之后照常答。"""
+    assert get(address)[0] == 200
+    status, words = get(address, Host="evil.example")
+    assert status == 421 and "这个网页不叫这个名字" in words
+    assert get(address, "/gradio_api/upload", "POST", b"x" * 100)[0] == 404
+    header = {"Content-Type": "application/json", "Content-Length": "9999999999"}
+    assert get(address, "/gradio_api/queue/join", "POST", None, **header)[0] == 413
+    with pytest.raises(OSError):  # 答完 413 就挂断，不再收
+        endless = (b"x" * 65536 for _ in range(10**6))
+        del header["Content-Length"]
+        assert get(address, "/gradio_api/queue/join", "POST", endless, **header)[0] == 413
+        raise OSError
+    assert get(address)[0] == 200
+
+
+def test_silent_connections_do_not_lock_others_out(address):
+    """六百条连上不说话的：后来的人照样打得开；十秒之后都挂断了。"""
+    host, port = address.removeprefix("http://").split(":")
+    silent = [socket.create_connection((host, int(port))) for _ in range(600)]
+    for connection in silent[::2]:
+        with contextlib.suppress(OSError):
+            connection.sendall(b"GET / HTTP/1.1\r\nHo")
+    begun = time.monotonic()
+    assert get(address)[0] == 200
+    assert time.monotonic() - begun < 5
+    for connection in silent:
+        connection.close()
 
 
 @pytest.mark.slow

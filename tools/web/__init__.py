@@ -5,6 +5,9 @@
     chat, step, compare, training 四个标签页，每个一份
     controls                      几个标签页都有的：一句提示、采样的各项
     actions                       每个按钮背后做的事，不认识 Gradio
+    lock                          门锁：每个请求先看名字、来处、密码、路、正文
+    names, forms, password, crowd 它叫什么；表单里该有什么；密码；谁还在听
+    server                        uvicorn，连接有限，等得有限
 
-除了 __main__ 与 actions，各份都要先装好 Gradio（requirements-web.txt）。
+page、server 与四个标签页，各份都要先装好 Gradio（requirements-web.txt）。
 """

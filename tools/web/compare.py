@@ -5,6 +5,7 @@ import gradio as gr
 from config import UserError
 from tools.web import actions
 from tools.web.controls import sampling_controls, sampling_from, status
+from tools.web.forms import WORDS
 
 
 def compare_tab() -> list:
@@ -14,7 +15,7 @@ def compare_tab() -> list:
         "微调过的把它当作一句提问，只预训练过的接着往下写。"
         "「意外」是各自对自己写的话，不能拿来比好坏。"
     )
-    text = gr.Textbox(label="文字", value="守株待兔是什么意思？")
+    text = gr.Textbox(label="文字", value="守株待兔是什么意思？", max_length=WORDS)
     go = gr.Button("比较", variant="primary")
     notice = gr.HTML(status(""))
     with gr.Row():

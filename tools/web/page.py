@@ -29,6 +29,17 @@ CSS = """
 CHINESE = "() => { document.documentElement.lang = 'zh-CN'; }"
 
 
+class Page(gr.Blocks):
+    """整个页面；控件的值不对时是访客的事，不印回溯。"""
+
+    async def preprocess_data(self, *args, **more):
+        """页面送来的值，交给控件核对：例如选的不是列出的检查点。"""
+        try:
+            return await super().preprocess_data(*args, **more)
+        except gr.Error:
+            raise gr.Error("选中的不在列出的里面；请刷新这一页", print_exception=False) from None
+
+
 def build(root: Path, checkpoint: str | None):
     """整个页面。
 
@@ -36,9 +47,8 @@ def build(root: Path, checkpoint: str | None):
         root: 在哪个目录里找检查点与训练的记录。
         checkpoint: 打开时选中的检查点；没有就选找到的第一个。
     """
-    with gr.Blocks(
-        title="mini-llm：看见它怎样猜", analytics_enabled=False, fill_width=True
-    ) as demo:
+    title = "mini-llm：看见它怎样猜"
+    with Page(title=title, analytics_enabled=False, fill_width=True) as demo:
         gr.Markdown("# mini-llm：看见它怎样猜下一个词元")
         model = gr.Dropdown([], label="模型", info="out/ 里的检查点；重新训练过会自动用新的")
         with gr.Tab("聊天"):

@@ -9,6 +9,7 @@ from chat.display import percent
 from config import UserError
 from tools.web import actions
 from tools.web.controls import sampling_controls, sampling_from, status
+from tools.web.forms import WORDS
 
 N_CANDIDATES = 10
 
@@ -18,7 +19,7 @@ def step_tab(model) -> None:
     ids, start = gr.State([]), gr.State(0)
     gr.Markdown("它每写一个词元之前都停下来。挑一个候选，看看从那里起会写成什么。")
     with gr.Row():
-        text = gr.Textbox(label="开头（或者一句提问）", value="守株待兔", scale=4)
+        text = gr.Textbox(label="开头（或者一句提问）", value="守株待兔", scale=4, max_length=WORDS)
         begin = gr.Button("从这里开始", variant="primary", scale=1)
     written = gr.HTML(label="到现在为止")
     notice = gr.HTML(status("按「从这里开始」。"))
@@ -73,7 +74,7 @@ def guarded(step):
 
 def restart(path, ids, start, text, *values):
     """从写下的开头重新来。"""
-    if not text.strip():
+    if not (text or "").strip():
         raise UserError("请先写个开头")
     speaker = actions.open_model(path)
     ids = actions.checked(speaker, speaker.prompt(text))
