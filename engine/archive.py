@@ -142,7 +142,8 @@ def count_members(file: BinaryIO, size: int) -> int:
 OPCODES = {"PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2",
            "LONG1", "BINFLOAT", "BINUNICODE", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE",
            "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPUT",
-           "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"}  # fmt: skip
+           "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD",
+           "BINPERSID"}  # fmt: skip
 DTYPES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -209,7 +210,8 @@ def check_program(program: bytes) -> None:
         if n > MOST_OPCODES:
             raise Lie("里面的东西太多")
         # 编号多大，pickle 就备多大的一张表；整数太长，比较起来也慢。
-        if opcode.name == "LONG_BINPUT" and value > n or opcode.name == "LONG1" and too_big(value):
+        name, most = opcode.name, {"LONG_BINPUT": n, "LONG1": 2**63 - 1}
+        if name in most and not -(2**63) <= value <= most[name]:
             raise Lie("里面有大得离谱的数")
 
 

@@ -253,8 +253,6 @@ def config_of(checkpoint: dict, path: Path, tokenizer: Tokenizer) -> Config:
     problems += [f"缺少 {n}" for n in sorted(PER_PRESET - optional) if getattr(config, n) is None]
     if not problems:
         check_values(config, problems, wrong)
-    if not problems and (sentence := room_for_context(config)):
-        problems.append(sentence)
     if problems:
         more = f" 等 {len(problems)} 处" if len(problems) > 5 else ""
         raise UserError(f"{path} 里的配置不对：{brief('；'.join(problems[:5]), 400)}{more}")
@@ -270,9 +268,13 @@ def build_model(config: Config, checkpoint: dict, path: Path) -> Transformer:
     state = checkpoint["model"]
     try:
         check_parameters(state, config)
+        if sentence := room_for_context(config):
+            raise UserError(f"{path} 用不了：{sentence}")
         model = Transformer(config)
         model.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, MemoryError) as error:
+        if isinstance(error, UserError):
+            raise
         if is_out_of_memory(error):
             raise no_room(path) from error
         raise UserError(f"{path} 的参数与它的配置对不上（{brief(error)}）") from error

@@ -25,7 +25,7 @@ from settings.flags import is_text
 
 FORMAT = 2
 NAMES = {"pretrain": "预训练", "sft": "微调"}
-MOST_VALUES = 10**6  # 一个检查点里至多多少个值；一百层的模型，连同优化器，一万多个
+MOST_VALUES = 2 * 10**5  # 一个检查点里至多多少个值；一百层的模型，连同优化器，一万多个
 DEEPEST = 12  # 字典与列表至多套几层；真的检查点里至多四层
 
 
@@ -126,7 +126,8 @@ PROGRESS |= {"seconds": is_time, "saving_seconds": is_time}
 SCALER = {"scale": lambda v: type(v) is float and 0 < v < math.inf,
           "growth_factor": lambda v: type(v) is float and 1 < v < 1000,
           "backoff_factor": lambda v: type(v) is float and 0 < v < 1,
-          "growth_interval": lambda v: is_count(v) and v > 0, "_growth_tracker": is_count}  # fmt: skip
+          "growth_interval": lambda v: is_count(v) and v > 0,
+          "_growth_tracker": is_count}  # fmt: skip
 
 
 def check_contents(checkpoint: dict[str, Any]) -> None:
@@ -189,7 +190,7 @@ def check_shared_row(saved: dict[str, Any] | None, table: Any) -> None:
     every = torch.cat([rows, members[1:]])  # 代表的那一个，两处都有
     expected, weight = torch.empty(V, dtype=torch.int64), torch.zeros(R)
     weight[-1] = math.log(len(members))
-    good = len(every) == V == len(column) and R == len(bias) and members[0] == rows[-1]
+    good = len(every) == V == len(column) and len(bias) == R and members[0] == rows[-1]
     if good and bool(torch.equal(every.sort().values, torch.arange(V))):
         expected[rows] = torch.arange(R)
         expected[members] = R - 1
