@@ -160,6 +160,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         for part, old in zip((self.muon, self.adamw), saved, strict=True):
             params = [p for group in part.param_groups for p in group["params"]]
+            check_state(part, params, old["state"])
             state = {
                 i: {
                     name: self.muon.scatter(x, params[i]) if x.shape == params[i].shape else x
@@ -170,6 +171,29 @@ class MuonAdamW(torch.optim.Optimizer):
             groups = part.state_dict()["param_groups"]
             part.load_state_dict({"state": state, "param_groups": groups})
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+
+def check_state(part: torch.optim.Optimizer, params: list[Tensor], saved: dict) -> None:
+    """存下的状态与参数一一对得上；PyTorch 自己不核对，形状不同的也照装不误。
+
+    Args:
+        params: 这一部分管的参数，按次序。
+        saved: {第几个参数: {名字: 张量}}；一步也没有更新过的，是空的。
+    Raises:
+        ValueError: 少了、多了，或者形状、类型、值不对。
+    """
+    if saved and saved.keys() != set(range(len(params))):
+        raise ValueError(f"有 {len(saved)} 个参数的状态，参数有 {len(params)} 个")
+    names = {"momentum"} if isinstance(part, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+    for i, entry in saved.items():
+        if entry.keys() != names:
+            raise ValueError(f"第 {i} 个参数的状态应当是 {'、'.join(sorted(names))}")
+        for name, x in entry.items():
+            shape = torch.Size() if name == "step" else params[i].shape
+            if x.shape != shape or x.dtype != torch.float32:
+                raise ValueError(f"第 {i} 个参数的 {name} 的形状或类型不对")
+            if name == "step" and not 1 <= x.item() < float("inf"):
+                raise ValueError(f"第 {i} 个参数的 {name} 是 {x.item()}")
 
 
 def build_optimizer(

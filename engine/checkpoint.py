@@ -8,11 +8,13 @@
 什么时候存、存在哪个目录，见 saver.py 与 run_folder.py。
 """
 
+from settings.script import is_out_of_memory
+
+import errno
 import math
 import os
 import platform
 import shlex
-import zipfile
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,24 +24,27 @@ import numpy as np
 import torch
 
 from config import PER_PRESET, PRESETS, STEPS_OR_EPOCHS, Config, UserError
+from engine.archive import Damaged, Lie, open_archive, unpack
+from engine.claims import (
+    FORMAT,
+    NAMES,
+    brief,
+    check_contents,
+    check_parameters,
+    plain,
+    room_for_context,
+)
 from engine.distributed import whole
-from engine.progress import Progress
 from model import Transformer
 from settings.check import check_types, check_values
+from settings.new_file import new_file
 from tokenizer import Tokenizer
 
-FORMAT = 2
 SCRIPTS = {"pretrain": "pre_train.py", "sft": "sft_train.py"}
-NAMES = {"pretrain": "预训练", "sft": "微调"}
-
 
 # 检查点的各部分，以及没有它时记下的。
 PARTS: dict[str, Any] = {"model": {}, "optimizers": [], "scaler": {}, "shared_row": None,
                          "progress": {}, "rng": {}}  # fmt: skip
-
-
-class Damaged(UserError):
-    """检查点不完整，或者内容变了。"""
 
 
 def write(path: Path, checkpoint: dict[str, Any], keep_previous: bool = True) -> None:
@@ -53,7 +58,7 @@ def write(path: Path, checkpoint: dict[str, Any], keep_previous: bool = True) ->
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as f:
+        with new_file(part) as f:  # 别人放在那里的链接，不顺着它写
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())  # 先确定内容到了磁盘上，再改名
@@ -91,45 +96,49 @@ def sync_folder(folder: Path) -> None:
 
 
 def read(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """读检查点，核对它完好，并且是这个程序认识的。
+    """读检查点，核对它完好，里面的值都说得通，并且是这个程序认识的。
 
-    检查点是一个 zip 文件，每一块都有 CRC-32。PyTorch 自己不核对它，翻转一个比特也照读不误，
-    所以先用 zipfile 核对一遍。`weights_only=True`：文件里夹带的程序不会运行。
+    检查点是一个 zip 文件，每一块都有 CRC-32，这里逐块核对（PyTorch 自己不核对，翻转一个比特也
+    照读不误）。文件里夹带的程序不会运行，它说的大小也不能比文件大，见 archive.py 与 claims.py。
 
     Args:
         mmap: 真时用到哪块才读哪块，适合只要参数、马上就放手的。
     Raises:
-        Damaged: 不完整，或者内容变了。
-        UserError: 没有权限，或者是更新的程序写的。
+        Damaged: 不完整，内容变了，或者有不可能的值。
+        UserError: 没有权限，内存不够，或者是更新的程序写的。
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if (broken := archive.testzip()) is not None:
-                raise Damaged(f"{path} 不是完好的检查点（{broken} 的校验和不符）")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (PermissionError, FileNotFoundError) as error:
-        raise UserError(f"读不了 {path}（{error.strerror}）；请检查路径与权限") from error
-    except (Damaged, MemoryError):
-        raise
+        checkpoint = plain(unpack(open_archive(path, mmap)))
+    except (UserError, Lie, OSError, MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error) or getattr(error, "errno", 0) == errno.ENOMEM:
+            raise no_room(path) from error
+        if isinstance(error, UserError):
+            raise
+        if isinstance(error, OSError) and error.errno != errno.EIO:
+            reason = error.strerror or type(error).__name__
+            raise UserError(f"读不了 {path}（{reason}）；请检查路径与权限") from error
+        why = str(error) if isinstance(error, Lie) else type(error).__name__
+        raise Damaged(f"{path} 不是完好的检查点（{why}）") from error
     except Exception as error:  # 坏文件引起的异常种类繁多，没有共同的基类
         raise Damaged(f"{path} 不是完好的检查点（{type(error).__name__}）") from error
-    kinds = {"stage": str, "config": dict, "tokenizer": str, "model": dict, "progress": dict,
-             "max_steps": int, "data": dict, "versions": dict, "device": str, "optimizers": list,
-             "scaler": dict, "rng": dict}  # fmt: skip
     if not isinstance(checkpoint, dict) or type(checkpoint.get("format")) is not int:
         raise Damaged(f"{path} 不是 mini-llm 的检查点")
     if (found := checkpoint["format"]) != FORMAT:
         todo = "是更新的程序写的，请更新程序" if found > FORMAT else "是旧程序写的，请重新训练"
         raise UserError(f"{path} {todo}（它的格式是 {found}，这个程序认识的是 {FORMAT}）")
-    wrong = [k for k, kind in kinds.items() if not isinstance(checkpoint.get(k), kind)]
-    if not isinstance(checkpoint.get("shared_row", ""), dict | None):
-        wrong.append("shared_row")
-    progress = checkpoint.get("progress")
-    if not wrong and any(type(progress.get(k)) is not type(v) for k, v in vars(Progress()).items()):
-        wrong = ["progress"]
-    if wrong:
-        raise Damaged(f"{path} 不是完好的检查点（{'、'.join(wrong)} 不对）")
+    try:
+        check_contents(checkpoint)
+    except Lie as lie:
+        raise Damaged(f"{path} 不是完好的检查点（{lie}）") from lie
     return checkpoint
+
+
+def no_room(path: Path) -> UserError:
+    """装不下一个检查点时说的话。"""
+    with suppress(OSError):
+        size = f"（它有 {path.stat().st_size / 1e6:.0f} MB）"
+        return UserError(f"内存不够，装不下 {path}{size}；请关掉别的程序，或放宽限制（ulimit -v）")
+    return UserError(f"内存不够，装不下 {path}；请关掉别的程序，或放宽限制（ulimit -v）")
 
 
 def capture(
@@ -172,7 +181,9 @@ def restore(checkpoint: dict[str, Any], parts: dict[str, Any], path: Path) -> No
             if checkpoint[name] or name != "scaler":
                 part.load_state_dict(checkpoint[name])
     except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise Damaged(f"{path} 里优化器或随机数的状态不对（{error}）") from error
+        if is_out_of_memory(error):  # 状态没有错，由训练的外壳说该改小哪个设置
+            raise
+        raise Damaged(f"{path} 里优化器或随机数的状态不对（{brief(error)}）") from error
 
 
 def versions() -> dict[str, str]:
@@ -211,7 +222,7 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[st
     if path.is_dir():
         found = "、".join(sorted(map(str, path.glob("*.pt")))) or "它里面没有检查点"
         raise UserError(f"{path} 是目录；请写出检查点的文件名：{found}")
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"找不到检查点 {path}；{what_to_do_without(path)}")
     try:
         checkpoint = read(path, mmap=True)
@@ -244,27 +255,30 @@ def config_of(checkpoint: dict, path: Path, tokenizer: Tokenizer) -> Config:
     if not problems:
         check_values(config, problems, wrong)
     if problems:
-        raise UserError(f"{path} 里的配置不对：{'；'.join(problems)}")
+        more = f" 等 {len(problems)} 处" if len(problems) > 5 else ""
+        raise UserError(f"{path} 里的配置不对：{brief('；'.join(problems[:5]), 400)}{more}")
     return config
 
 
 def build_model(config: Config, checkpoint: dict, path: Path) -> Transformer:
-    """照配置建模型，装上检查点里的参数。Raises UserError：对不上。"""
+    """照配置建模型，装上检查点里的参数；对得上，才去分配内存。
+
+    Raises:
+        UserError: 对不上，或者内存不够。
+    """
     state = checkpoint["model"]
-    n_layers = len({name.split(".")[1] for name in state if str(name).startswith("blocks.")})
     try:
-        if n_layers != config.n_layers:  # 先看层数：写着一亿层的，不要真的去建
-            raise ValueError(f"参数有 {n_layers} 层，配置是 {config.n_layers} 层")
-        if tuple(state["embedding.weight"].shape) != (config.vocab_size, config.dim):
-            raise ValueError("词嵌入的形状不同")
-        routers = [name for name in state if name.endswith(".router.weight")]
-        if config.n_experts != (len(state[routers[0]]) if routers else 0):  # 专家的数目也是
-            raise ValueError(f"专家不是 {config.n_experts} 位")
+        check_parameters(state, config)
+        if sentence := room_for_context(config):
+            raise UserError(f"{path} 用不了：{sentence}")
         model = Transformer(config)
         model.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[min(1, len(str(error).splitlines()) - 1)].strip()
-        raise UserError(f"{path} 的参数与它的配置对不上（{reason}）") from error
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, MemoryError) as error:
+        if isinstance(error, UserError):
+            raise
+        if is_out_of_memory(error):
+            raise no_room(path) from error
+        raise UserError(f"{path} 的参数与它的配置对不上（{brief(error)}）") from error
     return model
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from config import MissingData, UserError
 from engine.checkpoint import SCRIPTS, imported
+from settings.places import as_flags, ask, outside
 from settings.resolve import Origin
 from settings.say import say
 
@@ -74,6 +75,15 @@ def read_old(run, read: Callable):
                 f"请去掉 --replay，或用 --replay_data 写明旧语料"
             )
         return None
+    if run.origins["replay_data"] is Origin.CHECKPOINT and outside(source):
+        flag = as_flags(config, ["replay_data"])
+        if wanted:
+            ask(config, ["replay_data"], run.start_path, f"加上{flag}")
+        say(
+            f"（旧语料 {source} 是 {run.start_path} 里记着的，在项目与现在的目录之外，没有读，"
+            f"忘了多少就看不到；要看：加上{flag}）"
+        )
+        return None
     try:
         old = read(source, "pretrain", run.tokenizer, config, wait=run.waits)
     except UserError as error:
@@ -117,5 +127,5 @@ def moved(run, error: MissingData) -> UserError:
     name = {"pretrain": "data", "sft": "sft_data"}[run.stage]
     return UserError(
         f"{error}；{where_from(run, name)}"
-        f"搬到别处了就写出新的路径：{run.folder.how_to_resume} --{name} 新的路径"
+        f"搬到别处了就写出新的路径：{run.folder.resume_without(name)} --{name} 新的路径"
     )

@@ -6,6 +6,7 @@ pretrain.damaged.pt（坏了的）与 pretrain.diverged.pt（发散时的状态�
 
 import os
 import shlex
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,25 @@ from engine.checkpoint import (
     read,
 )
 from engine.distributed import World
+from settings.new_file import write_text
+from settings.places import USED, as_flags, ask, must_ask, outside
 from settings.resolve import Origins
+from settings.say import say
 from settings.stored import adopt
 from tokenizer import Tokenizer
+
+
+def check_lock(path: Path) -> None:
+    """锁是一个空文件，打开时会截成空的：若是别的东西，截断的就是它指着的文件。
+
+    Raises:
+        UserError: 是链接，或者不是空的。
+    """
+    if not os.path.lexists(path):
+        return
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size or found.st_nlink > 1:
+        raise UserError(f"{path} 不是训练的锁（是链接，或者有内容）；请看看它是什么，再把它挪走")
 
 
 class RunFolder:
@@ -43,7 +60,7 @@ class RunFolder:
     def __init__(
         self, stage: str, config: Config, origins: Origins, world: World, program: str = ""
     ):
-        self.stage, self.world = stage, world
+        self.stage, self.world, self.config = stage, world, config
         self.root = Path(config.out_dir)
         self.path = self.root / f"{stage}.pt"
         self.damaged = False
@@ -52,10 +69,11 @@ class RunFolder:
         if world.launched:
             how = "…" if world.machines > 1 else f"--nproc_per_node={world.size}"
             command = f"torchrun {how} {program}"
-        self.how_to_resume = f"{command} --out_dir {shlex.quote(config.out_dir)} --resume"
+        self.command = f"{command} --out_dir {shlex.quote(config.out_dir)} --resume"
         if world.rank == 0:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
+                check_lock(self.root / ".lock")
                 self.lock = filelock.FileLock(self.root / ".lock")
                 self.lock.acquire(timeout=0)  # 进程一死，系统就替它松手
             except filelock.Timeout:
@@ -67,6 +85,18 @@ class RunFolder:
                     f"写不了 {self.root}（{error.strerror}）；请检查路径与权限，"
                     f"或用 --out_dir 换一个目录"
                 ) from error
+
+    @property
+    def how_to_resume(self) -> str:
+        """接着练的命令，照抄就行：项目之外的路径，写在里面才算数（settings/places.py）。"""
+        return self.resume_without()
+
+    def resume_without(self, left_out: str = "") -> str:
+        """同 `how_to_resume`，但不写 left_out 这个路径。"""
+        names = (n for n in USED[self.stage] if n != left_out)
+        return self.command + as_flags(
+            self.config, (n for n in names if outside(getattr(self.config, n)))
+        )
 
     def begin(
         self, config: Config, origins: Origins, tokenizer: Tokenizer
@@ -100,6 +130,7 @@ class RunFolder:
                 f"（继续预训练是 pre_train.py），并用 --out_dir 换一个目录"
             )
         adopt(config, origins, config_of(checkpoint, path, tokenizer), path)
+        ask(config, must_ask(config, origins, self.stage), path, self.how_to_resume)
         return checkpoint
 
     def settle(self, fresh: bool) -> None:
@@ -111,7 +142,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
         elif self.damaged:
             os.replace(self.path, self.path.with_name(f"{self.path.stem}.damaged.pt"))
-        (self.root / f".{self.stage}.launch").write_text(self.world.launch_id, encoding="utf-8")
+        write_text(self.root / f".{self.stage}.launch", self.world.launch_id)
 
     def close(self) -> None:
         """松开锁；忘了也不要紧，进程一死系统会松。"""
@@ -137,7 +168,7 @@ class RunFolder:
                 raise UserError(f"{path} 是 {checkpoint['stage']} 阶段的检查点；是不是改过名字？")
             if problems:
                 self.damaged = True
-                print(
+                say(
                     f"（{'；'.join(problems)}；改用前一个 {path}，"
                     f"坏的改名为 {self.path.stem}.damaged.pt，留着）"
                 )
@@ -160,10 +191,12 @@ class RunFolder:
                 f"起点 {start} 就在要写的目录 {self.root} 里，练起来会盖掉它；"
                 f"请用 --out_dir 换一个目录，例如 --out_dir {shlex.quote(f'{self.root}-more')}"
             )
+        problems = []
         for path in existing:
             try:
                 checkpoint = read(path, mmap=True)
-            except UserError:
+            except UserError as error:
+                problems.append(str(error))
                 continue
             step, total = checkpoint["progress"]["step"], checkpoint["max_steps"]
             # 最新的坏了，它也许走了很远：前一个哪怕一步没走，也不能悄悄盖掉。
@@ -179,6 +212,6 @@ class RunFolder:
             )
         if existing:
             raise UserError(
-                f"{'、'.join(map(str, existing))} 已经有了，但读不出来；"
+                f"{'；'.join(problems)}：已经有了，但读不出来；"
                 f"不要了：加上 --overwrite；要留着：用 --out_dir 换一个目录"
             )

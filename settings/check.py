@@ -5,6 +5,7 @@ RULES          一张表：一条规矩看哪几个字段，怎样算对，不�
 check_values   逐条对照这张表
 """
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import fields
 from typing import NamedTuple
@@ -30,11 +31,13 @@ def check_types(config: Config, problems: list[str]) -> set[str]:
         if (value is None and f.default is None) or (f.metadata["auto"] and value == "auto"):
             continue
         if type(value) is not kind:
-            problems.append(f"{f.name} 要的是 {kind.__name__}，得到的是 {value!r}")
+            problems.append(f"{f.name} 要的是 {kind.__name__}，得到的是 {reprlib.repr(value)}")
         elif choices and value not in choices:
-            problems.append(f"{f.name} 只能是 {'、'.join(choices)}，得到的是 {value!r}")
+            problems.append(f"{f.name} 只能是 {'、'.join(choices)}，得到的是 {reprlib.repr(value)}")
         elif kind is str and not is_text(value):
-            problems.append(f"{f.name} 要的是 UTF-8 编码的文字，得到的是 {value!r}")
+            problems.append(f"{f.name} 要的是 UTF-8 编码的文字，得到的是 {reprlib.repr(value)}")
+        elif f.name in PLACES and (len(value) > 4096 or min(value, default=" ") < " "):
+            problems.append(f"{f.name} 太长，或者有换行等看不见的字：{reprlib.repr(value)}")
         elif f.name in PLACES and not value.strip():
             problems.append(f"{f.name} 不能是空的；请写上路径，或不写这一项")
         else:
@@ -61,10 +64,12 @@ POSITIVE = (*(name for name in SHAPE if name not in NOT_NEGATIVE),
             "router_scale", "max_steps", "epochs", "sft_max_steps", "sft_epochs", "eval_every",
             "eval_tokens")  # fmt: skip
 NOT_TOO_LARGE = (lambda v: v <= LARGEST, "不能超过 10^9")
+LONGEST = 2**20  # 位置编码与缓存都照 max_len 分配：一百万个词元已经要几 GB
 
 # 一个字段自己的范围：（哪些字段，（怎样算对，不对时说什么）…）
 RANGES = (
     (POSITIVE, (lambda v: v > 0, "必须是正数"), NOT_TOO_LARGE),
+    (("max_len",), (lambda v: v <= LONGEST, "不能超过 2^20")),
     (NOT_NEGATIVE, (lambda v: v >= 0, "不能是负数"), NOT_TOO_LARGE),
     (("warmup", "decay", "weight_decay"), (lambda v: 0 <= v <= 1, "必须在 0 与 1 之间")),
     (

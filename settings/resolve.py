@@ -20,6 +20,7 @@ from config import BOTH_STAGES, PRESETS, STEPS_OR_EPOCHS, Config, UserError
 from settings.check import check_types, check_values
 from settings.defaults import AUTOMATIC, sft_start
 from settings.flags import help_text, parse_flags
+from settings.new_file import write_text
 from settings.say import say
 
 # ---------- 1. 定值 ----------
@@ -187,7 +188,7 @@ def describe(config: Config, origins: Origins) -> str:
 def save_config(config: Config, path: Path) -> None:
     """把定下来的配置写成 JSON，与结果放在一起。"""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(config), ensure_ascii=False, indent=2), encoding="utf-8")
+    write_text(path, json.dumps(asdict(config), ensure_ascii=False, indent=2))
 
 
 def repeat_flags(config: Config, origins: Origins) -> str:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from config import PER_PRESET, SHAPE, STEPS_OR_EPOCHS, Config, UserError
-from settings.check import check_values
+from settings.check import PLACES, check_values
 from settings.defaults import continued_lr, sft_lr
 from settings.resolve import Origin, Origins, fill_automatic
 
@@ -80,6 +80,8 @@ FIXED = {"preset", *SHAPE, "seq_len", "seed", "isolate_documents", "val_fraction
 def adopt(config: Config, origins: Origins, source: Config, path: Path) -> None:
     """接着练：配置一律取自检查点，命令行上另外指定的除外，那些要看会不会影响结果。
 
+    路径与检查点里的相同的，仍算自己写的：不必再问（places.py）。
+
     Args:
         config: 会被就地改写。
         source: 检查点里的配置。
@@ -98,7 +100,7 @@ def adopt(config: Config, origins: Origins, source: Config, path: Path) -> None:
         mine, theirs = getattr(config, name), getattr(source, name)
         if name in given - LOCAL and mine != theirs:
             changed[name] = f"{name}（{theirs} → {mine}）"
-        elif name not in LOCAL:
+        elif name not in LOCAL and not (name in PLACES and mine == theirs):
             setattr(config, name, theirs)
             origins[name] = Origin.CHECKPOINT
     ignored = [n for n, mine in edited.items() if mine not in (None, getattr(source, n))]

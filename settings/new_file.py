@@ -1,0 +1,34 @@
+"""写文件：从来不顺着链接写到别处去。
+
+new_file      新建一个文件来写；原来叫这个名字的，先去掉
+write_text    一段文字写成一个文件，换掉原有的
+
+在名字猜得到的地方（X.pt.part、config.json），别人可以先放一个链接：照普通的 open("w") 写，盖掉的
+是链接指着的那个文件；硬链接也一样。去掉的只是这个名字，它指着的文件不受影响。
+"""
+
+import os
+from pathlib import Path
+from typing import IO, Any
+
+
+def new_file(path: Path, mode: str = "wb", **how: Any) -> IO[Any]:
+    """新建一个文件来写。
+
+    Args:
+        path: 原来有叫这个名字的文件或链接，先去掉；目录不去掉。
+        mode: "wb" 或 "w"。
+        how: 同 open，例如 encoding。
+    Raises:
+        OSError: 写不了；FileExistsError：刚去掉，又有人放了一个。
+    """
+    Path(path).unlink(missing_ok=True)
+    return open(path, mode.replace("w", "x"), **how)  # "x"：已经有的（也包括链接）不打开
+
+
+def write_text(path: Path, text: str) -> None:
+    """写成 UTF-8 的文件；写完才换掉原有的。"""
+    part = path.with_name(path.name + ".part")
+    with new_file(part, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(part, path)
