@@ -17,7 +17,7 @@ from config import UserError
 from corpus.find import stamp_of
 from corpus.log import Unusable
 
-BLOCK = 1 << 20  # 一次从磁盘读多少字节
+BLOCK = 1 << 18  # 一次从磁盘读多少字节
 # 文字很少压得到二十分之一；解出这么多之后，还压得这么小的，不是文字。
 BOMB_RATIO, BOMB_SIZE = 100, 32 << 20
 
@@ -79,9 +79,10 @@ class Steady(io.RawIOBase):
             whole.update(self._read(number))
         return self.stamp, whole.hexdigest()
 
-    def close(self) -> None:
+    def release(self) -> None:
+        """用完了，真的关上；close 只说不再读：套在外面的各层丢掉时都会叫它，散列那时还没有算。"""
+        self.close()
         self.raw.close()
-        super().close()
 
 
 class Broken(Exception):

@@ -59,7 +59,7 @@ def open_parts(path: Path, log: ReadLog) -> Iterator[Part]:
         log.hashes[path] = raw.hashed()
     finally:
         log.done, log.file = log.done + raw.size, None
-        raw.close()
+        raw.release()
 
 
 def _unwrap(name: str, file: str, raw, consumed, depth: int, log: ReadLog) -> Iterator[Part]:
