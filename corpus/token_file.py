@@ -30,6 +30,7 @@ from corpus.encode import chunks, encode_conversations, encode_documents
 from corpus.log import ReadLog, Refused
 from corpus.writer import Writer, put
 from dataset import SIDES
+from settings.new_file import new_file
 from settings.say import say
 from tokenizer import Tokenizer
 
@@ -123,7 +124,7 @@ def only_one(lock_file: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        print("（另一个程序正在准备这份数据，等它做完……）")
+        say("（另一个程序正在准备这份数据，等它做完……）")
         lock.acquire()
     try:
         yield
@@ -218,7 +219,7 @@ def _build(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) 
     log.check()
     totals = writer.totals()
     for line in [*log.report(), *check_lost(totals, log)]:
-        print(line)
+        say(line)
     held_out = writer.held_out(identity["val_fraction"])
     if held_out is None:
         raise Refused(
@@ -238,7 +239,8 @@ def _build(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) 
     for side, mine in (("train", ~held_out), ("val", held_out)):
         card |= writer.write_side(side, mine)
     part = Path(f"{base}.json.part")
-    part.write_bytes(cards.seal(card))
+    with new_file(part) as f:
+        f.write(cards.seal(card))
     put(part, Path(f"{base}.json"))
 
 

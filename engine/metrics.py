@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from engine.distributed import World
 from engine.progress import Progress
+from settings.new_file import new_file
 from settings.say import say
 
 
@@ -43,7 +44,7 @@ class Metrics:
         n = sum(row["step"] <= progress.step for row in records.rows)  # 之后的会重新走一遍
         self.rows = records.rows[:n]
         part = self.path.with_name("metrics.jsonl.part")
-        with part.open("wb") as f:
+        with new_file(part) as f:
             f.writelines(records.lines[:n])
         if records.left_out:
             kept = keep_damaged(self.path)
@@ -99,9 +100,10 @@ class Metrics:
         axes.grid(alpha=0.3)
         axes.legend()
         try:
-            figure.savefig(self.picture, dpi=120)
+            with new_file(self.picture) as f:
+                figure.savefig(f, dpi=120, format="png")
         except OSError as error:
-            print(f"（画不了 {self.picture}（{error.strerror}），不影响检查点）")
+            say(f"（画不了 {self.picture}（{error.strerror}），不影响检查点）")
         plt.close(figure)
 
 
