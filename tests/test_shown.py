@@ -4,7 +4,6 @@ from settings.script import outcome
 
 import ast
 import contextlib
-import importlib
 import io
 import json
 import logging
@@ -21,7 +20,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripts import ENVIRONMENT, LITTLE, QUICK, REPO, run
-from tqdm import tqdm
 
 import pre_chat
 import sft_chat
@@ -100,11 +98,7 @@ def test_what_is_said_is_clean(capsys):
 
 # ---------- 2. 从哪里出去 ----------
 
-LEFT = {  # 还没有改走 say 的
-    "corpus/token_file.py", "download.py", "engine/metrics.py", "engine/run.py",
-    "engine/run_folder.py", "settings/stored.py", "tools/huggingface/export.py",
-    "tools/huggingface/import_hf.py", "tools/web/__main__.py",
-}  # fmt: skip
+LEFT = {"download.py", "tools/huggingface/export.py", "tools/huggingface/import_hf.py"}
 ALLOWED = {
     ("settings/say.py", "print"): "say 自己",
     ("settings/say.py", "tqdm.write"): "say_above_bar 自己",
@@ -237,17 +231,7 @@ def test_what_is_typed_controls_nothing(program, tmp_path, monkeypatch):
     assert "第 毒\\x1b" in shown(*run(tmp_path, program, f"--{POISON}", code=2))
 
 
-@pytest.fixture
-def converted(monkeypatch):
-    """LEFT 里的还没有改走 say：先替它们改，看得见别处有没有漏。"""
-    write = tqdm.write
-    monkeypatch.setattr(tqdm, "write", lambda text, file=None: write(clean(text), file=file))
-    for name in LEFT - {"download.py", "tools/web/__main__.py"}:
-        module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
-        monkeypatch.setattr(module, "print", say, raising=False)
-
-
-def test_poisoned_data_is_shown_harmless(tmp_path, converted):
+def test_poisoned_data_is_shown_harmless(tmp_path):
     """数据：文件名、字段名、值；体检，再真的练一步，连同模型写的样本。"""
     rows = [{"text": f"第 {i} 篇{POISON}", POISON: POISON, "源": POISON} for i in range(9)]
     name = f"{POISON}\n已保存.jsonl"
@@ -277,7 +261,7 @@ def poisoned(value):
     return POISON if isinstance(value, str) else value
 
 
-def test_a_poisoned_checkpoint_is_shown_harmless(little, tmp_path, converted):
+def test_a_poisoned_checkpoint_is_shown_harmless(little, tmp_path):
     """检查点里的每一项文字，一项一项地换成毒，再一起换：说的都只是一句。"""
     good = torch.load(little / "out/tiny/pretrain.pt", weights_only=True)
     names = [name for name, value in good.items() if poisoned(value) is not value]
