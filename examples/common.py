@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -46,7 +45,7 @@ from tools.huggingface.import_hf import (
     read_config,
     read_model,
 )
-from tools.huggingface.shapes import TwoPaths
+from tools.huggingface.shapes import TwoPaths, quiet
 
 Messages = list[dict[str, str]]  # [{"role": …, "content": …}, …]，transformers 的写法
 ROWS = 8  # 检验与回答时，一次算几行

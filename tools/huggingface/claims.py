@@ -68,6 +68,10 @@ def read_claims(path: Path, raw: dict[str, Any], max_len: int | None = None) -> 
             f"{path} 的结构是 {shown(raw.get('architectures'))}（{shown(kind)}）；"
             f"能导入的只有 {'、'.join(KINDS.values())}"
         )
+    raw = dict(raw)
+    if (local := raw.pop("num_local_experts", None)) is not None:  # transformers 5 这样叫它
+        if raw.setdefault("num_experts", local) != local:
+            raise UserError(f"{path} 的 num_experts 与 num_local_experts 不同；请重新导出")
     problems: list[str] = []
     shape = read_shape(raw, kind == "qwen3_moe", problems)
     shape["rope_theta"] = read_theta(raw, problems)
@@ -121,11 +125,11 @@ def differences(raw: dict[str, Any], experts: bool) -> list[str]:
     found = [f"{name} 是 {shown(raw[name])}，应没有或是空的" for name in REFUSED
              if not empty(raw.get(name))]  # fmt: skip
     heads, dim = raw.get("num_attention_heads"), raw.get("hidden_size")
-    whole = type(heads) is int and type(dim) is int and heads > 0
-    expected = {"vocab_size": N_TOKENS, "head_dim": dim // heads if whole else None,
-                "hidden_act": "silu"}  # fmt: skip
-    absent = {"head_dim": 128, "hidden_act": "silu", "norm_topk_prob": False,
-              "decoder_sparse_step": 1}  # fmt: skip
+    expected = {"vocab_size": N_TOKENS, "hidden_act": "silu"}
+    if type(heads) is int and type(dim) is int and heads > 0:  # 不是的，已经说过了
+        expected["head_dim"] = dim // heads
+    absent = {"hidden_act": "silu", "norm_topk_prob": False, "decoder_sparse_step": 1,
+              "head_dim": expected.get("head_dim") if experts else 128}  # fmt: skip
     if experts:
         expected |= {"norm_topk_prob": True, "decoder_sparse_step": 1}
     for name, value in expected.items():

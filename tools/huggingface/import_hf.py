@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from config import N_TOKENS, PRESETS, SHAPE, Config, UserError, option
+from config import PRESETS, SHAPE, Config, UserError, option
 from engine.checkpoint import FORMAT, SCRIPTS, build_model, versions, write
 from engine.progress import Progress
 from settings.check import check_types, check_values
@@ -210,7 +210,7 @@ def read_weights(folder: Path, config: Config, claims: Claims) -> dict[str, Tens
 
 
 def read_model(folder: Path, config: Config, claims: Claims, stage: str):
-    """文件夹里的权重 -> transformers 的模型，fp32；存下来，与 tools.export 写的一样（示例用它）。"""
+    """文件夹里的权重 -> transformers 的模型，fp32；示例用它，存下来与导出的一样。"""
     state = read_weights(folder, config, claims)
     return dressed(stage, config, state, Tokenizer())
 

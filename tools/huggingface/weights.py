@@ -129,7 +129,7 @@ def read_span(name: str, entry: Any, path: Path) -> tuple[torch.dtype, tuple[int
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != expected:
         raise UserError(
-            f"{what} 的形状 {shown(shape)} 要 {expected} 字节，位置写着 {shown(offsets)}；请重新导出"
+            f"{what} 的形状 {shown(shape)} 要 {expected} 字节，位置是 {shown(offsets)}；请重新导出"
         )
     return DTYPES[dtype], tuple(shape), *offsets
 
@@ -194,8 +194,8 @@ def plan(
         sources[name] = [*wanted]
         expected |= wanted
     wrong = [n for n, shape in expected.items() if n in stored and stored[n].shape != shape]
-    problems = {"少了 ": expected.keys() - stored.keys(),
-                "多了 ": stored.keys() - expected.keys() - {OUTPUT}, "形状不对：": wrong}  # fmt: skip
+    missing, more = expected.keys() - stored.keys(), stored.keys() - expected.keys() - {OUTPUT}
+    problems = {"少了 ": missing, "多了 ": more, "形状不对：": wrong}
     if said := [f"{what}{first(names)}" for what, names in problems.items() if names]:
         raise UserError(f"{folder} 的参数与 config.json 对不上：{'；'.join(said)}")
     return sources
