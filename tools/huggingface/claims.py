@@ -69,9 +69,9 @@ def read_claims(path: Path, raw: dict[str, Any], max_len: int | None = None) -> 
             f"能导入的只有 {'、'.join(KINDS.values())}"
         )
     raw = dict(raw)
-    if (local := raw.pop("num_local_experts", None)) is not None:  # transformers 5 这样叫它
-        if raw.setdefault("num_experts", local) != local:
-            raise UserError(f"{path} 的 num_experts 与 num_local_experts 不同；请重新导出")
+    local = raw.pop("num_local_experts", None)  # transformers 5 这样叫它
+    if local is not None and raw.setdefault("num_experts", local) != local:
+        raise UserError(f"{path} 的 num_experts 与 num_local_experts 不同；请重新导出")
     problems: list[str] = []
     shape = read_shape(raw, kind == "qwen3_moe", problems)
     shape["rope_theta"] = read_theta(raw, problems)
