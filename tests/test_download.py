@@ -30,7 +30,7 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 import requests
 import urllib3
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import download
@@ -760,6 +760,7 @@ def tried(answer) -> None:
         assert "\x1b]" not in silence.getvalue()
 
 
+@settings(max_examples=settings().max_examples * 2)
 @given(bodies, statuses, some_headers)
 def test_any_listing_is_understood_or_refused(body, status, headers):
     tried(of(lambda *_: (status, headers, body), CONTENT))

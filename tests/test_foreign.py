@@ -52,29 +52,36 @@ def folder(tmp_path) -> Path:
     return Path(shutil.copytree(BASES["dense"], tmp_path / "hf"))
 
 
-def check(folder: Path):
-    """全部的核对，只是不读权重。"""
-    claims = read_config(folder)
-    _, config = our_config(folder / "config.json", claims, SFT)
+def check(folder: Path, options=SFT):
+    """全部的核对，只是不读权重，也不看分词器。"""
+    claims = read_config(folder, options.max_len)
+    _, config = our_config(folder / "config.json", claims, options)
     with open_weights(folder) as stored:
         check_count(stored, config, folder)
         return config, plan(stored, config, claims.tied, folder)
 
 
-def refused(folder: Path, options=SFT) -> str:
-    """不收，一句话，只有一行，不太长，没有控制字符，内存与时间都用得不多；返回那句话。"""
-    target = folder.parent / "sft.pt"
-    tracemalloc.start()
+def load(folder: Path, options=SFT):
+    """核对，再读权重。"""
+    config, _ = check(folder, options)
+    with open_weights(folder) as stored:
+        return read_state(stored, config, True, folder)
+
+
+def refused(folder: Path, options=SFT, act=check) -> str:
+    """不收，一句话，只有一行，不太长，没有控制字符，用时不多；返回那句话。"""
     began = time.monotonic()
     with pytest.raises(UserError) as error:
-        import_folder(folder, target, options)
+        act(folder, options)
     assert time.monotonic() - began < 5
-    assert tracemalloc.get_traced_memory()[1] < 200 * MB
-    tracemalloc.stop()
     said = str(error.value)
     assert "\n" not in said and clean(said) == said and len(said) < 2000
-    assert not target.exists()
     return said
+
+
+def whole(folder: Path, options=SFT):
+    """真的导入。"""
+    return import_folder(folder, folder.parent / "refused.pt", options)
 
 
 # ---------- 1. config.json ----------
@@ -97,8 +104,20 @@ def test_what_changes_the_mathematics_is_refused_by_name(name, folder):
     """从前 quantization_config 走到了装别的库的代码；10^9 的上下文要了 8 GB 才说不行。"""
     edit(folder, **{name: REFUSED[name]})
     told = {"intermediate_size": "形状不对", "tie_word_embeddings": "少了 lm_head",
-            "num_key_value_heads": "n_kv_heads（3）"}  # fmt: skip
+            "num_key_value_heads": "n_kv_heads（3）",
+            "hidden_size": "head_dim 是 8，应为 10000"}  # fmt: skip
+    tracemalloc.start()
     assert told.get(name, name) in refused(folder)
+    assert tracemalloc.get_traced_memory()[1] < 20 * MB
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["quantization_config", "max_position_embeddings"])
+def test_the_program_refuses_too(name, folder):
+    """命令走的也是这几步，什么也没有写。"""
+    edit(folder, **{name: REFUSED[name]})
+    assert name in refused(folder, act=whole)
+    assert [path.name for path in folder.parent.iterdir()] == ["hf"]
 
 
 def test_what_picks_a_kernel_reaches_nothing(folder, tmp_path, monkeypatch, capsys):
@@ -180,7 +199,7 @@ def test_what_is_not_a_plain_file_is_named_at_once(name, what, folder):
         (os.mkfifo if what == "fifo" else os.mkdir)(place)
     else:
         place.symlink_to("/dev/zero" if what == "device" else "nothing")
-    assert name in refused(folder)
+    assert name in refused(folder, act=whole if name == "tokenizer.json" else check)
 
 
 def test_a_link_to_a_plain_file_is_fine(folder, tmp_path):
@@ -270,7 +289,7 @@ def test_what_is_not_a_number_is_refused(folder, value):
     found = load_file(folder / ONE)
     found[NORM][3] = value
     save_file(found, folder / ONE)
-    assert "有 NaN 或无穷大" in refused(folder)
+    assert "有 NaN 或无穷大" in refused(folder, act=load)
 
 
 def test_more_than_the_machine_has_is_not_begun(folder, monkeypatch):
@@ -448,3 +467,15 @@ def test_any_bytes_of_the_weights_are_read_or_refused(base, place, piece):
             assert all(weight.isfinite().all() for weight in state.values())
         except UserError as error:
             assert "NaN" in str(error)
+
+
+def test_a_wide_model_in_a_small_file_is_refused(folder):
+    """config.json 处处都对得上，只是权重没有那么多字节：还没有分配就看出来。"""
+    edit(folder, hidden_size=40_000, head_dim=10_000, intermediate_size=100_000)
+    header, _ = header_of(folder / ONE)
+    write_header(folder / ONE, json.dumps(header).encode(), 0)
+    assert (folder / ONE).stat().st_size < 4000
+    tracemalloc.start()
+    assert "不是完好的 safetensors" in refused(folder)
+    assert tracemalloc.get_traced_memory()[1] < 20 * MB
+    tracemalloc.stop()
