@@ -1,27 +1,28 @@
-"""ModelScope 上的一个数据集：列出它的文件，不轻信。
+"""ModelScope 的官方客户端，与它从服务器得来的：列表不轻信，出的错说成一句话。
 
-    address      它在哪里（MODELSCOPE_ENDPOINT 可以改）
-    list_files   数据集 -> {文件名: 列表里写的}
-    remote       列表里写的 -> Remote：大小与 sha256，看不懂就说
-    file_url     一个文件的网址
+    client        客户端（听 MODELSCOPE_ENDPOINT 的）
+    list_files    数据集 -> {文件名: Remote}
+    fetch_file    下载一个文件
+    plain_errors  客户端与网络的异常 -> UserError
 
-列表是别人写的：多长、几页、多久都有上限；写不成文件名的，不列。
+列表是别人写的：多长、几页、多久都有上限（corpus/wire.py）；写不成文件名的，不列。
 """
 
-import json
+import logging
 import os
 import re
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlencode, urlsplit
 
 from config import UserError
-from corpus.wire import Dropped, get
+from corpus.wire import Limits, watched
 from settings.say import clean
 
-PAGE, PAGES = 200, 50  # 一页几个文件，至多几页
-PAGE_BYTES = 4 << 20  # 一页至多多少字节；真的不到 0.1 MB
-SECONDS = 120.0  # 一页至多等几秒
+LISTING = 8 << 20  # 列表至多多少字节；真的不到 0.1 MB
+SECONDS = 120.0  # 列表至多等多久
 LARGEST = 2**62  # 一个文件至多多少字节：再大的，哪个文件系统也装不下
+ADDRESS = r"https?://(\[[0-9a-f:.]+\]|[^\s/:@\[\]]+)(:\d{1,5})?(/\S*)?"
 
 
 class Remote(NamedTuple):
@@ -32,87 +33,87 @@ class Remote(NamedTuple):
     sha256: str | None  # 小写的十六进制；没有公布的是 None
 
 
-def address() -> str:
-    """ModelScope 的网址。Raises UserError：环境变量里写的不是网址。"""
-    found = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
-    try:
-        good = urlsplit(found).scheme in ("http", "https") and urlsplit(found).hostname
-    except ValueError:
-        good = False
-    if not good:
-        raise UserError(f"MODELSCOPE_ENDPOINT 是 {found!r}，应是 https:// 开头的网址；请改正")
-    return found.rstrip("/")
+def client():
+    """官方的客户端，与它要去的网址。Raises UserError：环境变量里写的不是网址。"""
+    # 几路同时下载的各写各的文件，名字另起；一路就够快，也只有一个名字要看住。
+    os.environ["MODELSCOPE_DOWNLOAD_PARALLEL_WORKERS"] = "1"
+    from modelscope_hub import HubApi, HubConfig  # 用到才导入，--help 不必等它
+
+    for name in ("modelscope_hub", "urllib3"):  # 它们的日志里有服务器写的字，出了事我们自己说
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    written = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
+    if not re.fullmatch(ADDRESS, HubConfig.normalize_endpoint(written), re.IGNORECASE):
+        raise UserError(f"MODELSCOPE_ENDPOINT 是 {written!r}，应是 https:// 开头的网址；请改正")
+    config = HubConfig()
+    return HubApi(config), config.endpoint
 
 
-def file_url(endpoint: str, dataset: str, path: str) -> str:
-    """一个文件的网址。"""
-    query = urlencode({"Revision": "master", "FilePath": path})
-    return f"{endpoint}/api/v1/datasets/{quote(dataset)}/repo?{query}"
-
-
-def list_files(session, endpoint: str, dataset: str, wanted: str) -> dict[str, dict]:
-    """数据集 -> {文件名: 列表里写的}；找到 wanted 就不再翻页。
+def list_files(api, endpoint: str, dataset: str) -> dict[str, Any]:
+    """数据集 -> {文件名: 客户端读出来的一项}；目录与写不成文件名的不算。
 
     Raises:
         UserError: 连不上，没有这个数据集，或者回答的不是列表。
     """
-    found: dict[str, dict] = {}
-    for number in range(1, PAGES + 1):
-        entries = read_page(session, endpoint, dataset, number)
-        before = len(found)
-        for entry in entries:
-            path = entry.get("Path", entry.get("Name"))
-            if entry.get("Type") != "tree" and is_file_name(path):
-                found.setdefault(path, entry)
-        last = len(entries) < PAGE or len(found) == before  # 后一种：翻来翻去都是同一页
-        if last or wanted in found:
-            return found
-    raise UserError(
-        f"数据集 {dataset} 列了 {PAGES} 页还没有列完，也没有 {wanted}；请用 --file 指定另一个文件"
+    limits = Limits(LISTING, f"{endpoint} 列出的文件有 {LISTING >> 20} MB 还没有完，"
+                    "不像文件的列表；请稍后再试", False, SECONDS)  # fmt: skip
+    missing = f"{endpoint} 上没有数据集 {dataset}，或者它不公开；请到网页上确认它还在"
+    try:
+        with plain_errors(endpoint, missing):
+            found = watched(lambda: api.list_repo_files(dataset, "dataset"), endpoint, limits)
+    except UserError:
+        raise
+    # 客户端照着好的列表去读，读坏的什么都抛得出来；这里不写磁盘，OSError 也只能来自一个坏的日期。
+    except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError,
+            OSError) as error:  # fmt: skip
+        raise not_a_listing(endpoint) from error
+    return {i.path: i for i in found if i.type != "tree" and is_file_name(i.path)}
+
+
+def not_a_listing(endpoint: str) -> UserError:
+    return UserError(
+        f"{endpoint} 的回答看不懂，不是文件的列表（也许是网页）；多半要先登录网络或代理，请稍后再试"
     )
 
 
-def read_page(session, endpoint: str, dataset: str, number: int) -> list[dict]:
-    """列表的一页。"""
-    query = {"Revision": "master", "Recursive": "True", "PageNumber": number, "PageSize": PAGE}
-    url = f"{endpoint}/api/v1/datasets/{quote(dataset)}/repo/tree?{urlencode(query)}"
-    text = bytearray()
-    try:
-        with get(session, url, {}, decode=True, within=SECONDS) as answer:
-            if answer.status == 404:
-                raise UserError(f"{endpoint} 上没有数据集 {dataset}，或者它不公开；"
-                                "请到网页上确认它还在")  # fmt: skip
-            for block in answer.blocks:
-                text += block
-                if len(text) > PAGE_BYTES:
-                    raise UserError(f"{endpoint} 列出的文件有 {PAGE_BYTES >> 20} MB 还没有完，"
-                                    "不像文件的列表；请稍后再试")  # fmt: skip
-    except Dropped as error:
-        raise UserError(
-            f"连不上 {endpoint}，或者连接中途断开（{error}）；请检查网络与代理，再次运行同一条命令"
-        ) from error
-    if answer.status != 200:
-        raise UserError(f"{endpoint} 没有列出文件（HTTP {answer.status}）；请稍后再试")
-    return entries_of(bytes(text), endpoint)
+def fetch_file(api, endpoint: str, dataset: str, file: Remote, folder: Path, limits: Limits):
+    """下载到 folder/file.path；断点续传、重试、进度条、大小与 sha256 的核对都由客户端做。"""
+    published = {"file_size": file.size, "expected_sha256": file.sha256}
+    missing = "服务器不给这个文件（HTTP 404）；请到网页上确认它还在、并且公开"
+    with plain_errors(endpoint, missing):
+        watched(
+            lambda: api.download_file(dataset, "dataset", file.path, local_dir=folder, **published),
+            endpoint,
+            limits,
+        )
 
 
-def entries_of(text: bytes, endpoint: str) -> list[dict]:
-    """一页的内容 -> 列表里的一项项。Raises UserError：不是列表。"""
+@contextmanager
+def plain_errors(endpoint: str, missing: str):
+    """把客户端与网络的异常换成 UserError；磁盘的错、程序自己的错照常抛出。"""
+    import requests
+    from modelscope_hub import errors
+
+    # 顺序要紧：NetworkError 和 RequestException 也是 OSError，具体的必须排在前面。
     try:
-        body = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        html = text[:2000].lstrip().lower().startswith((b"<!doctype html", b"<html"))
-        what = "是网页（HTML）" if html else "不是 JSON"
+        yield
+    except errors.NotExistError as error:
+        raise UserError(missing) from error
+    except errors.FileIntegrityError as error:
         raise UserError(
-            f"{endpoint} 的回答{what}，不是文件的列表；多半要先登录网络或代理，请稍后再试"
+            "下载到的内容与公布的大小或 sha256 不符，已经删除；请稍后再次运行同一条命令"
         ) from error
-    if isinstance(body, dict) and body.get("Code", 200) not in (200, "200", None):
-        raise UserError(f"{endpoint} 没有列出文件（{shown(body.get('Message'))}）；请稍后再试")
-    data = body.get("Data") if isinstance(body, dict) else None
-    entries = data.get("Files") if isinstance(data, dict) else data
-    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise UserError(f"{endpoint} 的回答里没有文件的列表；请稍后再试，或检查代理")
-    return entries
+    except requests.JSONDecodeError as error:
+        raise not_a_listing(endpoint) from error
+    except (errors.NetworkError, requests.RequestException) as error:
+        cause = error.__cause__
+        network = errors.HubError | requests.RequestException
+        if isinstance(cause, OSError) and not isinstance(cause, network):
+            raise cause from None  # 客户端也重试写磁盘的错（例如超出配额），再当作网络的错抛出
+        raise UserError(
+            f"连不上 {endpoint}，或者连接中途断开；请检查网络与代理，再次运行同一条命令会接着下载"
+        ) from error
+    except errors.HubError as error:
+        raise UserError(f"{endpoint} 没有完成请求（{shown(error.message)}）；请稍后再试") from error
 
 
 def is_file_name(path: Any) -> bool:
@@ -127,14 +128,14 @@ def is_file_name(path: Any) -> bool:
     return not bad & {*pieces} and not re.search(r"[\\:\n\t]", path) and max(map(len, pieces)) < 200
 
 
-def remote(path: str, entry: dict) -> Remote:
-    """列表里写的 -> `Remote`。大小写着 0 的，与没有写一样：它也用来表示不知道。
+def remote(path: str, info: Any) -> Remote:
+    """客户端读出来的一项 -> `Remote`。大小写着 0 的，与没有写一样：它也用来表示不知道。
 
     Raises:
         UserError: 写的大小或 sha256 看不懂。
     """
-    size, sha256 = entry.get("Size"), entry.get("Sha256")
-    if size is not None and not (type(size) is int and 0 <= size <= LARGEST):
+    size, sha256 = info.size, info.sha256
+    if not 0 <= size <= LARGEST:
         raise UserError(f"列表里 {path} 的大小写着 {shown(size)}，看不懂；不下载，请到网页上核对")
     if sha256 and not (isinstance(sha256, str) and re.fullmatch(r"[0-9a-fA-F]{64}", sha256)):
         raise UserError(
