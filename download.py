@@ -30,7 +30,6 @@ from corpus.unpack import HEAD, Part, packing
 from settings.flags import read_options, run_script, word
 from settings.say import say
 
-
 RESERVE = 10**9  # 大小没有公布时，磁盘上至少留下这么多字节
 UNKNOWN = 16 * 10**9  # 大小没有公布时，至多收这么多字节：现有的最大的不到 2 GB
 SLACK = 1 << 20  # 大小公布了的，由客户端核对到一个字节；这里再宽这么多，只防它没有核对
