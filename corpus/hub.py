@@ -113,7 +113,9 @@ def plain_errors(endpoint: str, missing: str):
             f"连不上 {endpoint}，或者连接中途断开；请检查网络与代理，再次运行同一条命令会接着下载"
         ) from error
     except errors.HubError as error:
-        raise UserError(f"{endpoint} 没有完成请求（{shown(error.message)}）；请稍后再试") from error
+        raise UserError(
+            f"{endpoint} 没有完成请求（{shown(error.message)}）；请稍后再次运行同一条命令"
+        ) from error
 
 
 def is_file_name(path: Any) -> bool:
