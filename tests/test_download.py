@@ -774,8 +774,6 @@ def tried(answer, size=None, sum_=None) -> None:
             assert not (data / WIKI).exists()
         found = [p for p in Path(folder, "in").rglob("*") if p.is_file()]
         assert all(p.name in (WIKI, WIKI + ".incomplete") and p.parent == data for p in found)
-        own = [p for p in Path(folder, "own").rglob("*") if p.is_file()]  # 客户端的锁，别无他物
-        assert all(p.parent.name == ".lock" for p in own)
         assert "\x1b]" not in silence.getvalue()
 
 
