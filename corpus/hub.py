@@ -92,6 +92,7 @@ def plain_errors(endpoint: str, missing: str):
     """把客户端与网络的异常换成 UserError；磁盘的错、程序自己的错照常抛出。"""
     import requests
     from modelscope_hub import errors
+    from urllib3.exceptions import HTTPError
 
     # 顺序要紧：NetworkError 和 RequestException 也是 OSError，具体的必须排在前面。
     try:
@@ -104,7 +105,7 @@ def plain_errors(endpoint: str, missing: str):
         ) from error
     except requests.JSONDecodeError as error:
         raise not_a_listing(endpoint) from error
-    except (errors.NetworkError, requests.RequestException) as error:
+    except (errors.NetworkError, requests.RequestException, HTTPError) as error:
         cause = error.__cause__
         network = errors.HubError | requests.RequestException
         if isinstance(cause, OSError) and not isinstance(cause, network):

@@ -522,6 +522,7 @@ LISTINGS = {
     "转来转去": (lambda *_: (302, {"Location": "/x/repo/tree"}, b""), "转来转去"),
     "转到文件": (lambda *_: (302, {"Location": "file:///etc/passwd"}, b""), "只能是 http 或"),
     "转到坏的": (lambda *_: (302, {"Location": "http://[::1"}, b""), "只能是 http 或"),
+    "转的坏了": (lambda *_: (301, {"Content-Length": "0", "Location": "0"}, PAGE), "连不上"),
     "转的没完": (lambda *_: (302, {"Location": "/x"}, Endless()), "8 MB 还没有完"),
 }
 
