@@ -7,16 +7,17 @@
 download() 按顺序做五件事：列出数据集里的文件 → 选中一个 → 已经完整就不再下载 →
 看磁盘够不够 → 下载。断点续传、重试、进度条、大小与 sha256 的核对都由 ModelScope 的
 官方客户端 modelscope_hub 完成（modelscope 包自己的下载也交给它，而它导入快得多）；
-这里只决定下载什么、放到哪里，并把它的异常翻译成一句看得懂的话。
+这里决定下载什么、放到哪里，不轻信列表（corpus/hub.py），收多少、等多久都有上限
+（corpus/wire.py），最后说清楚核对了什么。
 """
 
 from settings.script import run_script
 
-import contextlib
 import difflib
-import logging
+import os
 import shlex
 import shutil
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,16 @@ from typing import NamedTuple
 
 from chat.numbers import file_size
 from config import UserError, option
+from corpus import hub, wire
 from corpus.find import sha256
+from corpus.sniff import recognise
+from corpus.unpack import HEAD, Part, packing
 from settings.flags import read_options, word
+from settings.say import say
+
+RESERVE = 10**9  # 大小没有公布时，磁盘上至少留下这么多字节
+UNKNOWN = 16 * 10**9  # 大小没有公布时，至多收这么多字节：现有的最大的不到 2 GB
+SLACK = 1 << 20  # 大小公布了的，由客户端核对到一个字节；这里再宽这么多，只防它没有核对
 
 
 class Source(NamedTuple):
@@ -58,100 +67,156 @@ class Options:
     data_dir: str = option("data", "放在哪个目录")
 
 
-@contextlib.contextmanager
-def plain_errors(dataset, endpoint, data_dir):
-    """把客户端、网络与磁盘的异常换成 UserError；程序自己的错误照常抛出。"""
-    import requests
-    from modelscope_hub import errors
-
-    # 顺序要紧：NetworkError 和 RequestException 也是 OSError，具体的必须排在前面。
-    try:
-        yield
-    except errors.NotExistError as error:
-        message = f"{endpoint} 上没有数据集 {dataset}，或者它不公开；请到网页上确认它还在"
-        raise UserError(message) from error
-    except errors.FileIntegrityError as error:
-        message = f"从 {dataset} 下载到的内容与公布的大小或 sha256 不符，已经删除"
-        raise UserError(f"{message}；请稍后再次运行同一条命令") from error
-    except (errors.NetworkError, requests.RequestException) as error:
-        message = f"连不上 {endpoint}，或者连接中途断开；请检查网络与代理"
-        raise UserError(f"{message}，再次运行同一条命令会接着下载") from error
-    except errors.HubError as error:
-        raise UserError(f"{endpoint} 没有完成请求（{error.message}）；请稍后再试") from error
-    except OSError as error:
-        message = f"写不进 {data_dir}（{error}）；请腾出空间、检查权限"
-        raise UserError(f"{message}，或用 --data_dir 换一个位置，然后再次运行") from error
-
-
 def choose_file(files, name, dataset):
-    """在数据集的文件列表里找到 name；没有就报出最接近的名字和全部文件。"""
-    by_name = {info.path: info for info in files if not info.is_dir}
-    if not by_name:
+    """在数据集的文件列表里找到 name；没有就报出最接近的名字和二十来个文件。"""
+    if not files:
         raise UserError(f"数据集 {dataset} 没有列出任何文件；请到网页上确认它还在、并且公开")
-    if name not in by_name:
-        nearest = difflib.get_close_matches(name, by_name, n=1, cutoff=0)[0]
-        listing = "、".join(f"{path}（{file_size(i.size)}）" for path, i in by_name.items())
-        raise UserError(
-            f"数据集 {dataset} 里没有文件 {name}，最接近的是 {nearest}；"
-            f"请用 --file 指定其中一个：{listing}"
-        )
-    return by_name[name]
+    if name in files:
+        return hub.remote(name, files[name])
+    near = difflib.get_close_matches(name, [*files][:300], n=20, cutoff=0)  # 多了，比得慢
+    listing = "、".join(
+        f"{path}（{file_size(files[path].size)}）" if 0 < files[path].size <= hub.LARGEST else path
+        for path in near
+    )
+    more = f" 等 {len(files)} 个" if len(files) > len(near) else ""
+    raise UserError(
+        f"数据集 {dataset} 里没有文件 {name}，最接近的是 {near[0]}；"
+        f"请用 --file 指定其中一个：{listing}{more}"
+    )
 
 
-def is_whole(target, info):
+def place(data_dir, name):
+    """存到哪里。Raises UserError：会存到 data_dir 之外。"""
+    target = data_dir / name
+    if not target.resolve().is_relative_to(data_dir.resolve()) and not target.is_symlink():
+        raise UserError(f"文件名 {name} 指向 data_dir（{data_dir}）之外，不下载；请换一个文件")
+    return target
+
+
+def is_whole(target, file):
     """target 已经完整时为 True，还不存在时为 False。
 
     Raises:
         UserError: 存在，却不是公布的那个文件。它也许是用户自己改过的，所以绝不覆盖。
     """
-    if not target.exists():
+    if not os.path.lexists(target):
         return False
-    print(f"{target} 已经存在，正在核对……")
-    same = info.size in (0, target.stat().st_size)  # 列表里的 0 表示“不知道”
-    if same and info.sha256:
-        same = sha256(target) == info.sha256
+    if not target.is_file():  # 断了的链接、管道、目录
+        raise UserError(f"{target} 已经存在，却不是普通的文件；想下载，请先把它移走或改名")
+    say(f"{target} 已经存在，正在核对……")
+    same = file.size in (None, target.stat().st_size)
+    if same and file.sha256:
+        same = sha256(target) == file.sha256
     if not same:
         raise UserError(f"{target} 已经存在，但与公布的文件不同；想重新下载，请先把它移走或改名")
+    if file.sha256:
+        say("文件完整，不必再下载")
+    else:
+        known = "大小相同" if file.size else "也没有公布大小，无从核对"
+        say(f"没有公布 sha256，{known}；就用它，不再下载；想重新下载，请先把它移走或改名")
     return True
 
 
-def check_space(target, info):
-    """报告要下载多少、放到哪里、还剩多少空间；放不下就不开始。"""
-    # 客户端把没下完的内容存成“文件名.incomplete”，下次从它的末尾接着下载。
-    partial = target.with_name(target.name + ".incomplete")
+def partial_of(target, file):
+    """客户端把没下完的存在这个名字下，下次从它的末尾接着；接不上的先删掉。
+
+    Raises:
+        UserError: 那里是链接之类，客户端会顺着它写到别处去。
+    """
+    partial = target.with_suffix(target.suffix + ".incomplete")
+    if not os.path.lexists(partial):
+        return partial
+    found = partial.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        raise UserError(f"{partial} 不是普通的文件（链接或管道之类），不往里写；请先把它移走")
+    if file.size is not None and found.st_size > file.size:
+        say("上次留下的比公布的还长，不是它的开头；从头下载")
+        partial.unlink()
+    elif found.st_size and not file.sha256:
+        say("没有公布 sha256，不知道上次留下的是不是同一个文件；从头下载")
+        partial.unlink()
+    return partial
+
+
+def check_space(target, partial, file):
+    """报告要下载多少、放到哪里、还剩多少空间；放不下就不开始。返回至多收多少。"""
     done = partial.stat().st_size if partial.exists() else 0
     free = shutil.disk_usage(target.parent).free
-    print(f"下载 {info.path}（{file_size(info.size)}）到 {target}；磁盘剩余 {file_size(free)}")
+    size = "大小没有公布" if file.size is None else file_size(file.size)
+    say(f"下载 {file.path}（{size}）到 {target}；磁盘剩余 {file_size(free)}")
     if done:
-        print(f"上次已经下载 {file_size(done)}，从那里接着下载")
-    if info.size - done > free:
+        say(f"上次已经下载 {file_size(done)}，从那里接着下载")
+    need = RESERVE if file.size is None else file.size - done
+    if need > free:
         raise UserError(
-            f"磁盘空间不够：还要下载 {file_size(info.size - done)}，{target.parent} 只剩 "
+            f"磁盘空间不够：还要下载 {file_size(need)}，{target.parent} 只剩 "
             f"{file_size(free)}；请腾出空间，或用 --data_dir 换一个位置"
         )
+    return min(free + done - RESERVE, UNKNOWN) if file.size is None else file.size + SLACK
+
+
+def limits(file, most):
+    """下载这个文件的上限。"""
+    if file.size is not None:
+        too_long = f"服务器给的比公布的 {file.size} 字节还多，不是公布的那个文件；已经停下、删除"
+    else:
+        too_long = (
+            f"没有公布大小，收到 {most} 字节还没有完（磁盘要留 {RESERVE // 10**9} GB，"
+            f"至多收 {UNKNOWN // 10**9} GB）；已经停下、删除，请腾出空间或换一个文件"
+        )
+    return wire.Limits(most, too_long, is_file=True, same_tag=not file.sha256)
+
+
+def verified(target, file):
+    """返回核对了什么。公布了的客户端已经核对；没有公布 sha256 的，看看开头像不像数据。
+
+    Raises:
+        UserError: 不是数据，例如网页；已经删除。
+    """
+    if file.sha256:
+        return "大小与 sha256 无误" if file.size is not None else "sha256 无误"
+    try:
+        looks = kind_of(target)
+    except UserError as error:
+        target.unlink()
+        raise UserError(f"下载到的不是数据，已经删除：{error}") from error
+    known = "只核对了大小" if file.size is not None else "也没有公布大小，内容对不对无从核对"
+    return f"没有公布 sha256，{known}；看开头像是 {looks}"
+
+
+def kind_of(path):
+    """看开头，像是什么。Raises UserError：不是数据。"""
+    with path.open("rb") as stream:
+        head = stream.read(HEAD)
+        if (packed := packing(head)) is not None:
+            return f"{packed} 压缩的"
+        return recognise(Part(path.name, path.suffix.lower(), head, stream, True)).name
 
 
 def download(dataset, name, data_dir):
     """下载一个文件（已经完整就不下载），返回它的路径 data_dir/name。"""
-    from modelscope_hub import HubApi, get_default_config  # 用到才导入，--help 不必等它
-
-    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)  # 不要它列表与重试的日志
-    endpoint = get_default_config().endpoint
-    print(f"查询 {endpoint} 上的数据集 {dataset} ……")
-    with plain_errors(dataset, endpoint, data_dir):
-        api = HubApi()
-        info = choose_file(api.list_repo_files(dataset, "dataset"), name, dataset)
-        target = data_dir / name
-        if not target.resolve().is_relative_to(data_dir.resolve()):
-            raise UserError(f"文件名 {name} 指向 data_dir（{data_dir}）之外，不下载；请换一个文件")
-        if is_whole(target, info):
-            print("文件完整，不必再下载")
+    api, endpoint = hub.client()
+    say(f"查询 {endpoint} 上的数据集 {dataset} ……")
+    file = choose_file(hub.list_files(api, endpoint, dataset), name, dataset)
+    target = place(data_dir, name)
+    try:
+        if is_whole(target, file):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        check_space(target, info)
-        published = {"file_size": info.size or None, "expected_sha256": info.sha256}
-        api.download_file(dataset, "dataset", name, local_dir=data_dir, **published)
-    print("下载完成" + ("，sha256 无误" if info.sha256 else "（没有公布 sha256，只核对了大小）"))
+        partial = partial_of(target, file)
+        most = check_space(target, partial, file)
+        try:
+            hub.fetch_file(api, endpoint, dataset, file, data_dir, limits(file, most))
+        except wire.Useless:
+            partial.unlink(missing_ok=True)
+            raise
+        checked = verified(target, file)
+    except OSError as error:
+        raise UserError(
+            f"写不进 {data_dir}（{error}）；请腾出空间、检查权限，"
+            "或用 --data_dir 换一个位置，然后再次运行"
+        ) from error
+    say(f"下载完成，{checked}")
     return target
 
 
@@ -162,11 +227,11 @@ def main():
     try:
         target = download(source.dataset, options.file or source.file, Path(options.data_dir))
     except KeyboardInterrupt:
-        print("\n已中断；再次运行同一条命令，会从中断的地方接着下载", file=sys.stderr)
+        say("\n已中断；再次运行同一条命令，会从中断的地方接着下载", file=sys.stderr)
         sys.exit(130)
     # minimind 的数据集里也有预训练用的文件，名字都以 pretrain 开头。
     trainer = SOURCES["wiki"].trainer if target.name.startswith("pretrain") else source.trainer
-    print(f"接下来运行：\n  python {trainer} {shlex.quote(target.as_posix())}")
+    say(f"接下来运行：\n  python {trainer} {shlex.quote(target.as_posix())}")
 
 
 if __name__ == "__main__":

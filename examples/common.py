@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -46,7 +45,6 @@ from tools.huggingface.import_hf import (
     our_config,
     read_config,
     read_model,
-    unreadable,
 )
 from tools.huggingface.shapes import TwoPaths, quiet
 
@@ -101,19 +99,19 @@ def load_folder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, C
     """
     keep_freed_memory()  # 大块的内存留着用：还了又要，占去一半的时间
     add_in_fixed_order()  # 同样的种子，同样的结果
-    theirs, noted = read_config(path)
-    check_tokenizer(path, Tokenizer())
-    with unreadable(f"{path} 的分词器读不出来"), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    if tokenizer.chat_template is None:
+    claims, ours = read_config(path), Tokenizer()
+    check_tokenizer(path, ours)
+    if claims.stage == "pretrain":
         raise UserError(
             f"{path} 还没有微调过，不会回答；请先运行 python sft_train.py，再导出 sft.pt"
         )
     options = ImportOptions(stage="sft", preset="tiny")  # 没有记下也不要紧：要用的与预设无关
-    _, config = our_config(path / "config.json", theirs, noted, options)
+    _, config = our_config(path / "config.json", claims, options)
+    tokenizer = ours.to_transformers("sft", config.max_len, config.keep_reasoning)
+    tokenizer.padding_side = "left"
     if config.sft_data != "builtin":
         say(f"（它微调用的对话：{config.sft_data}；下面说的词典与训练过的成语，它未必学过）")
-    return read_model(path, theirs), tokenizer, config
+    return read_model(path, config, claims, "sft"), tokenizer, config
 
 
 def save_folder(

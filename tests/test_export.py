@@ -541,17 +541,17 @@ BROKEN = {
     "分类器": (config(architectures=["Qwen3ForSequenceClassification"]), "结构是 ['Qwen3ForSeq"),
     "没有写结构": (config(architectures=None), "结构是 None"),
     "结构不是列表": (config(architectures=3), "结构是 3"),
-    "偏置": (config(attention_bias=True), "attention_bias 是 True，应为 False"),
+    "偏置": (config(attention_bias=True), "attention_bias 是 True，应没有"),
     "滑动窗口": (config(**WINDOW), "sliding_window 是 8"),
     "拉长的旋转": (config(rope_parameters=YARN), "rope_parameters 是"),
-    "旋转的底数不是数": (config(rope_parameters=THETA), "rope_theta 要的是 float"),
+    "旋转的底数不是数": (config(rope_parameters=THETA), "rope_theta 是正数"),
     "激活函数": (config(hidden_act="gelu"), "hidden_act 是 gelu，应为 silu"),
     "头宽": (config(head_dim=16), "head_dim 是 16，应为 8"),
     "词表的大小": (config(vocab_size=21248), "vocab_size 是 21248，应为 21146"),
     "头数不整除": (config(num_attention_heads=5, head_dim=6), "必须整除 dim"),
-    "没有头": (config(num_attention_heads=0), "n_heads 必须是正数"),
-    "负的宽度": (config(hidden_size=-32), "dim 必须是正数"),
-    "宽度不是数": (config(hidden_size="x"), "里有不对的值"),
+    "没有头": (config(num_attention_heads=0), "num_attention_heads 是 0，应是 1 到"),
+    "负的宽度": (config(hidden_size=-32), "hidden_size 是 -32，应是 1 到"),
+    "宽度不是数": (config(hidden_size="x"), "hidden_size 是 x，应是 1 到"),
     "层数太多": (config(**DEEP), "权重有 2 层，与 config.json"),
     "记下的不对": (config(mini_llm=[1]), "mini_llm 不对"),
     "记下的值不对": (config(mini_llm=BAD_NOTE), "lr 要的是"),
@@ -750,7 +750,7 @@ def test_mistakes_are_one_sentence(tool, args, said):
 
 @pytest.mark.parametrize(
     ("tool", "flags"),
-    [(export_module, ["overwrite"]), (import_module, ["stage", "preset", "overwrite"])],
+    [(export_module, ["overwrite"]), (import_module, ["stage", "preset", "max_len", "overwrite"])],
 )
 def test_help_names_every_flag(capsys, tool, flags):
     with pytest.raises(SystemExit) as leaving:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from config import N_TOKENS, Config, UserError, option
 from engine.checkpoint import load
 from generate import CALM, Sampling
 from settings.check import PLACES
 from settings.flags import read_options
+from settings.say import say
 from tokenizer import Tokenizer
 from tools.huggingface.card import corpora, model_card
 from tools.huggingface.shapes import TwoPaths, check_finite, quiet, qwen3
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(options.target)
     export(Path(options.source), folder, options.overwrite)
     where = shlex.quote(str(folder))
-    print(
+    say(
         f"写好 {folder}：权重、配置、分词器与模型卡（README.md，里面有用法）\n"
         f"带回来：python -m tools.import_hf {where} 新的检查点.pt"
     )
@@ -67,13 +69,7 @@ def export(path: Path, folder: Path, overwrite: bool = False) -> None:
     model, config, checkpoint = load(path, tokenizer)
     state = model.state_dict()
     check_finite(state, path)
-    # 补齐词表用的那些行不带走：它们没有对应的词元。
-    state["embedding.weight"] = state["embedding.weight"][:N_TOKENS].clone()
-    theirs = qwen3(
-        replace(config, vocab_size=N_TOKENS), state, bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id, **{KEY: recorded(checkpoint["stage"], config)},
-    )  # fmt: skip
-    theirs.generation_config = generation_config(checkpoint["stage"], tokenizer)
+    theirs = dressed(checkpoint["stage"], config, state, tokenizer)
     with written_whole(folder) as part:
         theirs.save_pretrained(part)
         save_tokenizer(
@@ -82,6 +78,18 @@ def export(path: Path, folder: Path, overwrite: bool = False) -> None:
         )
         card = model_card(checkpoint, config, theirs.num_parameters())
         (part / "README.md").write_text(card, encoding="utf-8")
+
+
+def dressed(stage: str, config: Config, state: dict[str, Tensor], tokenizer: Tokenizer):
+    """我们的参数 -> transformers 的模型，带着要一起存下的配置。"""
+    # 补齐词表用的那些行不带走：它们没有对应的词元。
+    state = state | {"embedding.weight": state["embedding.weight"][:N_TOKENS].clone()}
+    theirs = qwen3(
+        replace(config, vocab_size=N_TOKENS), state, bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id, **{KEY: recorded(stage, config)},
+    )  # fmt: skip
+    theirs.generation_config = generation_config(stage, tokenizer)
+    return theirs
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """与 transformers 的 Qwen3 对照：同样的结构，两套名字。导出、导入与测速都用这一份。
 
-    qwen3_config      我们的形状 -> Qwen3Config 或 Qwen3MoeConfig；our_shape 反过来
+    qwen3_config      我们的形状 -> Qwen3Config 或 Qwen3MoeConfig
     qwen3             同样形状的 Qwen3ForCausalLM，可以装进同样的权重
-    to_theirs         我们的参数 -> 它的参数；to_ours 反过来
+    to_theirs         我们的参数 -> 它的参数
     TwoPaths          导出与导入共用的命令行：两个路径，后面是各项参数
 
 图例：E 专家数，C 宽度，I 前馈的中间宽度。
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from config import Config, UserError
 from settings.flags import word
+from settings.say import clean
 
 TWO_PATHS = "要先写两个路径：从哪里、到哪里；{usage}"
 
@@ -74,14 +74,6 @@ def qwen3_config(config: Config, **more):
     return Qwen3MoeConfig(**shape | experts | {"norm_topk_prob": True} | more)
 
 
-def our_shape(theirs) -> dict[str, Any]:
-    """反过来：它的配置 -> 我们的 {字段名: 值}，不含 vocab_size；值对不对，由调用者检查。"""
-    names = SHAPE | (EXPERTS if theirs.model_type == "qwen3_moe" else {})
-    shape = {ours: getattr(theirs, name) for ours, name in names.items() if ours != "vocab_size"}
-    dense = {"n_experts": 0, "n_active": 0}
-    return dense | shape | {"rope_theta": theirs.rope_parameters.get("rope_theta")}
-
-
 def qwen3(config: Config, state: dict[str, Tensor] | None = None, **more) -> nn.Module:
     """同样形状的 `Qwen3ForCausalLM`，fp32。
 
@@ -119,28 +111,13 @@ def to_theirs(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def to_ours(weights: dict[str, Tensor], newborn: dict[str, Tensor]) -> dict[str, Tensor]:
-    """反过来：它的 state_dict -> 我们的。
-
-    Args:
-        newborn: 我们刚出生的模型的 state_dict：该有哪些名字；训练的统计量它没有，从头数起。
-    """
-    weights = dict(weights)
-    for name in [n for n in weights if n.endswith(GATE_UP)]:
-        layer = name.removesuffix(GATE_UP)
-        parts = (*weights.pop(name).chunk(2, dim=1), weights.pop(layer + DOWN))
-        weights |= {layer + stack: part for stack, part in zip(OUR_STACKS, parts, strict=True)}
-    return {
-        name: fresh if name.endswith(STATISTIC) else weights[their_name(name)].contiguous()
-        for name, fresh in newborn.items()
-    }
-
-
 def check_finite(state: dict[str, Tensor], path: Path) -> None:
     """参数里有没有 NaN 或无穷大。Raises UserError：说出是哪一个。"""
     for name, weight in state.items():
         if not weight.isfinite().all():
-            raise UserError(f"{path} 的参数 {name} 里有 NaN 或无穷大，不能用；请换一个模型")
+            raise UserError(
+                f"{path} 的参数 {clean(str(name))[:200]} 里有 NaN 或无穷大，不能用；请换一个模型"
+            )
 
 
 # ---------- 3. 程序 ----------
