@@ -474,7 +474,7 @@ def test_a_checkpoint_that_lies_about_its_experts(moe, tmp_path):
     for lie in ({"n_experts": 10**8, "n_active": 2}, {"n_experts": 0, "n_active": 0}):
         torch.save(checkpoint | {"config": checkpoint["config"] | lie}, tmp_path / "lie.pt")
         _, err = run(tmp_path, "pre_chat.py", "--checkpoint", "lie.pt", "--prompt", "你", code=2)
-        assert f"专家不是 {lie['n_experts']} 位" in err and err.count("\n") == 1
+        assert "与它的配置对不上" in err and str(lie["n_experts"]) in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
