@@ -28,7 +28,7 @@ from torch import Tensor
 from config import UserError
 
 MOST_MEMBERS = 10**5  # 一个检查点里至多多少块：一百层的模型，连同优化器，三千多块
-MOST_OPCODES = 2 * 10**6  # data.pkl 里至多多少条指令：同上，十万多条
+MOST_OPCODES = 5 * 10**5  # data.pkl 里至多多少条指令：同上，十万多条
 BLOCK = 1 << 20
 
 

@@ -140,7 +140,7 @@ PROGRAMS = {
     "夹带的程序": (program(b"cos\nsystem\nX\x04\x00\x00\x00true\x85R"), "os.system"),
     "改掉一个函数": (program(b"ctorch._utils\n_rebuild_tensor_v2\n}b"), "用不到的 Inert"),
     "套了十万层": (program(b"]" * 10**5, b"a" * (10**5 - 1)), "套得太深"),
-    "三百万个空列表": (program(b"(", b"]" * 3 * 10**6, b"t"), "太多"),
+    "六十万个空列表": (program(b"(", b"]" * 6 * 10**5, b"t"), "太多"),
     "十的四百次方": (in_dict(b"\x8a\xa7" + (10**400).to_bytes(167, "little")), "大得离谱"),
     "没有说完": (b"\x80\x02}", "不是完好的检查点"),
 }  # fmt: skip
@@ -345,7 +345,7 @@ def test_too_little_memory_is_called_that(tmp_path, tokenizer):
     write(path, snapshot(tokenizer, replace(TINY, dim=512, hidden_dim=512, n_heads=8)))
     said = [
         in_little_memory(room * 10**6, lambda how=how: how(path))
-        for room in (10, 30, 60, 80, 100, 130, 160, 200, 300)
+        for room in (10, 60, 110, 400)
         for how in (lambda p: load(p, tokenizer), read)
     ]
     assert "" in said and said[0].startswith("UserError：内存不够，装不下")
