@@ -129,7 +129,7 @@ def in_dict(value: bytes) -> bytes:
 FOUR = b"\x00\x00\x80?" * 4
 ONES = ("data/0", FOUR)
 PROGRAMS = {
-    "一千亿字节的 bytearray": (program(b"cbuiltins\nbytearray\n\x8a\x05\x00\xe8vH\x17\x85R"), "bytearray"),
+    "一千亿字节": (program(b"cbuiltins\nbytearray\n\x8a\x05\x00\xe8vH\x17\x85R"), "bytearray"),
     "张量比存储大": (in_dict(tensor(4, (40000, 40000), (40000, 1))), "没有这么多"),
     "张量从存储之外开始": (in_dict(tensor(4, (4,), (1,), 1)), "没有这么多"),
     "存储比文件大": (in_dict(tensor(10**9, (10**9,), (1,))), "不是这么多"),
@@ -456,7 +456,7 @@ CHANGES = [
     lambda x: x.double(), lambda x: x[:1], lambda x: x.flatten(), lambda x: x.long(),
     lambda x: -x, lambda x: x[None], lambda x: x.roll(1), lambda x: x.to(torch.complex64),
     lambda x: x.flatten()[:1].expand(x.shape), lambda x: torch.full_like(x, 99),
-    lambda x: x.half() if x.is_floating_point() else x.int(),
+    lambda x: x.half() if x.is_floating_point() else x.bool(),
 ]  # fmt: skip
 
 

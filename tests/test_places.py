@@ -21,6 +21,7 @@ from settings.new_file import new_file, write_text
 from settings.places import outside
 from settings.resolve import Origin, load_config, save_config
 from settings.stored import inherit
+from tools.draw.of_model import count_losses
 
 # ---------- 1. 不顺着链接写 ----------
 
@@ -169,10 +170,16 @@ def test_an_old_corpus_outside_is_left_out_or_asked_for(capsys):
 
     assert read_old("--preset", "tiny") == (Origin.CHECKPOINT, [])
     assert "没有读" in (said := capsys.readouterr().out) and "--replay_data /etc/passwd" in said
-    with pytest.raises(UserError, match="没有照办.*--replay_data /etc/passwd"):
+    with pytest.raises(UserError, match=r"没有照办.*--replay_data /etc/passwd"):
         read_old("--preset", "tiny", "--replay", "0.1")
     named = ("--preset", "tiny", "--replay_data", "/etc/passwd")
     assert read_old(*named) == (Origin.FLAG, ["/etc/passwd"])
+
+
+def test_pictures_do_not_read_what_a_checkpoint_names_either():
+    for changes in ({"data": "/etc/passwd"}, {"data": "builtin", "data_dir": "/etc/x"}):
+        with pytest.raises(UserError, match="没有读"):
+            count_losses(SimpleNamespace(config=Config(**changes)))
 
 
 def test_the_command_that_is_printed_works_as_it_is(tmp_path):
