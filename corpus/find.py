@@ -1,18 +1,20 @@
 """找到数据文件，记住它们的样子。
 
 find_files    --data 写的（文件、目录、通配符、逗号隔开的几个）-> 一个个文件
-stamp         大小、修改时间等：两次相同，内容就没有变
+stamp         大小、修改时间等：两次相同，内容就没有变（刚刚改过的，还要比内容：settled）
 sha256        内容的散列
 """
 
 import glob
 import hashlib
 import os
+import time
 from pathlib import Path
 
 from config import MissingData, UserError
 from corpus.log import ReadLog
 
+TICK = 2 * 10**9  # 文件系统的时间最粗的一格，纳秒
 PACKED = (".gz", ".xz", ".bz2", ".zst", ".lzma", ".zip", ".tar", ".tgz", ".txz", ".tbz", ".tbz2")
 PLAIN = ("", ".txt", ".text", ".md", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 NOT_DATA = ("readme", "license", "licence", "notice", "changelog", "makefile", "dockerfile",
@@ -80,8 +82,21 @@ def stamp(path: Path) -> list[int]:
 
     只换内容而保住大小与修改时间的，改变不了后两样里的至少一样。
     """
-    s = path.stat()
+    return stamp_of(path.stat())
+
+
+def stamp_of(s: os.stat_result) -> list[int]:
+    """同 stamp；打开着的文件，用 os.fstat。"""
     return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
+
+
+def settled(stamps: list[list[int]]) -> bool:
+    """两个时间都过去了一阵子：往后再改，时间必定不同。
+
+    文件系统的时间有粗有细（FAT 两秒一格），与上一次同在一格里的改动，从时间上看不出来。
+    """
+    now = time.time_ns()
+    return all(max(mtime, ctime) + TICK < now for _, mtime, ctime, _ in stamps)
 
 
 def sha256(path: Path) -> str:

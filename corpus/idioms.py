@@ -4,14 +4,17 @@
 只把包里的 idiom.json 当数据来读，不运行那个包的任何代码。
 """
 
+import hashlib
 import importlib.util
 import json
+import os
 import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from config import UserError
+from corpus import find
 from corpus.log import ReadLog
 from corpus.shapes import Conversation, Record
 
@@ -49,7 +52,10 @@ def dictionary_file() -> Path:
 
 def read_entries(path: Path, log: ReadLog) -> Iterator[dict[str, str]]:
     """逐条给出 {word, explanation, derivation, example}，文字都已修补。"""
-    for row in json.loads(path.read_text(encoding="utf-8")):
+    with path.open("rb") as f:
+        stamp, data = find.stamp_of(os.fstat(f.fileno())), f.read()
+    log.hashes[path] = stamp, hashlib.sha256(data).hexdigest()
+    for row in json.loads(data):
         log.use()
         fields = ("explanation", "derivation", "example")
         yield {"word": row["word"]} | {name: clean(row[name], row["word"]) for name in fields}

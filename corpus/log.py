@@ -8,6 +8,7 @@ Unusable   一条不能用，为什么
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from config import UserError
@@ -71,6 +72,7 @@ class ReadLog:
         unused: {没有用到的字段: 条数}。
         notes: 该告诉用户的话，例如怎样分的篇。
         files: 读了哪些文件。
+        hashes: {磁盘上的文件: (打开时的 find.stamp, 读到的内容的 SHA-256)}。
     """
 
     def __init__(self, source: str):
@@ -83,6 +85,7 @@ class ReadLog:
         self.seen_at: dict[str, str] = {}  # 不用的，每一种最先在哪里
         self.notes: list[str] = []
         self.files: list[FileCount] = []
+        self.hashes: dict[Path, tuple[list[int], str]] = {}
         self.file: OnDisk | None = None
         self.done = 0  # 前几个文件合计多少字节
 

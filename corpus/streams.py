@@ -1,6 +1,8 @@
 """读字节的几层：磁盘上的文件，解压出来的内容，先给开头再接着读的。"""
 
+import errno
 import gzip
+import hashlib
 import io
 import lzma
 import os
@@ -12,18 +14,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from config import UserError
+from corpus.find import stamp_of
 from corpus.log import Unusable
 
+BLOCK = 1 << 18  # 一次从磁盘读多少字节
 # 文字很少压得到二十分之一；解出这么多之后，还压得这么小的，不是文字。
 BOMB_RATIO, BOMB_SIZE = 100, 32 << 20
 
 
 class Steady(io.RawIOBase):
-    """磁盘上的文件，只读到打开时的大小：一边读一边还在长的，也有读完的时候。"""
+    """磁盘上的文件，只读到打开时的大小：一边读一边还在长的，也有读完的时候。
+
+    一块一块地读，记下每一块的散列：再读到的、最后算整个文件的散列时读到的，都要与头一次的相同，
+    所以整个文件的散列，就是用掉的那些字节的散列。
+    """
 
     def __init__(self, path: Path):
-        self.raw = path.open("rb", buffering=0)
-        self.size = os.fstat(self.raw.fileno()).st_size
+        self.path, self.raw = path, path.open("rb", buffering=0)
+        self.stamp = stamp_of(os.fstat(self.raw.fileno()))
+        self.size, self.at = self.stamp[0], 0
+        self.sums: dict[int, bytes] = {}
+        self.number, self.block = -1, b""  # 手里的是第几块
 
     def readable(self) -> bool:
         return True
@@ -32,18 +43,46 @@ class Steady(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self.raw.tell()
+        return self.at
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return self.raw.seek(self.size + offset) if whence == 2 else self.raw.seek(offset, whence)
+        at = (0, self.at, self.size)[whence] + offset
+        if at < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(self.path))
+        self.at = at
+        return at
 
     def readinto(self, buffer) -> int | None:
-        room = max(0, self.size - self.raw.tell())
-        return self.raw.readinto(memoryview(buffer)[:room])
+        number, offset = divmod(min(self.at, self.size), BLOCK)
+        if number != self.number:
+            self.block, self.number = self._read(number), number
+        piece = self.block[offset : offset + len(buffer)]
+        buffer[: len(piece)] = piece
+        self.at += len(piece)
+        return len(piece)
 
-    def close(self) -> None:
+    def _read(self, number: int) -> bytes:
+        """第 number 块。Raises UserError：与头一次读到的不同。"""
+        self.raw.seek(number * BLOCK)
+        data, room = b"", min(BLOCK, self.size - number * BLOCK)
+        while room > len(data) and (more := self.raw.read(room - len(data))):
+            data += more
+        found = hashlib.sha256(data).digest()
+        if self.sums.setdefault(number, found) != found:
+            raise UserError(f"{self.path} 在读的时候变了；请等它写完，再运行一次")
+        return data
+
+    def hashed(self) -> tuple[list[int], str]:
+        """(打开时的 find.stamp, 整个文件的 SHA-256)。Raises UserError：用过的字节变了。"""
+        whole = hashlib.sha256()
+        for number in range(-(-self.size // BLOCK)):
+            whole.update(self._read(number))
+        return self.stamp, whole.hexdigest()
+
+    def release(self) -> None:
+        """用完了，真的关上；close 只说不再读：套在外面的各层丢掉时都会叫它，散列那时还没有算。"""
+        self.close()
         self.raw.close()
-        super().close()
 
 
 class Broken(Exception):

@@ -2,14 +2,14 @@
 
     tokenize_corpus   原始文件 -> 词元文件
 
-词元文件是 uint16 的一维数组（两万多个编号，16 位足够），旁边有一张 JSON 卡片写明来历与账目。
+词元文件是 uint16 的一维数组（两万多个编号，16 位足够），旁边有一张 JSON 卡片写明来历、账目与
+校验和。读到哪一块先核对哪一块（checked.py），卡片上的每一项也都看过（card.py）；坏了就重做一遍。
 训练与检验按文档分开，怎样分见 split.py。
 """
 
 import functools
 import glob
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -23,11 +23,15 @@ from tqdm import tqdm
 
 import tokenizer as tokenizer_module
 from config import Config, UserError
+from corpus import card as cards
 from corpus import conversations, find, idioms, readers, shapes
+from corpus.checked import AT_ONCE, Damaged, Tokens, read_starts
 from corpus.encode import chunks, encode_conversations, encode_documents
 from corpus.log import ReadLog, Refused
-from corpus.writer import Writer
+from corpus.writer import Writer, put
 from dataset import SIDES
+from settings.new_file import new_file
+from settings.say import say
 from tokenizer import Tokenizer
 
 
@@ -35,7 +39,7 @@ class TokenFile(NamedTuple):
     """准备好的数据。tokens[side] 是首尾相接的编号，starts[side] 是每篇的起点，末尾多一个总长。"""
 
     card: dict
-    tokens: dict[str, np.ndarray]
+    tokens: dict[str, Tokens]
     starts: dict[str, np.ndarray]
 
 
@@ -70,15 +74,18 @@ def tokenize_corpus(
     name = hashlib.sha256(os.fsencode(f"{place} {stage}")).hexdigest()[:8]
     stem = paths[0].stem[:40]  # 系统允许的文件名有长度限制，后面还要接别的
     base = Path(config.data_dir) / "cache" / f"{stem}-{stage}-{name}"
-    if (ready := _load(base, identity, paths)) is not None:
-        print(f"数据：沿用 {base}.*（{_summary(ready.card)}）")
+    ready, problem = _find(base, identity, paths, tokenizer)
+    if ready:
+        say(f"数据：沿用 {base}.*（{_summary(ready.card)}）")
         return ready
     while wait:
         time.sleep(0.2)
-        if (ready := _load(base, identity, paths)) is not None:
+        if ready := _find(base, identity, paths, tokenizer)[0]:
             return ready
+    if problem:
+        say(f"数据：{problem}；不用它，从原始文件重做一遍")
     ready = _make(base, identity, paths, tokenizer)
-    print(f"数据：写好 {base}.*（{_summary(ready.card)}）")
+    say(f"数据：写好 {base}.*（{_summary(ready.card)}）")
     return ready
 
 
@@ -87,7 +94,8 @@ def _make(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) -
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
         with only_one(Path(f"{base}.lock")):
-            if (ready := _load(base, identity, paths)) is None:  # 等的时候也许别人做好了
+            ready, _ = _find(base, identity, paths, tokenizer)  # 等的时候也许别人做好了
+            if ready is None:
                 try:
                     _build(base, identity, paths, tokenizer)
                 finally:
@@ -102,8 +110,10 @@ def _make(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) -
             f"准备数据时读写失败（{error.strerror}：{error.filename or base.parent}）；"
             f"请检查权限与剩余的空间"
         ) from error
-    ready = ready or _load(base, identity, paths)
-    assert ready is not None, f"刚写好的词元文件读不回来：{base}"
+    if ready is None:
+        ready, problem = _find(base, identity, paths, tokenizer)
+    if ready is None:  # 磁盘坏了，或者有别的程序同时在改
+        raise UserError(f"刚写好的词元文件读不回来（{problem or base}）；请检查磁盘，再运行一次")
     return ready
 
 
@@ -114,7 +124,7 @@ def only_one(lock_file: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        print("（另一个程序正在准备这份数据，等它做完……）")
+        say("（另一个程序正在准备这份数据，等它做完……）")
         lock.acquire()
     try:
         yield
@@ -138,33 +148,58 @@ def _summary(card: dict) -> str:
     )
 
 
-def _load(base: Path, identity: dict, paths: list[Path]) -> TokenFile | None:
-    """读回词元文件；没有、不完整或来源变了，返回 None。"""
+def _find(
+    base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer
+) -> tuple[TokenFile | None, str]:
+    """(上次的词元文件, "")；没有，或者来源、读法变了，是 (None, "")；坏了，是 (None, 哪里坏了)。"""
+    if not os.path.lexists(card_file := Path(f"{base}.json")):
+        return None, ""
     try:
-        card = json.loads(Path(f"{base}.json").read_text(encoding="utf-8"))
+        card = cards.unseal(card_file)
         same = {key: value for key, value in identity.items() if key != "source"}  # 写法不同不要紧
         if any(card[key] != value for key, value in same.items()):
-            return None
+            return None, ""
         # 大小与时间没变就相信内容没变；变了（例如只是复制过）再比散列。
         if card["stamps"] != list(map(find.stamp, paths)) and card["sha256"] != hash_of(paths):
-            return None
-        tokens = {s: _map(f"{base}.{s}.bin", np.uint16, card[f"{s}_tokens"]) for s in SIDES}
-        starts = {s: _map(f"{base}.{s}.idx", np.int64, card[f"{s}_documents"] + 1) for s in SIDES}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # 缺文件、长度不对或卡片残缺：重做一遍即可
+            return None, ""
+        return _open(base, card, tokenizer), ""
+    except Damaged as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"{error.filename or base} 读不了（{error.strerror}）"
+
+
+def _open(base: Path, card: dict, tokenizer: Tokenizer) -> TokenFile:
+    """打开两边的编号与起点，核对。Raises Damaged：坏了。"""
+
+    def forget() -> str:  # 没有卡片，下一次就重做
+        again = "再运行一次同样的命令就会重做（训练过的，加上 --resume 接着练）"
+        try:
+            Path(f"{base}.json").unlink(missing_ok=True)
+        except OSError:
+            return f"请删掉 {base}.json，{again}"
+        return again
+
+    tokens, starts = {}, {}
+    for s in SIDES:
+        sums, n = card[f"{s}_blocks"], card[f"{s}_tokens"]
+        tokens[s] = Tokens(f"{base}.{s}.bin", sums, n, tokenizer.vocab_size, forget)
+        expected, documents = card[f"{s}_starts_sha256"], card[f"{s}_documents"]
+        starts[s] = read_starts(f"{base}.{s}.idx", expected, documents, n)
+    if sum(x.n_bytes for x in tokens.values()) <= AT_ONCE:
+        for x in tokens.values():
+            x.check_all()
     return TokenFile(card, tokens, starts)
 
 
 def hash_of(paths: list[Path]) -> str:
-    """几个文件的内容的散列；只有一个的，就是它的 SHA-256。"""
-    each = [find.sha256(path) for path in paths]
+    """几个文件的内容的散列。"""
+    return combined([find.sha256(path) for path in paths])
+
+
+def combined(each: list[str]) -> str:
+    """几个文件各自的 SHA-256 合成一个；只有一个的，就是它。"""
     return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
-
-
-def _map(path: str, dtype: type, length: int) -> np.ndarray:
-    if os.path.getsize(path) != length * np.dtype(dtype).itemsize:
-        raise ValueError(f"{path} 的长度与卡片不符")
-    return np.memmap(path, dtype, mode="r")
 
 
 def _build(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) -> None:
@@ -184,7 +219,7 @@ def _build(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) 
     log.check()
     totals = writer.totals()
     for line in [*log.report(), *check_lost(totals, log)]:
-        print(line)
+        say(line)
     held_out = writer.held_out(identity["val_fraction"])
     if held_out is None:
         raise Refused(
@@ -192,17 +227,21 @@ def _build(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) 
             f"留不出检验的；请增加数据",
             log,
         )
-    digest = hash_of(paths)
     for path, before in zip(paths, stamps, strict=True):
+        if log.hashes.get(path, (None,))[0] != before:  # 读的已经不是开始时的那一个
+            raise UserError(f"{path} 在读的时候变了；请等它写完，再运行一次")
         readers.check_unchanged(path, before)
     if identity["source"] != "builtin" and find.find_files(identity["source"]) != paths:
         raise UserError(f"{identity['source']} 里的文件在读的时候变了；请等它们写完，再运行一次")
+    digest = combined([log.hashes[path][1] for path in paths])
+    stamps = stamps if find.settled(stamps) else []  # 下一次便再比散列
     card = identity | {"stamps": stamps, "sha256": digest} | account(log) | totals
     for side, mine in (("train", ~held_out), ("val", held_out)):
         card |= writer.write_side(side, mine)
     part = Path(f"{base}.json.part")
-    part.write_text(json.dumps(card, ensure_ascii=False, indent=2), "utf-8", "backslashreplace")
-    os.replace(part, f"{base}.json")
+    with new_file(part) as f:
+        f.write(cards.seal(card))
+    put(part, Path(f"{base}.json"))
 
 
 def _reading(identity: dict, paths: list[Path], log: ReadLog):

@@ -51,10 +51,15 @@ def open_parts(path: Path, log: ReadLog) -> Iterator[Part]:
         raise UserError(f"读不了 {path}（{error.strerror or error}）；请检查权限") from error
     log.file = raw
     try:
-        yield from _unwrap(str(path), path.name, raw, raw.tell, 0, log)
+        try:
+            yield from _unwrap(str(path), path.name, raw, raw.tell, 0, log)
+        except Broken:  # 断在中间的，断之前的还是要用
+            log.hashes[path] = raw.hashed()
+            raise
+        log.hashes[path] = raw.hashed()
     finally:
         log.done, log.file = log.done + raw.size, None
-        raw.close()
+        raw.release()
 
 
 def _unwrap(name: str, file: str, raw, consumed, depth: int, log: ReadLog) -> Iterator[Part]:

@@ -4,15 +4,18 @@ import hashlib
 import os
 from array import array
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from corpus import split
+from corpus.checked import BlockSums
 from corpus.encode import Encoded
 from corpus.shapes import Record
+from settings.new_file import new_file
 
-BLOCK = 1 << 12  # 分成两边时，一次抄多少篇
+AT_ONCE = 1 << 12  # 分成两边时，一次抄多少篇
 N_COMMON, OPENING = 10, 8  # 数最常见的几样；一篇的开头看几个字
 
 
@@ -23,7 +26,7 @@ class Writer:
 
     def __init__(self, base: Path):
         self.base, self.part = base, Path(f"{base}.all.part")
-        self.file = self.part.open("wb")
+        self.file = new_file(self.part)
         # 每篇几个 64 位整数：一千万篇约半个 GB
         self.counts = {name: array("q") for name in self.COUNTS}
         self.keys, self.finer, self.whole = array("Q"), array("Q"), array("Q")
@@ -82,18 +85,21 @@ class Writer:
         不在原处改写：正在用旧文件训练的程序，手里的还是旧的那一份。
         """
         lengths = np.frombuffer(self.counts["length"], np.int64)
-        part, digest = Path(f"{self.base}.{side}.part"), hashlib.sha256()
-        with part.open("wb") as f, self.part.open("rb") as whole:
-            for first in range(0, len(lengths), BLOCK):
-                some = slice(first, first + BLOCK)
+        part = Path(f"{self.base}.{side}.part")
+        digest, blocks = hashlib.sha256(), BlockSums()
+        with new_file(part) as f, self.part.open("rb") as whole:
+            for first in range(0, len(lengths), AT_ONCE):
+                some = slice(first, first + AT_ONCE)
                 piece = np.fromfile(whole, np.uint16, int(lengths[some].sum()))
                 kept = piece[np.repeat(mine[some], lengths[some])].tobytes()
                 f.write(kept)
                 digest.update(kept)
-        os.replace(part, f"{self.base}.{side}.bin")
+                blocks.update(kept)
+        put(part, Path(f"{self.base}.{side}.bin"))
         starts = np.concatenate([[0], np.cumsum(lengths[mine])]).astype(np.int64)
-        starts.tofile(part)
-        os.replace(part, f"{self.base}.{side}.idx")
+        with new_file(part) as f:
+            f.write(starts.tobytes())
+        put(part, Path(f"{self.base}.{side}.idx"))
         digest.update(starts)
         targets, characters, lost = (
             int(np.frombuffer(self.counts[name], np.int64)[mine].sum()) for name in self.COUNTS[1:]
@@ -105,6 +111,8 @@ class Writer:
             "characters": characters,  # 由此换算每个字的比特数
             "lost": lost,
             "sha256": digest.hexdigest(),  # 接着练时，据此确认数据没有变
+            "starts_sha256": hashlib.sha256(starts).hexdigest(),
+            "blocks": blocks.finish(),  # 各块的，读到哪块核对哪块
         }
         return {f"{side}_{name}": value for name, value in counted.items()}
 
@@ -124,3 +132,18 @@ def opening_of(record: Record) -> str:
     if not isinstance(text, str):
         text = next((words for role, words in text if role == "user"), text[0][1])
     return text[:OPENING].split("\n")[0]
+
+
+def put(part: Path, path: Path) -> None:
+    """写好的 part 改成正式的名字；先落盘再改名：断电之后，要么是旧的，要么是新的。"""
+    with part.open("rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(part, path)
+    if os.name == "nt":  # 打不开目录，也不需要
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # 有的网络文件系统不支持；文件本身已经写好了
+            os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,15 +1,24 @@
-"""训练的记录：逐步写进 metrics.jsonl，结束时画成 loss.png。"""
+"""训练的记录：逐步写进 metrics.jsonl，结束时画成 loss.png。
+
+Metrics        写的一边；接着练时，先读回以前的
+read_records   读的一边：像样的行，与不像样的有几行；接着练、网页、画图都用它
+"""
 
 import json
 import math
 import os
 import time
+from bisect import bisect_left
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from engine.distributed import World
 from engine.progress import Progress
+from settings.new_file import new_file
+from settings.say import say
 
 
 class Metrics:
@@ -31,13 +40,17 @@ class Metrics:
         if world.rank > 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if progress.step:
-            self.rows = [r for r in read_metrics(self.path) if r["step"] <= progress.step]
-            if not self.rows:
-                print(f"（{self.path} 不见了，记录从第 {progress.step + 1} 步写起）")
+        records = read_records(self.path) if progress.step else NOTHING
+        n = sum(row["step"] <= progress.step for row in records.rows)  # 之后的会重新走一遍
+        self.rows = records.rows[:n]
         part = self.path.with_name("metrics.jsonl.part")
-        with part.open("w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+        with new_file(part) as f:
+            f.writelines(records.lines[:n])
+        if records.left_out:
+            kept = keep_damaged(self.path)
+            say(f"（{self.path} {records.complaint()}；原样的一份留在 {kept}）")
+        elif progress.step and not self.rows:
+            say(f"（{self.path} 不见了，记录从第 {progress.step + 1} 步写起）")
         os.replace(part, self.path)
         self.file = self.path.open("ab", buffering=0)
 
@@ -87,19 +100,119 @@ class Metrics:
         axes.grid(alpha=0.3)
         axes.legend()
         try:
-            figure.savefig(self.picture, dpi=120)
+            with new_file(self.picture) as f:
+                figure.savefig(f, dpi=120, format="png")
         except OSError as error:
-            print(f"（画不了 {self.picture}（{error.strerror}），不影响检查点）")
+            say(f"（画不了 {self.picture}（{error.strerror}），不影响检查点）")
         plt.close(figure)
 
 
+# ---------- 读 ----------
+
+LONGEST = 1 << 20  # 一行最长多少字节
+COUNT_LIMIT = 1 << 53
+NUMBERS = ("train_loss", "val_loss", "val_bpc", "val_loss_old", "val_bpc_old", "lr", "grad_norm",
+           "tokens_per_second", "seconds")  # fmt: skip
+
+
+class Records(NamedTuple):
+    """读回来的记录。"""
+
+    rows: list[dict]  # 像样的，步数越来越大
+    lines: list[bytes]  # 它们在文件里的原样，连同换行
+    left_out: int  # 不像样的有几行
+
+    def complaint(self) -> str:
+        """有几行不像样；都像样，是空的。"""
+        if not self.left_out:
+            return ""
+        return f"有 {self.left_out} 行不是完好的记录，没有用；用的是其余的 {len(self.rows)} 行"
+
+
+NOTHING = Records([], [], 0)
+
+
+def read_records(path: Path) -> Records:
+    """读回记录；不像样的行数出来，断电时写了一半的最后一行不要，也不算。
+
+    Raises:
+        OSError: 在那里却读不了。
+    """
+    if not path.is_file():
+        return NOTHING if not path.exists() else Records([], [], 1)
+    found, left_out = [], 0
+    with path.open("rb") as f:
+        for line in _lines(f):
+            if (row := sound(line)) is not None:
+                found.append((row, line if line.endswith(b"\n") else line + b"\n"))
+            elif line.endswith(b"\n") or len(line) > LONGEST or not line.startswith(b'{"'):
+                left_out += 1
+    kept = in_order([row["step"] for row, _ in found])
+    rows, lines = [found[i][0] for i in kept], [found[i][1] for i in kept]
+    return Records(rows, lines, left_out + len(found) - len(kept))
+
+
 def read_metrics(path: Path) -> list[dict]:
-    """读回记录；断电时写了一半的最后一行不要。"""
-    rows = []
-    with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as f:
-        for line in f:
-            with suppress(ValueError, KeyError, TypeError):
-                row = json.loads(line)
-                row["step"] + 0
-                rows.append(row)
-    return rows
+    """读回记录里像样的行。"""
+    return read_records(path).rows
+
+
+def _lines(f: BinaryIO) -> Iterator[bytes]:
+    """一行一行；太长的只给出开头，其余的读过去，不占内存。"""
+    while line := f.readline(LONGEST + 1):
+        rest = line
+        while len(rest) > LONGEST and not rest.endswith(b"\n"):
+            rest = f.readline(LONGEST + 1)
+        yield line
+
+
+def sound(line: bytes) -> dict[str, Any] | None:
+    """一行记录；步数、词元数不是数得出来的数，要画的不是有限的数，写的不是文字，都是 None。"""
+    if len(line) > LONGEST:
+        return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not is_text(row.get("sample") or ""):
+        return None
+    counts = (row.get("step"), row.get("tokens"))
+    if any(type(n) is not int or not 0 <= n < COUNT_LIMIT for n in counts):
+        return None
+    numbers = [row[name] for name in NUMBERS if row.get(name) is not None]
+    # 不用 isfinite：它遇到几百位的整数会出错
+    if any(type(x) not in (int, float) or not -1e39 < x < 1e39 for x in numbers):
+        return None
+    return row
+
+
+def is_text(x: Any) -> bool:
+    """是文字，而且写得出来：没有不成对的代理字符。"""
+    return isinstance(x, str) and not any("\ud800" <= c <= "\udfff" for c in x)
+
+
+def in_order(steps: list[int]) -> list[int]:
+    """留下哪几行，步数才一行比一行大，而且留得最多（最长递增子序列）：一个离谱的步数只丢它自己。"""
+    if all(a < b for a, b in pairwise(steps)):
+        return list(range(len(steps)))
+    ends: list[int] = []  # ends[n]：长为 n + 1 的递增子序列，末尾最小是几
+    last: list[int] = []  # 那个末尾是第几行
+    before: list[int] = []  # 每一行的前一行
+    for i, step in enumerate(steps):
+        n = bisect_left(ends, step)
+        before.append(last[n - 1] if n else -1)
+        ends[n : n + 1], last[n : n + 1] = [step], [i]
+    kept, i = [], last[-1]
+    while i >= 0:
+        kept.append(i)
+        i = before[i]
+    return kept[::-1]
+
+
+def keep_damaged(path: Path) -> Path:
+    """坏了的记录改名留着，不盖掉以前留下的；返回新的名字。"""
+    kept, n = path.with_name("metrics.damaged.jsonl"), 2
+    while os.path.lexists(kept):
+        kept, n = path.with_name(f"metrics.damaged.{n}.jsonl"), n + 1
+    os.replace(path, kept)
+    return kept

@@ -41,6 +41,7 @@ from engine.stop import Stop
 from model import Transformer
 from settings.defaults import eval_interval, fewer_steps
 from settings.resolve import Origin, load_config, save_config
+from settings.say import say, say_above_bar
 from settings.stored import inherit
 from tokenizer import Tokenizer
 
@@ -71,7 +72,7 @@ class Run(Stepper):
         super().__init__(stage, config, Device(config, world), tokenizer)
         self.progress, self.rng = Progress(), RandomNumbers()
         self.old_card: dict | None = None
-        print(words.introduction(self))
+        say(words.introduction(self))
 
     def __exit__(self, kind, error, trace) -> None:
         """离开：内存不够、数据搬走了，换成说得全的一句；断开别的进程，松开目录。"""
@@ -100,7 +101,7 @@ class Run(Stepper):
         name = {"pretrain": "max_steps", "sft": "sft_max_steps"}[self.stage]
         steps = fewer_steps(self.config, self.n_steps, train.n_rows)
         if self.origins[name] is Origin.PRESET and steps < self.n_steps:
-            print(words.few_data(self, self.n_steps, steps))
+            say(words.few_data(self, self.n_steps, steps))
             self.n_steps = steps
             setattr(self.config, name, steps)  # 检查点里也是它：接着练时步数相同
 
@@ -152,16 +153,16 @@ class Run(Stepper):
         now = {"设备": self.device.describe(), **versions()}
         before = {"设备": checkpoint["device"], **checkpoint["versions"]}
         if differ := [f"{k} {before.get(k)} → {now[k]}" for k in now if before.get(k) != now[k]]:
-            print(f"（与上次不同：{'；'.join(differ)}。结果相近，但不保证逐位相同）")
+            say(f"（与上次不同：{'；'.join(differ)}。结果相近，但不保证逐位相同）")
         step = self.first_step = self.progress.step
         if step > self.n_steps:
             raise UserError(f"已经走完 {step} 步，比现在要的 {self.n_steps} 步还多；请加大步数")
-        print(f"接着 {folder.root} 里的检查点练：已经走完 {step} 步，共 {self.n_steps} 步")
+        say(f"接着 {folder.root} 里的检查点练：已经走完 {step} 步，共 {self.n_steps} 步")
         self.checkpoint = None  # 用完就放手，不占内存
 
     def begin(self) -> None:
         """真要开始了：各进程对一对，旧的训练盖掉，记录备好，开始留心信号；从头练的，先存一次。"""
-        print(words.scale(self))
+        say(words.scale(self))
         self.eval_every = eval_interval(self.config, self.n_steps)
         identity = f"{self.progress.step} {self.card['train_sha256'][:8]}"
         self.world.agree("起点（步数与语料）", identity)
@@ -172,7 +173,7 @@ class Run(Stepper):
         self.metrics = Metrics(records, self.world, self.progress)
         self.saver = Saver(self.folder, self.config.save_every, self.progress)
         self.stop = Stop(self.world)
-        print("第一步之前要编译，约一分钟……" if self.device.compile else "开始训练……")
+        say("第一步之前要编译，约一分钟……" if self.device.compile else "开始训练……")
         if self.newborn:
             self.saver.save(self.state, must=True)  # 现在就知道存不存得下，不必等到一小时以后
 
@@ -203,7 +204,7 @@ class Run(Stepper):
             self._save_or_leave(last=step + 1 == self.n_steps)
         self.bar.close()
         self.metrics.draw()
-        print(words.farewell(self))
+        say(words.farewell(self))
 
     def ask(self) -> tuple[float, ...]:
         """有谁收到了叫停的信号，该不该存了。"""
@@ -270,7 +271,7 @@ class Run(Stepper):
             with self._parallel.gathered():
                 sample = exam.write()
         step, shown = self.progress.step, exam.show(sample)
-        tqdm.write(words.exam_result(step, (loss, bpc), old, load, shown))
+        say_above_bar(words.exam_result(step, (loss, bpc), old, load, shown))
         more = {"val_load": load.rounded()} if load else {}
         if old:
             more |= {"val_loss_old": old[0], "val_bpc_old": old[1]}

@@ -12,6 +12,7 @@ from config import PER_PRESET, SHAPE, STEPS_OR_EPOCHS, Config, UserError
 from settings.check import PLACES, check_values
 from settings.defaults import continued_lr, sft_lr
 from settings.resolve import Origin, Origins, fill_automatic
+from settings.say import say
 
 
 def inherit(
@@ -106,7 +107,7 @@ def adopt(config: Config, origins: Origins, source: Config, path: Path) -> None:
     ignored = [n for n, mine in edited.items() if mine not in (None, getattr(source, n))]
     if ignored:
         names = "、".join(sorted(ignored))
-        print(f"（接着练时以检查点为准，config.py 里改过的 {names} 不算数；要改请写在命令行上）")
+        say(f"（接着练时以检查点为准，config.py 里改过的 {names} 不算数；要改请写在命令行上）")
     check_changes(config, source, changed, path)
     problems: list[str] = []
     check_values(config, problems, set())
@@ -141,6 +142,6 @@ def check_changes(config: Config, source: Config, changed: dict[str, str], path:
             f"真要这样，请加上 --allow_changes"
         )
     if rest:
-        print(f"（改了 {'、'.join(rest)}：从这里起，结果与不中断的那一次不同）")
+        say(f"（改了 {'、'.join(rest)}：从这里起，结果与不中断的那一次不同）")
     if rounding := [text for name, text in changed.items() if name in ROUNDING]:
-        print(f"（改了 {'、'.join(rounding)}：浮点数相加的次序不同，结果相近而不再逐位相同）")
+        say(f"（改了 {'、'.join(rounding)}：浮点数相加的次序不同，结果相近而不再逐位相同）")

@@ -81,7 +81,7 @@ def test_token_file_holds_every_document_in_order(work, tokenizer):
     assert sorted(train + val) == sorted(texts)
     assert [t for t in texts if t in set(train)] == train  # 次序不变
     for side in SIDES:
-        tokens, starts = file.tokens[side], file.starts[side]
+        tokens, starts = np.asarray(file.tokens[side]), file.starts[side]
         assert tokens.dtype == np.uint16
         assert (tokens[starts[:-1]] == tokenizer.bos_id).all()
         assert (tokens[starts[1:] - 1] == tokenizer.eos_id).all()
@@ -222,7 +222,7 @@ def test_two_sources_and_two_stages_do_not_mix(work, tokenizer):
 def test_a_run_keeps_the_data_it_started_with(work):
     """训练到一半，另一个程序用别的划分重做了词元文件：正在训练的，手里的还是原来那一份。"""
     file = work.prepare()
-    kept = {side: (file.tokens[side].copy(), file.starts[side].copy()) for side in SIDES}
+    kept = {side: (np.array(file.tokens[side]), file.starts[side].copy()) for side in SIDES}
     work.config.val_fraction = 0.3
     assert len(work.prepare().tokens["val"]) > len(file.tokens["val"])
     for side in SIDES:
@@ -251,9 +251,12 @@ def test_control_tokens_in_data_are_text(work, tokenizer):
         (tokenizer.bos_id, 1, 2), (tokenizer.eos_id, 1, 2),
         (tokenizer.role_ids["assistant"], 0, 1),
     ):  # fmt: skip
-        count = sum((file.tokens[side] == control).sum() for side in SIDES)
+        count = sum((np.asarray(file.tokens[side]) == control).sum() for side in SIDES)
         assert count == 100 * per_document
-        assert sum((sft.tokens[side] == control).sum() for side in SIDES) == 100 * per_conversation
+        assert (
+            sum((np.asarray(sft.tokens[s]) == control).sum() for s in SIDES)
+            == 100 * per_conversation
+        )
 
 
 def test_bad_rows_are_reported_and_the_run_goes_on(work, capsys):
@@ -308,7 +311,7 @@ class MeteredTokenizer(Tokenizer):
 
     def encode_and_lose(self, texts):
         self.most = max(getattr(self, "most", 0), sum(map(len, texts)))
-        return [(np.array([self.bos_id + 20], np.uint16), "")] * len(texts)
+        return [(np.array([self.bos_id - 20], np.uint16), "")] * len(texts)
 
 
 def test_memory_is_bounded_for_long_documents(work):
@@ -669,7 +672,7 @@ def test_pack_differs_by_seed_and_is_shuffled():
 
 def questions_and_answers(file: TokenFile, side: str, tokenizer: Tokenizer):
     """每段对话的第一句提问与最后一句回答，编号的字节串；比解码十万段快得多。"""
-    tokens, starts = file.tokens[side], file.starts[side]
+    tokens, starts = np.asarray(file.tokens[side]), file.starts[side]
     first_end = np.flatnonzero(tokens == tokenizer.eos_id)
     first_end = first_end[np.searchsorted(first_end, starts[:-1])]
     last_start = np.flatnonzero(tokens == tokenizer.bos_id)

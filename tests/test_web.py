@@ -176,10 +176,10 @@ def test_records_and_checkpoints_are_found(trained):
     found = actions.checkpoints(folder / "out")
     assert [p.rpartition("/")[2] for p in found] == ["sft.pt", "pretrain.pt"]
     (pretrain, _sft) = actions.runs(folder / "out")
-    points, samples = actions.curves(pretrain)
+    points, samples, _problem = actions.curves(pretrain)
     assert {p["哪一种"] for p in points} == {"训练", "检验"}
     assert samples[0][0] == 0 and samples[-1][0] == 16
-    assert actions.curves(None) == ([], [])
+    assert actions.curves(None) == ([], [], "")
 
 
 def test_a_new_training_is_noticed(trained, tmp_path):

@@ -14,7 +14,7 @@ import torch
 
 from chat.display import bits, percent
 from config import UserError
-from engine.metrics import read_metrics
+from engine.metrics import NOTHING, read_records
 from generate import (
     Choice,
     KVCache,
@@ -254,18 +254,26 @@ def runs(root: Path) -> list[str]:
     return sorted(str(p.parent) for p in root.rglob("metrics.jsonl"))
 
 
-def curves(run: str | None) -> tuple[list[dict], list[list]]:
-    """一次训练的损失曲线与沿途的样本：([{词元, 损失, 哪一种}], [[步, 检验损失, 样本]])。"""
-    rows = read_metrics(Path(run) / "metrics.jsonl") if run else []
+def curves(run: str | None) -> tuple[list[dict], list[list], str]:
+    """一次训练的损失曲线与沿途的样本，以及记录有什么不对（没有，是空的）。
+
+    Returns:
+        ([{词元, 损失, 哪一种}], [[步, 检验损失, 样本]], 一句话)。
+    """
+    try:
+        records = read_records(Path(run) / "metrics.jsonl") if run else NOTHING
+    except OSError as error:
+        return [], [], f"读不了 {run} 的记录（{error.strerror}）；请检查权限"
     points = [
-        {"词元": row["tokens"], "损失": row[key], "哪一种": name}
+        {"词元": row["tokens"], "损失": float(row[key]), "哪一种": name}
         for key, name in (("train_loss", "训练"), ("val_loss", "检验"))
-        for row in rows
-        if isinstance(row.get(key), float) and row[key] == row[key]
+        for row in records.rows
+        if row.get(key) is not None
     ]
     samples = [
         [row["step"], f"{row['val_loss']:.3f}", row["sample"]]
-        for row in rows
+        for row in records.rows
         if row.get("sample") is not None and row.get("val_loss") is not None
     ]
-    return points, samples
+    problem = records.complaint()
+    return points, samples, problem and f"{run} 的记录{problem}"

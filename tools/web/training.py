@@ -1,8 +1,11 @@
 """「训练」标签页：损失曲线与沿途的样本。"""
 
+import html
+
 import gradio as gr
 import pandas
 
+from settings.say import clean
 from tools.web import actions
 
 
@@ -19,7 +22,9 @@ def training_tab():
     )  # fmt: skip
 
     def show(run):
-        points, rows = actions.curves(run)
+        points, rows, problem = actions.curves(run)
+        if problem:
+            gr.Warning(html.escape(clean(problem)))
         return pandas.DataFrame(points, columns=["词元", "损失", "哪一种"]), rows
 
     run.change(show, run, [plot, samples], api_name=False)
