@@ -135,9 +135,6 @@ def read(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 def no_room(path: Path) -> UserError:
     """装不下一个检查点时说的话。"""
-    with suppress(OSError):
-        size = f"（它有 {path.stat().st_size / 1e6:.0f} MB）"
-        return UserError(f"内存不够，装不下 {path}{size}；请关掉别的程序，或放宽限制（ulimit -v）")
     return UserError(f"内存不够，装不下 {path}；请关掉别的程序，或放宽限制（ulimit -v）")
 
 

@@ -130,8 +130,7 @@ def in_dict(value: bytes) -> bytes:
 FOUR = b"\x00\x00\x80?" * 4
 ONES = ("data/0", FOUR)
 PROGRAMS = {
-    "一千亿字节的 bytearray": (
-        program(b"cbuiltins\nbytearray\n\x8a\x05\x00\xe8vH\x17\x85R"), "bytearray"),
+    "一千亿字节": (program(b"cbuiltins\nbytearray\n\x8a\x05\x00\xe8vH\x17\x85R"), "bytearray"),
     "张量比存储大": (in_dict(tensor(4, (40000, 40000), (40000, 1))), "没有这么多"),
     "张量从存储之外开始": (in_dict(tensor(4, (4,), (1,), 1)), "没有这么多"),
     "存储比文件大": (in_dict(tensor(10**9, (10**9,), (1,))), "不是这么多"),
@@ -142,7 +141,7 @@ PROGRAMS = {
     "夹带的程序": (program(b"cos\nsystem\nX\x04\x00\x00\x00true\x85R"), "os.system"),
     "改掉一个函数": (program(b"ctorch._utils\n_rebuild_tensor_v2\n}b"), "用不到的 Inert"),
     "套了十万层": (program(b"]" * 10**5, b"a" * (10**5 - 1)), "套得太深"),
-    "三百万个空列表": (program(b"(", b"]" * 3 * 10**6, b"t"), "太多"),
+    "六十万个空列表": (program(b"(", b"]" * 6 * 10**5, b"t"), "太多"),
     "十的四百次方": (in_dict(b"\x8a\xa7" + (10**400).to_bytes(167, "little")), "大得离谱"),
     "没有说完": (b"\x80\x02}", "不是完好的检查点"),
 }  # fmt: skip
@@ -347,7 +346,7 @@ def test_too_little_memory_is_called_that(tmp_path, tokenizer):
     write(path, snapshot(tokenizer, replace(TINY, dim=512, hidden_dim=512, n_heads=8)))
     said = [
         in_little_memory(room * 10**6, lambda how=how: how(path))
-        for room in (10, 30, 60, 80, 100, 130, 160, 200, 300)
+        for room in (10, 60, 110, 400)
         for how in (lambda p: load(p, tokenizer), read)
     ]
     assert "" in said and said[0].startswith("UserError：内存不够，装不下")
@@ -365,13 +364,6 @@ def deep(depth: int, width: int) -> list:
     return value
 
 
-class Deep(NamedTuple):
-    """要换成的 `deep`：先不展开，不然 hypothesis 报告例子时，写它就写不完。"""
-
-    depth: int
-    width: int
-
-
 def odd_tensors() -> list:
     """各种各样的张量。"""
     plain = [F(shape, dtype=kind) for shape in ((), (0,), (2,), (2, 2), (N_TOKENS, 2), (1, 1, 2))
@@ -380,23 +372,39 @@ def odd_tensors() -> list:
                           torch.float8_e4m3fn)]  # fmt: skip
     nan, inf = (torch.full((2, 2), x) for x in (float("nan"), float("inf")))
     strange = [F(1).expand(10**9), F(9)[::2], F(4, 4).t()[:2], F(2, 2).to("meta"),
-               F(2, 2).to_sparse(), torch.nn.Parameter(F(2)), torch.quantize_per_tensor(
-                   F(2, 2), 0.1, 0, torch.qint8)]  # fmt: skip
+               F(2, 2).to_sparse(), torch.nn.Parameter(F(2))]  # fmt: skip
     return [*plain, nan, inf, *strange]
+
+
+ODD = [*odd_tensors(), deep(500, 1), deep(40, 2), deep(3, 3), b"x", 1j, {1}, frozenset(), (1, 2),
+       torch.Size([2]), torch.float32, OrderedDict(a=1), torch.device("cpu"), 10**400, -(10**400),
+       "x" * 10**5]  # fmt: skip
+
+
+class Odd(NamedTuple):
+    """ODD 里的第 n 个：hypothesis 想把用到的值都写出来，有的写不完。"""
+
+    n: int
+
+
+def filled(value):
+    """`Odd` 换成它说的那一个。"""
+    if isinstance(value, Odd):
+        return ODD[value.n]
+    if isinstance(value, dict):
+        return {k: filled(v) for k, v in value.items()}
+    return [filled(v) for v in value] if isinstance(value, list) else value
 
 
 atoms = (
     st.none()
     | st.booleans()
     | st.integers()
-    | st.sampled_from([-5, -1, 0, 1, 2, 3 * 10**7, 2**31, 2**53, 2**63, 10**400, -(10**400)])
+    | st.sampled_from([-5, -1, 0, 1, 2, 3 * 10**7, 2**31, 2**53, 2**63])
     | st.floats()
     | st.text(st.characters(), max_size=5)
-    | st.sampled_from(["\ud800", "\x1b[2J", "\n", "x" * 10**5, "/etc/passwd", "builtin", "sft"])
-    | st.sampled_from([b"x", 1j, {1}, frozenset(), (1, 2), torch.Size([2])])
-    | st.sampled_from([torch.float32, OrderedDict(a=1), torch.device("cpu")])
-    | st.sampled_from([Deep(500, 1), Deep(40, 2), Deep(3, 3)])
-    | st.sampled_from(odd_tensors())
+    | st.sampled_from(["\ud800", "\x1b[2J", "\n", "/etc/passwd", "builtin", "sft"])
+    | st.integers(0, len(ODD) - 1).map(Odd)
 )
 things = st.recursive(
     atoms,
@@ -428,8 +436,7 @@ def mutate(content: dict, draw, spots: list[tuple]) -> None:
         return
     how = draw(st.sampled_from(["换掉", "换掉", "删掉", "改名", "抄来", "张量"]))
     if how == "换掉":
-        value = draw(things)
-        inner[last] = deep(*value) if isinstance(value, Deep) else value
+        inner[last] = filled(draw(things))
     elif how == "删掉":
         del inner[last]
     elif how == "改名" and isinstance(inner, dict):
@@ -445,15 +452,18 @@ def mutate(content: dict, draw, spots: list[tuple]) -> None:
     elif (
         isinstance(old, torch.Tensor)
         and old.layout == torch.strided
-        and (
-            0 < old.numel() < 10**6  # 步长是零的，写成真的要几 GB
-        )
+        and old.dim()
+        and 0 < old.numel() < 10**6  # 步长是零的，写成真的要几 GB
     ):
-        inner[last] = draw(st.sampled_from([
-            lambda x: x.double(), lambda x: x[:1], lambda x: x.flatten(), lambda x: x.long(),
-            lambda x: -x, lambda x: x[None], lambda x: x.roll(1), lambda x: x.to(torch.complex64),
-            lambda x: x.flatten()[:1].expand(x.shape), lambda x: torch.full_like(x, 99),
-            lambda x: x.half() if x.is_floating_point() else x.int()]))(old)  # fmt: skip
+        inner[last] = CHANGES[draw(st.integers(0, len(CHANGES) - 1))](old)
+
+
+CHANGES = [
+    lambda x: x.double(), lambda x: x[:1], lambda x: x.flatten(), lambda x: x.long(),
+    lambda x: -x, lambda x: x[None], lambda x: x.roll(1), lambda x: x.to(torch.complex64),
+    lambda x: x.flatten()[:1].expand(x.shape), lambda x: torch.full_like(x, 99),
+    lambda x: x.half() if x.is_floating_point() else x.bool(),
+]  # fmt: skip
 
 
 def try_everything(path: Path, tokenizer) -> None:

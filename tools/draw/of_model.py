@@ -5,9 +5,11 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from chat import display
+from config import UserError
 from corpus.token_file import tokenize_corpus
 from generate import Speaker
 from microscope import logit_lens, look
+from settings.places import outside
 from tokenizer import Tokenizer
 from tools.draw.svg import BLUE, GREEN, GREY, ORANGE
 from tools.draw.trained import Trained
@@ -44,8 +46,15 @@ def count_losses(speaker: Speaker, most: int = 5_000_000, weight: float = 200) -
     Args:
         most: 训练语料最多数多少个词元。
         weight: 数前一个词元时，添上 weight 份「只看次数」的猜测，见得少的才不至于是零。
+    Raises:
+        UserError: 语料在项目之外：检查点里记着的，不照办。
     """
     config = speaker.config
+    if outside(config.data) or outside(config.data_dir):
+        raise UserError(
+            f"检查点里记着的语料 {config.data}（词元文件在 {config.data_dir}）在项目与现在的目录"
+            f"之外，没有读；请换一个检查点，例如内置语料练出来的"
+        )
     data = tokenize_corpus(config.data, "pretrain", speaker.tokenizer, config)
     train, val = (np.array(data.tokens[side][:most], np.int64) for side in ("train", "val"))
     size = config.vocab_size
