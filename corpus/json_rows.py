@@ -72,7 +72,7 @@ def read_jsonl(stream: BinaryIO, log: ReadLog) -> Rows:
             elif isinstance(value, str) and value.startswith("{"):  # 转了两次的 JSON
                 yield where, twice_encoded(value)
             else:
-                yield where, value
+                yield where, row_in(value)
 
 
 def one_by_one(value: Any, where: str, log: ReadLog) -> Rows:
@@ -81,7 +81,7 @@ def one_by_one(value: Any, where: str, log: ReadLog) -> Rows:
     while waiting:
         value = waiting.pop()
         if not isinstance(value, list) or is_message_list(value):
-            yield from ((where, row) for row in rows_in(value))
+            yield where, row_in(value)
         elif value:
             waiting += reversed(value)
         else:
@@ -96,12 +96,20 @@ def twice_encoded(text: str) -> Any:
         return text
 
 
-def rows_in(value: Any) -> list[Any]:
-    """别的摆法：几列一样长的（{"text": […], "label": […]}）拆成一条条，{"row": {…}} 取里面的。"""
+def row_in(value: Any) -> Any:
+    """一条数据若写成 {"row": {…}}，是里面的那一条。"""
+    if not isinstance(value, dict) or not OF_A_ROW.isdisjoint(value):
+        return value
+    return value["row"] if isinstance(value.get("row"), dict) else value
+
+
+def rows_of_columns(value: Any) -> list[Any]:
+    """整个文件是一个对象，里面几列一样长的（{"text": […], "label": […]}）：拆成一条条。
+
+    一行、一个数组里的一个是这样的，不拆：那是一条数据，例如 {"chosen": […], "rejected": […]}。
+    """
     if not isinstance(value, dict):
         return [value]
-    if isinstance(value.get("row"), dict) and OF_A_ROW.isdisjoint(value):
-        return [value["row"]]
     columns = {name: x for name, x in value.items() if isinstance(x, list)}
     lengths = {len(x) for x in columns.values()}
     single = OF_A_ROW.isdisjoint(columns) or any(name in columns for name in (*TURNS, "role"))
@@ -185,7 +193,7 @@ def values_of(text: Text, log: ReadLog) -> Iterator[Any]:
             yield from items(text, opened=True)
             leave_wrapper(text, log)
         else:
-            yield text.value()
+            yield from rows_of_columns(text.value())
 
 
 def items(text: Text, opened: bool = False) -> Iterator[Any]:
