@@ -212,6 +212,9 @@ def check_parameters(state: dict[str, Tensor], config: Config) -> None:
     n_layers = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     if n_layers != config.n_layers:  # 先看层数：写着一亿层的，空的也不要去建
         raise ValueError(f"参数有 {n_layers} 层，配置是 {config.n_layers} 层")
+    routers = [x for name, x in state.items() if name.endswith(".router.weight")]
+    if config.n_experts != (len(routers[0]) if routers and routers[0].dim() else 0):
+        raise ValueError(f"专家不是 {config.n_experts} 位")
     with torch.device("meta"):
         expected = Transformer(config).state_dict()
     for name in sorted(expected.keys() | state.keys()):

@@ -33,16 +33,16 @@ from tokenizer import Tokenizer
 
 
 def check_lock(path: Path) -> None:
-    """锁是一个空文件，打开时会截成空的：若是别的东西，截断的就是它指着的文件。
+    """锁是一个空文件，打开时会截成空的：若是链接，截断的就是它指着的文件。
 
     Raises:
-        UserError: 是链接，或者不是空的。
+        UserError: 是符号链接，或者是别的文件的另一个名字。
     """
     if not os.path.lexists(path):
         return
     found = path.lstat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size or found.st_nlink > 1:
-        raise UserError(f"{path} 不是训练的锁（是链接，或者有内容）；请看看它是什么，再把它挪走")
+    if not stat.S_ISREG(found.st_mode) or (found.st_nlink > 1 and found.st_size):
+        raise UserError(f"{path} 是链接，不是训练的锁；请看看它指着什么，再把它挪走")
 
 
 class RunFolder:

@@ -434,6 +434,8 @@ def mutate(content: dict, draw, spots: list[tuple]) -> None:
         old = inner[last]
     except (KeyError, IndexError, TypeError):  # 前一次改动把它改没了
         return
+    if not isinstance(inner, dict | list):
+        return
     how = draw(st.sampled_from(["换掉", "换掉", "删掉", "改名", "抄来", "张量"]))
     if how == "换掉":
         inner[last] = filled(draw(things))

@@ -65,7 +65,7 @@ def test_records_and_locks_do_not_follow_links_either(trap, tmp_path, monkeypatc
     folder.close()
     Path("out/x/.lock").unlink(missing_ok=True)
     trap(Path("out/x/.lock"))
-    with pytest.raises(UserError, match=r"out/x/\.lock 不是训练的锁"):
+    with pytest.raises(UserError, match=r"out/x/\.lock 是链接，不是训练的锁"):
         RunFolder("pretrain", config, origins, World())
 
 
