@@ -86,6 +86,8 @@ def test_conversations_of_public_data_sets(tmp_path, name):
     line = row if isinstance(row, str) else dump(row)
     contents, _ = read(tmp_path / "x.jsonl", f"{line}\n" * 3, read_conversations)
     assert contents == [expected] * 3
+    contents, _ = read(tmp_path / "x.json", f"[{line},\n{line}]", read_conversations)
+    assert contents == [expected] * 2  # {"chosen": […], "rejected": […]} 是一条，不是两列
 
 
 @pytest.mark.parametrize("field, value", [
