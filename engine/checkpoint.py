@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from config import PER_PRESET, PRESETS, STEPS_OR_EPOCHS, Config, UserError
-from engine.archive import Damaged, Lie, open_archive, unpack
+from engine.archive import Damaged, Lie, open_archive
 from engine.claims import (
     FORMAT,
     NAMES,
@@ -35,6 +35,7 @@ from engine.claims import (
     room_for_context,
 )
 from engine.distributed import whole
+from engine.unpickle import unpack
 from model import Transformer
 from settings.check import check_types, check_values
 from settings.new_file import new_file

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from config import Config
-from engine.archive import Claim, Lie, too_big
+from engine.archive import Lie
 from engine.progress import Progress
+from engine.unpickle import Claim, too_big
 from model import Transformer
 from settings.flags import is_text
 

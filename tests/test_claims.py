@@ -127,6 +127,11 @@ def in_dict(value: bytes) -> bytes:
     return program(b"}X\x05\x00\x00\x00model", value, b"s")
 
 
+def twice(depth: int) -> bytes:
+    """一段 pickle：一层套一层的元组，每一层是里面那层的两份；第 depth 层存在备忘的 depth 号里。"""
+    return b")q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(depth))
+
+
 FOUR = b"\x00\x00\x80?" * 4
 ONES = ("data/0", FOUR)
 PROGRAMS = {
@@ -137,9 +142,16 @@ PROGRAMS = {
     "步长是零": (in_dict(tensor(4, (10**9, 4), (0, 1))), "不是连续的"),
     "负的形状": (in_dict(tensor(4, (-4,), (1,))), "形状不对"),
     "大得离谱的形状": (in_dict(tensor(4, (2**70,), (1,))), "大得离谱"),
-    "编号是 2^31 的备忘": (program(b"Nr\xff\xff\xff\x7f"), "大得离谱"),
+    "编号是 2^31 的备忘": (program(b"Nr\xff\xff\xff\x7f"), "不是 mini-llm 的检查点"),
     "夹带的程序": (program(b"cos\nsystem\nX\x04\x00\x00\x00true\x85R"), "os.system"),
-    "改掉一个函数": (program(b"ctorch._utils\n_rebuild_tensor_v2\n}b"), "用不到的 Inert"),
+    "改掉一个函数": (program(b"ctorch._utils\n_rebuild_tensor_v2\n}b"), "用错了地方"),
+    "散列要算 2^60 次的键": (program(twice(60), b"}h\x3cNs"), "用错了地方"),
+    "两层的元组造一个字典": (
+        program(twice(60), b"ccollections\nOrderedDict\nh\x3cN\x86\x85\x85R"), "用错了地方"),
+    "九十万层的元组当键": (program(b"})", b"\x85" * 9 * 10**5, b"Ns"), "用错了地方"),
+    "九十万层的元组当形状": (in_dict(tensor(4, (4,), (1,)).replace(
+        b"(\x8a\x08\x04" + bytes(7) + b"t(", b")" + b"\x85" * 9 * 10**5 + b"(")), "形状不对"),
+    "弹出没有的": (program(b"\x86"), "不成对"),
     "套了十万层": (program(b"]" * 10**5, b"a" * (10**5 - 1)), "套得太深"),
     "六十万个空列表": (program(b"(", b"]" * 6 * 10**5, b"t"), "太多"),
     "十的四百次方": (in_dict(b"\x8a\xa7" + (10**400).to_bytes(167, "little")), "大得离谱"),
@@ -182,7 +194,11 @@ def test_a_zip_that_is_not_what_torch_writes_is_refused_before_it_is_read(folder
     with pytest.warns(UserWarning, match="Duplicate"):
         pack(path, [("data.pkl", code), ("data.pkl", code)])
     assert "名字相同" in refused(path, tokenizer)
-    pack(path, [(f"data/{n}", b"") for n in range(100_001)])
+    pack(path, [(f"data/{n:099}", b"") for n in range(100_001)])
+    assert "太多" in refused(path, tokenizer)
+    raw = bytearray(path.read_bytes())
+    raw[-14:-10] = struct.pack("<HH", 1, 1)  # 说只有一块
+    path.write_bytes(raw)
     assert "太多" in refused(path, tokenizer)
     pack(path, [("data.pkl", code), ("byteorder", b"big")])
     assert "字节次序" in refused(path, tokenizer)
