@@ -10,6 +10,7 @@ import base64
 import contextlib
 import importlib.util
 import io
+import ipaddress
 import json
 import re
 import threading
@@ -129,7 +130,12 @@ def is_one_sentence(body: str) -> bool:
     return body.count("\n") == 1 and re.search("[一-鿿]", body) is not None
 
 
-@pytest.mark.parametrize("host", [HOST, "localhost:7860", "LOCALHOST:7860", "[::1]:7860"])
+# 端口不限：ssh -L 8888:localhost:7860，容器的 -p 8888:7860，写的都是另一个端口。
+OWN = [HOST, "localhost:7860", "LOCALHOST:7860", "[::1]:7860", "localhost:8888", "localhost",
+       "127.0.0.1:8888", "127.0.0.1", "192.168.1.5:7860", "[fe80::1]:80"]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", OWN)
 def test_its_own_names_are_answered(host):
     lock = new_lock()
     status, headers, body = ask(lock, request(host=host))
@@ -138,9 +144,10 @@ def test_its_own_names_are_answered(host):
     assert headers[b"cross-origin-resource-policy"] == b"same-origin"
 
 
-OTHERS = ["evil.example", "evil.example:7860", "127.0.0.1", "127.0.0.1:7861", "127.0.0.1:7860.", "",
+OTHERS = ["evil.example", "evil.example:7860", "127.0.0.1:7860.", "", "localhost:",
           "127.0.0.1:7860@evil", "evil/127.0.0.1:7860", "localhost.:7860", " 127.0.0.1:7860",
-          "127.0.0.1:07860", "2130706433:7860", "127.1:7860", "0.0.0.0:7860", "[::]:7860",
+          "127.0.0.1:07860", "2130706433:7860", "127.1:7860", "[evil.example]:7860", "::1",
+          "127.0.0.1.evil.example:7860", "localhost.evil.example", "[::1].evil.example",
           "127.0.0.1:7860\x00", "127.0.0.1:7860,evil", "user@127.0.0.1:7860"]  # fmt: skip
 
 
@@ -162,33 +169,61 @@ def test_a_host_that_is_missing_or_written_twice():
 
 def test_the_names_when_others_can_reach_it(monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "Desk")
-    names = Names("0.0.0.0", PORT, ("demo.example", "10.0.0.9:80"))
+    names = Names("0.0.0.0", PORT, ("demo.example", "B.example:8443"))
     lock = new_lock(names)
     reached = {
         host: ask(lock, request(host=host, server=("192.168.1.5", PORT)))[0]
         for host in ("desk:7860", "192.168.1.5:7860", "demo.example", "demo.example:7860",
-                     "10.0.0.9:80", "127.0.0.1:7860",
-                     "192.168.1.6:7860", "evil.example:7860", "10.0.0.9:7860")
+                     "b.example:8443", "evil.example:7860", "desk", "desk:7861", "b.example")
     }  # fmt: skip
-    assert list(reached.values()) == [200] * 6 + [421] * 3
-    # 代理那边是 https 的，它的网页写的来处也是。
+    assert list(reached.values()) == [200] * 5 + [421] * 4
+    # 代理那边是 https 的，它的网页写的来处也是；Host 不照转的代理也不少。
     for host, origin, expected in [
         ("demo.example", b"https://demo.example", 200),
+        (HOST, b"https://demo.example", 200),
+        (HOST, b"https://b.example:8443", 200),
         (HOST, b"https://127.0.0.1:7860", 403),
         ("demo.example", b"https://evil.example", 403),
     ]:
         assert ask(lock, request(host=host, headers=[(b"origin", origin)]))[0] == expected
-    v6 = request(host="[fe80::1]:7860", server=("FE80::1", PORT))
-    assert ask(new_lock(Names("::", PORT)), v6)[0] == 200
-    assert ask(new_lock(Names("127.0.0.1", 80)), request(host="localhost"))[0] == 200
+    assert ask(new_lock(Names("desk", 80)), request(host="desk"))[0] == 200
 
 
-@given(st.text(st.characters(max_codepoint=255), max_size=30) | st.sampled_from([*OTHERS, HOST]))
-@example("LocalHost:7860")
+def test_those_who_forward_the_page_are_told_what_to_do():
+    """端口转发来的，来处要与 Host 相同；用别的名字转发的，告诉他加上什么。"""
+    lock = new_lock()
+    for host, origin, expected in [
+        ("localhost:8888", b"http://localhost:8888", 200),
+        ("localhost:8888", b"http://localhost:7860", 403),
+        ("127.0.0.1:8888", b"http://localhost:8888", 403),
+    ]:
+        assert ask(lock, request(host=host, headers=[(b"origin", origin)]))[0] == expected
+    for scope, status in [
+        (request(host="a-7860.example"), 421),
+        (request(headers=[(b"origin", b"https://a-7860.example")]), 403),
+    ]:
+        found, _, words = ask(lock, scope)
+        assert found == status and is_one_sentence(words)
+        assert words.endswith("--allow_host a-7860.example\n")
+    assert "allow_host" not in ask(lock, request(host="<b>x</b>"))[2]
+
+
+@given(
+    st.text(st.characters(max_codepoint=255), max_size=30)
+    | st.sampled_from([*OTHERS, *OWN])
+    | st.text("localhst127.:[]0@/", max_size=16)
+)
 def test_any_other_name(host):
+    """能用的只有 localhost 与 IP，连同一个端口。"""
     lock = new_lock()
     status, _, body = ask(lock, request(host=host))
-    own = host.lower() in {HOST, "localhost:7860", "[::1]:7860"}
+    name = re.sub(r":[1-9]\d{0,4}\Z", "", host.lower(), flags=re.ASCII)
+    try:
+        bare = name[1:-1] if name[:1] == "[" and name[-1:] == "]" else name
+        fixed = ipaddress.ip_address(bare)
+        own = fixed.version == 4 or bare != name
+    except ValueError:
+        own = name == "localhost"
     assert (status == 200) == own == bool(lock.app.seen)
     assert own or is_one_sentence(body)
 
@@ -286,6 +321,10 @@ def test_what_proxies_and_links_say_is_not_believed():
     (inside,) = lock.app.seen
     assert inside["query_string"] == b""
     assert [name for name, _ in inside["headers"]] == [b"host", b"x-forwarded-proto"]
+    lock = new_lock(Names("127.0.0.1", PORT, ("demo.example",)))
+    ask(lock, request(headers=[(b"x-forwarded-host", b"demo.example"), *more]))
+    (inside,) = lock.app.seen  # 许可的名字照转：Gradio 由它知道自己的网址
+    assert inside["headers"][1:] == [(b"x-forwarded-host", b"demo.example"), more[2]]
 
 
 def test_a_websocket_is_closed():

@@ -31,9 +31,9 @@ from config import UserError, option
 from settings.flags import read_options
 from settings.say import say
 from tools.web import actions
+from tools.web.names import NAME, Names
 
 PASSWORD = "MINI_LLM_PASSWORD"
-NAME = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Options:
                 f"auth 只写名字，没有冒号与空白；密码写在环境变量 {PASSWORD} 里（命令行别人看得见）"
             )
         for name in self.names():
-            if not NAME.fullmatch(name):
+            if not NAME.fullmatch(name.lower()):
                 found.append(f"allow_host 要是域名或 IP，可以带端口，得到的是 {name!r}")
         return found
 
@@ -97,15 +97,13 @@ def open_page(options: Options, loopback: bool) -> None:
         import gradio  # noqa: F401
     except ImportError:
         raise UserError("还没有安装 gradio；请先运行 pip install -r requirements-web.txt") from None
-    from tools.web.names import WILDCARDS, Names
     from tools.web.page import build  # 它一导入就要 Gradio
     from tools.web.server import locked, serve
 
     password = choose_password(options.auth)
     if not loopback:
         warn(options)
-    reachable = loopback or options.host in WILDCARDS
-    names = Names(options.host, options.port, options.names(), reachable)
+    names = Names(options.host, options.port, options.names())
     demo = build(Path(options.out_dir), options.checkpoint)
     if options.open:
         threading.Timer(1, webbrowser.open, [f"http://127.0.0.1:{options.port}"]).start()

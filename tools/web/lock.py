@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from settings.say import say
 from tools.web.crowd import Crowd
 from tools.web.forms import BadForm, Forms
-from tools.web.names import Names, bracket
+from tools.web.names import Names
 from tools.web.password import Password
 
 BODY = 256 * 1024  # 字节：最长的一段文字，全写成转义，也不到这么多
@@ -66,8 +66,8 @@ class Lock:
         self, app: Callable, names: Names, forms: Forms, crowd: Crowd,
         password: Password | None = None,
     ):  # fmt: skip
-        self.app, self.forms, self.crowd, self.password = app, forms, crowd, password
-        self.names, self.proxied, self.port = names.own(), names.proxied(), names.port
+        self.app, self.names, self.forms, self.crowd = app, names, forms, crowd
+        self.password = password
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """放行，或者一句话。"""
@@ -110,8 +110,7 @@ class Lock:
             Refused: 哪一样不对。
         """
         headers = scope["headers"]
-        host = self.check_host(headers, scope)
-        check_origin(headers, scope, self.origins(host))
+        check_origin(headers, scope, self.names, self.check_host(headers))
         if self.password:
             wait = self.password.check(one(headers, b"authorization"), scope.get("client"))
             if wait is not None:
@@ -133,27 +132,20 @@ class Lock:
                 headers, b"transfer-encoding"
             ):
                 raise Refused(400, "这样的请求不该有正文")
-        inside = {**scope, "query_string": query, "headers": cleaned(headers, length)}
+        kept = cleaned(headers, length, self.names)
+        inside = {**scope, "query_string": query, "headers": kept}
         return session, inside, receive
 
-    def check_host(self, headers: list, scope: dict) -> str:
-        """Host 恰好一个，是这个网页的名字，或者这条连接真的连到的那个 IP。"""
+    def check_host(self, headers: list) -> str:
+        """Host 恰好一个，是这个网页的名字。"""
         found = [value for name, value in headers if name == b"host"]
         if len(found) != 1:
             raise Refused(400, "请求里要恰好有一个 Host")
         host = found[0].decode("latin-1").lower()
-        server = scope.get("server") or ("", None)
-        address = bracket(str(server[0]).removeprefix("::ffff:").lower())
-        if host not in self.names and host not in (
-            f"{address}:{server[1]}", address if server[1] == 80 else None
-        ):  # fmt: skip
-            raise Refused(421, "这个网页不叫这个名字；请用启动时写的地址打开，或加上 --allow_host")
+        if not self.names.has(host):
+            sentence = "这个网页不叫这个名字；请用启动时印出的地址或 IP 打开"
+            raise Refused(421, sentence + self.names.advice(host))
         return host
-
-    def origins(self, host: str) -> set[str]:
-        """自己的网页会写的 Origin。"""
-        found = {f"http://{host}"}
-        return found | {f"https://{host}"} if host in self.proxied else found
 
     async def read_form(self, path: str, headers: list, receive: Callable):
         """读完正文，只留认得的几样，重新写好。"""
@@ -212,13 +204,13 @@ def one(headers: list, name: bytes) -> bytes | None:
     return found[0] if found else None
 
 
-def check_origin(headers: list, scope: dict, own: set[str]) -> None:
+def check_origin(headers: list, scope: dict, names: Names, host: str) -> None:
     """从自己的网页来的，或者不是网页发的（那样的程序什么都能写，防它的是密码）。"""
-    sentence = "这个请求是别的网页发来的，不答"
+    sentence, own = "这个请求是别的网页发来的，不答", names.origins(host)
     origin, referer = one(headers, b"origin"), one(headers, b"referer")
     site = one(headers, b"sec-fetch-site")
-    if origin is not None and origin.decode("latin-1").lower() not in own:
-        raise Refused(403, sentence)
+    if origin is not None and (said := origin.decode("latin-1").lower()) not in own:
+        raise Refused(403, sentence + names.advice(said))
     opening = (  # 别处的链接可以打开这一页：看得见地址栏的，不是装在框里的
         scope["method"] in ("GET", "HEAD") and scope["path"] == "/"
         and one(headers, b"sec-fetch-mode") == b"navigate"
@@ -246,14 +238,15 @@ def check_route(scope: dict) -> str:
     return path
 
 
-def cleaned(headers: list, length: int) -> list:
-    """放进去的请求头：Gradio 看见 Origin 就许可它，看见 X-Forwarded-Host 就信它，都不给。"""
+def cleaned(headers: list, length: int, names: Names) -> list:
+    """放进去的请求头：Gradio 会许可 Origin，会信 X-Forwarded-Host；不是自己的名字，都不给。"""
     dropped = (b"origin", b"authorization", b"content-length", b"transfer-encoding", b"forwarded")
     kept = [
         (name, value) for name, value in headers
         if name not in dropped
         and (not name.startswith(b"x-forwarded-")
-             or (name == b"x-forwarded-proto" and value in (b"http", b"https")))
+             or (name == b"x-forwarded-proto" and value in (b"http", b"https"))
+             or (name == b"x-forwarded-host" and names.has(value.decode("latin-1").lower())))
     ]  # fmt: skip
     return [*kept, (b"content-length", str(length).encode())] if length else kept
 

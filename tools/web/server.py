@@ -11,7 +11,7 @@ from settings.say import say
 from tools.web.crowd import Crowd
 from tools.web.forms import Forms
 from tools.web.lock import Lock
-from tools.web.names import Names
+from tools.web.names import Names, bracket
 from tools.web.page import CHINESE, CSS
 from tools.web.password import Password
 
@@ -72,8 +72,10 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             config = self.config
-            host = f"[{config.host}]" if ":" in config.host else config.host
-            say(f"网页开在 http://{host}:{config.port}，按 Ctrl-C 关掉。", flush=True)
+            say(
+                f"网页开在 http://{bracket(config.host)}:{config.port}，按 Ctrl-C 关掉。",
+                flush=True,
+            )
 
 
 def locked(demo: gr.Blocks, names: Names, password: Password | None = None) -> Lock:
