@@ -102,15 +102,22 @@ class Tokens:
             return b""
         first, last = start // BLOCK, -(-stop // BLOCK)
         if all(self.checked[first:last]):
-            data = read_at(self.file, stop - start, start)
+            data = self._at(start, stop)
             if (now := stamp_of(self.file)) == self.stamp:
                 return data
             self.stamp, self.checked = now, bytearray(len(self.sums))  # 有人动过它
         begin = first * BLOCK
-        whole = memoryview(read_at(self.file, min(last * BLOCK, self.n_bytes) - begin, begin))
+        whole = memoryview(self._at(begin, min(last * BLOCK, self.n_bytes)))
         for number in range(first, last):
             self._check(number, whole[number * BLOCK - begin :][:BLOCK])
         return whole[start - begin : stop - begin]
+
+    def _at(self, start: int, stop: int) -> bytes:
+        """文件的 [start, stop) 字节，没有核对。Raises Damaged：没有那么多。"""
+        data = read_at(self.file, stop - start, start)
+        if len(data) != stop - start:
+            raise Damaged(f"{self.path} 只到第 {start + len(data):,} 字节，被截短了")
+        return data
 
     def _check(self, number: int, block: memoryview) -> None:
         if hashlib.sha256(block).hexdigest() != self.sums[number]:
@@ -137,7 +144,7 @@ def stamp_of(file: int) -> tuple[int, int, int]:
 
 
 def read_at(file: int, size: int, at: int) -> bytes:
-    """从 at 起的 size 个字节，不动文件的当前位置。Raises Damaged：没有那么多。"""
+    """从 at 起的 size 个字节；没有那么多，就有多少给多少。"""
     pieces, left = [], size
     while left:
         if hasattr(os, "pread"):
@@ -147,7 +154,7 @@ def read_at(file: int, size: int, at: int) -> bytes:
                 os.lseek(file, at + size - left, os.SEEK_SET)
                 piece = os.read(file, left)
         if not piece:
-            raise Damaged(f"文件只到第 {at + size - left:,} 字节，被截短了")
+            break
         pieces.append(piece)
         left -= len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -93,13 +93,14 @@ def _make(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) -
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
         with only_one(Path(f"{base}.lock")):
-            ready, _ = _find(base, identity, paths, tokenizer)  # 等的时候也许别人做好了
+            ready, problem = _find(base, identity, paths, tokenizer)  # 等的时候也许别人做好了
             if ready is None:
                 try:
                     _build(base, identity, paths, tokenizer)
                 finally:
                     for part in base.parent.glob(f"{glob.escape(base.name)}.*.part"):
                         part.unlink()
+                ready, problem = _find(base, identity, paths, tokenizer)
     except FileNotFoundError as error:
         if any(not os.path.exists(path) for path in paths):
             raise UserError(f"{identity['source']} 在读的时候不见了；请检查路径") from error
@@ -109,10 +110,10 @@ def _make(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) -
             f"准备数据时读写失败（{error.strerror}：{error.filename or base.parent}）；"
             f"请检查权限与剩余的空间"
         ) from error
+    if ready is None and not problem:
+        raise UserError(f"{identity['source']} 在读的时候变了；请等它写完，再运行一次")
     if ready is None:
-        ready, problem = _find(base, identity, paths, tokenizer)
-    if ready is None:  # 磁盘坏了，或者有别的程序同时在改
-        raise UserError(f"刚写好的词元文件读不回来（{problem or base}）；请检查磁盘，再运行一次")
+        raise UserError(f"刚写好的词元文件读不回来（{problem}）；请检查磁盘，再运行一次")
     return ready
 
 
