@@ -13,6 +13,7 @@ from corpus import split
 from corpus.checked import BlockSums
 from corpus.encode import Encoded
 from corpus.shapes import Record
+from settings.new_file import new_file
 
 AT_ONCE = 1 << 12  # 分成两边时，一次抄多少篇
 N_COMMON, OPENING = 10, 8  # 数最常见的几样；一篇的开头看几个字
@@ -25,7 +26,7 @@ class Writer:
 
     def __init__(self, base: Path):
         self.base, self.part = base, Path(f"{base}.all.part")
-        self.file = self.part.open("wb")
+        self.file = new_file(self.part)  # 别人放在那里的链接，不顺着它写
         # 每篇几个 64 位整数：一千万篇约半个 GB
         self.counts = {name: array("q") for name in self.COUNTS}
         self.keys, self.finer, self.whole = array("Q"), array("Q"), array("Q")
@@ -86,7 +87,7 @@ class Writer:
         lengths = np.frombuffer(self.counts["length"], np.int64)
         part = Path(f"{self.base}.{side}.part")
         digest, blocks = hashlib.sha256(), BlockSums()
-        with part.open("wb") as f, self.part.open("rb") as whole:
+        with new_file(part) as f, self.part.open("rb") as whole:
             for first in range(0, len(lengths), AT_ONCE):
                 some = slice(first, first + AT_ONCE)
                 piece = np.fromfile(whole, np.uint16, int(lengths[some].sum()))
@@ -96,7 +97,8 @@ class Writer:
                 blocks.update(kept)
         put(part, Path(f"{self.base}.{side}.bin"))
         starts = np.concatenate([[0], np.cumsum(lengths[mine])]).astype(np.int64)
-        starts.tofile(part)
+        with new_file(part) as f:
+            starts.tofile(f)
         put(part, Path(f"{self.base}.{side}.idx"))
         digest.update(starts)
         targets, characters, lost = (
