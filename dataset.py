@@ -44,7 +44,7 @@ class Batch(NamedTuple):
         return Batch(*(x if x is None else x.to(device) for x in self))
 
 
-def slices(tokens: np.ndarray, size: int = 1 << 24) -> Iterator[tuple[int, np.ndarray]]:
+def slices(tokens: np.ndarray, size: int = 1 << 19) -> Iterator[tuple[int, np.ndarray]]:
     """一块一块地给出 (起点, 编号)：词元文件可能比内存还大。"""
     for start in range(0, len(tokens), size):
         yield start, tokens[start : start + size]
