@@ -63,6 +63,11 @@ def is_text(x: Any) -> bool:
     return isinstance(x, str)
 
 
+def is_name(x: Any) -> bool:
+    """是印得出来的文字，一行。"""
+    return is_text(x) and x.isprintable()
+
+
 def is_count(x: Any) -> bool:
     """是一个数得出来的数。"""
     return type(x) is int and 0 <= x < COUNT_LIMIT
@@ -106,6 +111,11 @@ def is_ranked(x: Any) -> bool:
     return isinstance(x, list) and len(x) == 2 and is_text(x[0]) and is_count(x[1])
 
 
+def is_ranked_character(x: Any) -> bool:
+    """[一个字, 个数]；字写得出来，不是半个。"""
+    return is_ranked(x) and len(x[0]) == 1 and not "\ud800" <= x[0] <= "\udfff"
+
+
 def is_stamp(x: Any) -> bool:
     """find.stamp 的四个数。"""
     return isinstance(x, list) and len(x) == 4 and all(type(n) is int for n in x)
@@ -114,12 +124,12 @@ def is_stamp(x: Any) -> bool:
 SCHEMA: dict[str, Check] = {
     "format": is_count, "source": is_text, "stage": is_text, "size": is_count,
     "tokenizer": is_text, "val_fraction": is_share, "keep_reasoning": is_flag, "code": is_text,
-    "stamps": list_of(is_stamp), "sha256": is_sum, "kind": is_text, "files": list_of(is_file),
+    "stamps": list_of(is_stamp), "sha256": is_sum, "kind": is_name, "files": list_of(is_file),
     "rows": is_count, "used": is_count, "changed": is_counter, "refused": is_counter,
     "bad_rows": is_count, "unused_fields": is_counter, "notes": list_of(is_text),
     "unk_rate": is_share, "characters": is_count, "lost_characters": is_count,
-    "lost_top": list_of(is_ranked), "duplicates": is_count, "openings": list_of(is_ranked),
-    "checksum": is_sum,
+    "lost_top": list_of(is_ranked_character), "duplicates": is_count,
+    "openings": list_of(is_ranked), "checksum": is_sum,
 }  # fmt: skip
 OF_A_SIDE: dict[str, Check] = {
     "documents": is_count, "tokens": is_count, "targets": is_count, "characters": is_count,

@@ -171,7 +171,7 @@ def read_starts(path: str | Path, expected: str, n_documents: int, n_tokens: int
         data = read_at(file, size, 0) if os.fstat(file).st_size == size else b""
     finally:
         os.close(file)
-    if hashlib.sha256(data).hexdigest() != expected:
+    if len(data) != size or hashlib.sha256(data).hexdigest() != expected:
         raise Damaged(f"{path} 与写下时不同")
     starts = np.frombuffer(data, np.int64)
     if starts[0] != 0 or starts[-1] != n_tokens or (starts[1:] <= starts[:-1]).any():

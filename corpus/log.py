@@ -89,6 +89,11 @@ class ReadLog:
         self.file: OnDisk | None = None
         self.done = 0  # 前几个文件合计多少字节
 
+    def hashed(self, path: Path, found: tuple[list[int], str]) -> None:
+        """记下读到的内容的散列。Raises UserError：写了两遍的文件，两遍读到的不同。"""
+        if self.hashes.setdefault(path, found) != found:
+            raise UserError(f"{path} 在读的时候变了；请等它写完，再运行一次")
+
     @property
     def rows(self) -> int:
         """读过的条数：每一条或照用，或改过才用，或不用。"""

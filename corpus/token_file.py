@@ -207,6 +207,7 @@ def _build(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) 
     """分词并写盘。先写临时文件，最后才写卡片：中途断电，下次只是重做。"""
     Path(f"{base}.json").unlink(missing_ok=True)
     log, stamps = ReadLog(identity["source"]), list(map(find.stamp, paths))
+    old = find.settled(stamps)  # 现在就看：读的时候时间才走到下一格的，那之前的改动看不出
     with ExitStack() as stack:
         writer = Writer(base)
         stack.enter_context(writer.file)
@@ -235,8 +236,8 @@ def _build(base: Path, identity: dict, paths: list[Path], tokenizer: Tokenizer) 
     if identity["source"] != "builtin" and find.find_files(identity["source"]) != paths:
         raise UserError(f"{identity['source']} 里的文件在读的时候变了；请等它们写完，再运行一次")
     digest = combined([log.hashes[path][1] for path in paths])
-    stamps = stamps if find.settled(stamps) else []  # 下一次便再比散列
-    card = identity | {"stamps": stamps, "sha256": digest} | account(log) | totals
+    # 刚刚才改过的不记时间，下一次便再比散列。
+    card = identity | {"stamps": stamps if old else [], "sha256": digest} | account(log) | totals
     for side, mine in (("train", ~held_out), ("val", held_out)):
         card |= writer.write_side(side, mine)
     part = Path(f"{base}.json.part")

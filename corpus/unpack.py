@@ -54,9 +54,9 @@ def open_parts(path: Path, log: ReadLog) -> Iterator[Part]:
         try:
             yield from _unwrap(str(path), path.name, raw, raw.tell, 0, log)
         except Broken:  # 断在中间的，断之前的还是要用
-            log.hashes[path] = raw.hashed()
+            log.hashed(path, raw.hashed())
             raise
-        log.hashes[path] = raw.hashed()
+        log.hashed(path, raw.hashed())
     finally:
         log.done, log.file = log.done + raw.size, None
         raw.release()

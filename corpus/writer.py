@@ -26,7 +26,7 @@ class Writer:
 
     def __init__(self, base: Path):
         self.base, self.part = base, Path(f"{base}.all.part")
-        self.file = new_file(self.part)
+        self.file = new_file(self.part)  # 别人放在那里的链接，不顺着它写
         # 每篇几个 64 位整数：一千万篇约半个 GB
         self.counts = {name: array("q") for name in self.COUNTS}
         self.keys, self.finer, self.whole = array("Q"), array("Q"), array("Q")
@@ -98,7 +98,7 @@ class Writer:
         put(part, Path(f"{self.base}.{side}.bin"))
         starts = np.concatenate([[0], np.cumsum(lengths[mine])]).astype(np.int64)
         with new_file(part) as f:
-            f.write(starts.tobytes())
+            starts.tofile(f)
         put(part, Path(f"{self.base}.{side}.idx"))
         digest.update(starts)
         targets, characters, lost = (

@@ -44,7 +44,7 @@ class Metrics:
         n = sum(row["step"] <= progress.step for row in records.rows)  # 之后的会重新走一遍
         self.rows = records.rows[:n]
         part = self.path.with_name("metrics.jsonl.part")
-        with new_file(part) as f:
+        with new_file(part) as f:  # 别人放在那里的链接，不顺着它写
             f.writelines(records.lines[:n])
         if records.left_out:
             kept = keep_damaged(self.path)
@@ -100,10 +100,9 @@ class Metrics:
         axes.grid(alpha=0.3)
         axes.legend()
         try:
-            with new_file(self.picture) as f:
-                figure.savefig(f, dpi=120, format="png")
+            figure.savefig(self.picture, dpi=120)
         except OSError as error:
-            say(f"（画不了 {self.picture}（{error.strerror}），不影响检查点）")
+            print(f"（画不了 {self.picture}（{error.strerror}），不影响检查点）")
         plt.close(figure)
 
 
@@ -174,7 +173,7 @@ def sound(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or not is_text(row.get("sample") or ""):
+    if not isinstance(row, dict) or not (row.get("sample") is None or is_text(row["sample"])):
         return None
     counts = (row.get("step"), row.get("tokens"))
     if any(type(n) is not int or not 0 <= n < COUNT_LIMIT for n in counts):

@@ -8,6 +8,8 @@ import tracemalloc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from invented import documents_like, write
+from scripts import LITTLE, QUICK, run
 
 from engine import metrics as module
 from engine.distributed import World
@@ -103,6 +105,9 @@ POISON = {
     "nan_loss": line_of(2, val_loss=math.nan),
     "infinite_loss": line_of(2, train_loss=math.inf),
     "list_sample": line_of(2, sample=[1]),
+    "empty_list_sample": line_of(2, sample=[], val_loss=1.0),
+    "false_sample": line_of(2, sample=False, val_loss=1.0),
+    "zero_sample": line_of(2, sample=0, val_loss=1.0),
     "half_a_character": b'{"step": 2, "tokens": 3, "sample": "\\ud800"}\n',
     "null": b"null\n",
     "empty": b"\n",
@@ -234,3 +239,91 @@ def test_the_longest_increasing_run_is_kept(steps):
     for i, step in enumerate(steps):
         best.append(1 + max((best[j] for j in range(i) if steps[j] < step), default=0))
     assert len(kept) == max(best, default=0)
+
+
+REAL = [line_of(0, val_loss=9.9, val_bpc=14.5)] + [
+    line_of(step, lr=0.01, grad_norm=1.5e-05, seconds=0.25 * step, tokens_per_second=1e4)
+    for step in range(1, 12)
+]
+
+
+@st.composite
+def spoilt(draw) -> tuple[list[bytes], list[bytes]]:
+    """(改动过的记录的各行, 其中没有动过的)：换、删、插、抄、调换几行，或一行里改几个字节。"""
+    kept = dict(enumerate(REAL))
+    lines = [(i, line) for i, line in enumerate(REAL)]
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(lines) - 1))
+        i, line = lines[at]
+        how = draw(st.sampled_from(["bytes", "poison", "insert", "zeros", "drop"]))
+        if how == "insert":
+            lines.insert(at, (-1, draw(st.sampled_from(sorted(POISON.values())))))
+            continue
+        kept.pop(i, None)
+        if how == "drop" and len(lines) > 2:
+            lines.pop(at)
+        elif how == "poison":
+            lines[at] = -1, draw(st.sampled_from(sorted(POISON.values())))
+        elif how == "zeros":
+            lines[at] = -1, bytes(len(line))
+        else:
+            place, n = draw(st.integers(0, len(line))), draw(st.integers(0, 9))
+            new = draw(st.binary(max_size=9).filter(lambda x: b"\n" not in x))
+            lines[at] = -1, line[:place] + new + line[place + n :]
+    return [line for _, line in lines], [kept[i] for i in sorted(kept)]
+
+
+@settings(MANY, max_examples=3 * settings().max_examples)
+@given(spoilt(), st.booleans())
+def test_sound_rows_survive_any_damage_to_the_others(tmp_path, damage, torn):
+    """几行坏了，其余的一个字节不差地留着；只有坏的行自称是别的步、挤得进次序里的，才会挤掉别的。"""
+    for path in tmp_path.iterdir():
+        path.unlink()
+    lines, untouched = damage
+    content = b"".join(lines)[: -1 if torn else None]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    physical = content.split(b"\n")
+    found = [line for line in untouched if line[:-1] in physical]  # 上一行的换行没了，便连在一起
+    records = read_records(path)
+    others = [line for line in records.lines if line not in untouched]
+    assert len(records.lines) >= len(found)
+    assert len([line for line in found if line not in records.lines]) <= len(others)
+    assert all(line[:-1] in physical for line in records.lines)
+    points, _, said = actions.curves(str(tmp_path))
+    assert len(points) >= len(records.rows) - len(others) and bool(said) == bool(records.left_out)
+    again = Metrics(tmp_path, World(), Progress(step=20))
+    assert path.read_bytes() == b"".join(records.lines)
+    again.write(step=21, tokens=210)
+    assert read_records(path).left_out == 0
+
+
+def test_training_goes_on_from_poisoned_records(tmp_path):
+    """真的接着练：记录里每一种有毒的都有一行，说一句，往下练，完好的行一个字节不差，曲线照画。"""
+    write(tmp_path / "s.jsonl", documents_like(60, 2))
+    flags = ["--data", "s.jsonl", *QUICK, *LITTLE, "--preset", "tiny", "--seq_len", "32",
+             "--eval_tokens", "32", "--out_dir", "o"]  # fmt: skip
+    run(tmp_path, "pre_train.py", *flags, "--max_steps", "4")
+    path = tmp_path / "o/pretrain/metrics.jsonl"
+    before = path.read_bytes().splitlines(keepends=True)
+    looks_sound = ("far_step", "duplicate", "decreasing")  # 单看一行看不出
+    poison = [line for name, line in POISON.items() if name not in looks_sound]
+    path.write_bytes(b"".join(poison) + b"".join(before[:2] + poison + before[2:] + poison))
+    spoilt = path.read_bytes()
+    out, _ = run(
+        tmp_path, "pre_train.py", *flags, "--max_steps", "6", "--resume", "--allow_changes"
+    )
+    assert out.count("行不是完好的记录，没有用") == 1
+    after = path.read_bytes().splitlines(keepends=True)
+    assert after[: len(before)] == before and len(after) > len(before)
+    assert path.with_name("metrics.damaged.jsonl").read_bytes() == spoilt
+    assert path.with_name("loss.png").is_file() and not actions.curves(str(path.parent))[2]
+
+
+def test_a_link_in_the_place_of_the_part_is_not_followed(tmp_path):
+    """别人在 metrics.jsonl.part 上放一个链接：不顺着它盖掉别处的文件。"""
+    (tmp_path / "victim").write_text("别人的")
+    (tmp_path / "metrics.jsonl.part").symlink_to("victim")
+    Metrics(tmp_path, World(), Progress()).write(step=0, tokens=0)
+    assert (tmp_path / "victim").read_text() == "别人的"
+    assert not (tmp_path / "metrics.jsonl").is_symlink()
