@@ -100,9 +100,10 @@ class Metrics:
         axes.grid(alpha=0.3)
         axes.legend()
         try:
-            figure.savefig(self.picture, dpi=120)
+            with new_file(self.picture) as f:  # 同样，不顺着链接写
+                figure.savefig(f, dpi=120, format="png")
         except OSError as error:
-            print(f"（画不了 {self.picture}（{error.strerror}），不影响检查点）")
+            say(f"（画不了 {self.picture}（{error.strerror}），不影响检查点）")
         plt.close(figure)
 
 
