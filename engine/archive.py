@@ -14,7 +14,6 @@ import mmap
 import os
 import pickle
 import pickletools
-import stat
 import struct
 import sys
 import zipfile
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
+from settings.files import open_regular
 
 MOST_MEMBERS = 10**5  # 一个检查点里至多多少块：一百层的模型，连同优化器，三千多块
 MOST_OPCODES = 10**6  # data.pkl 里至多多少条指令：同上，十万多条
@@ -45,10 +45,7 @@ class Lie(ValueError):
 
 def open_file(path: Path) -> BinaryIO:
     """打开一个普通的文件；管道、设备等没有尽头的，不读。Raises UserError, OSError。"""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)  # O_NONBLOCK：打开没有人写的管道也不等
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+    if (descriptor := open_regular(path)) is None:
         raise UserError(f"{path} 不是普通的文件（是管道、设备或目录）；请写出检查点的文件名")
     return os.fdopen(descriptor, "rb")
 
