@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
+from settings.files import open_regular
 
 BLOCK = 1 << 20  # 一块多少字节
 AT_ONCE = 512 << 20  # 不比这大的，开始之前整个核对（四分之一秒）；更大的，读到哪块核对哪块
@@ -53,7 +54,7 @@ class Tokens:
     ):  # fmt: skip
         self.path, self.sums, self.size, self.vocab_size = path, sums, size, vocab_size
         self.n_bytes, self.on_damage = size * self.dtype.itemsize, on_damage
-        self.file = open_regular(path)
+        self.file = open_file(path)
         weakref.finalize(self, os.close, self.file)
         self.stamp = stamp_of(self.file)
         self.checked = bytearray(len(sums))
@@ -130,11 +131,11 @@ class Tokens:
         self.checked[number] = 1
 
 
-def open_regular(path: str | Path) -> int:
-    """打开一个普通的文件来读，返回描述符。Raises Damaged：是管道、设备之类，读不完。"""
-    if not os.path.isfile(path):
+def open_file(path: str | Path) -> int:
+    """打开一个文件来读，返回描述符。Raises Damaged：没有，或者是管道、设备之类，读不完。"""
+    if not os.path.isfile(path) or (file := open_regular(path)) is None:
         raise Damaged(f"{path} 不见了，或者不是普通的文件")
-    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    return file
 
 
 def stamp_of(file: int) -> tuple[int, int, int]:
@@ -166,7 +167,7 @@ def read_starts(path: str | Path, expected: str, n_documents: int, n_tokens: int
     Raises:
         Damaged: 与校验和 expected 不符，或者不是从 0 起、一篇比一篇靠后、到 n_tokens 为止。
     """
-    size, file = 8 * (n_documents + 1), open_regular(path)
+    size, file = 8 * (n_documents + 1), open_file(path)
     try:
         data = read_at(file, size, 0) if os.fstat(file).st_size == size else b""
     finally:

@@ -30,7 +30,7 @@ from corpus.encode import chunks, encode_conversations, encode_documents
 from corpus.log import ReadLog, Refused
 from corpus.writer import Writer, put
 from dataset import SIDES
-from settings.new_file import new_file
+from settings.files import new_file
 from settings.say import say
 from tokenizer import Tokenizer
 

@@ -4,7 +4,6 @@ import hashlib
 import os
 from array import array
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from corpus import split
 from corpus.checked import BlockSums
 from corpus.encode import Encoded
 from corpus.shapes import Record
-from settings.new_file import new_file
+from settings.files import new_file, sync_folder
 
 AT_ONCE = 1 << 12  # 分成两边时，一次抄多少篇
 N_COMMON, OPENING = 10, 8  # 数最常见的几样；一篇的开头看几个字
@@ -139,11 +138,4 @@ def put(part: Path, path: Path) -> None:
     with part.open("rb+") as f:
         os.fsync(f.fileno())
     os.replace(part, path)
-    if os.name == "nt":  # 打不开目录，也不需要
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # 有的网络文件系统不支持；文件本身已经写好了
-            os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)

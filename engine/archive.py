@@ -8,7 +8,6 @@
 
 import mmap
 import os
-import stat
 import struct
 import zipfile
 import zlib
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
+from settings.files import open_regular
 
 MOST_MEMBERS = 10**5  # 一个检查点里至多多少块：一百层的模型，连同优化器，三千多块
 DIRECTORY = 128 * MOST_MEMBERS  # zip 的目录至多多少字节：torch 写的，一块 77 字节上下
@@ -38,10 +38,7 @@ class Lie(ValueError):
 
 def open_file(path: Path) -> BinaryIO:
     """打开一个普通的文件；管道、设备等没有尽头的，不读。Raises UserError, OSError。"""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)  # O_NONBLOCK：打开没有人写的管道也不等
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+    if (descriptor := open_regular(path)) is None:
         raise UserError(f"{path} 不是普通的文件（是管道、设备或目录）；请写出检查点的文件名")
     return os.fdopen(descriptor, "rb")
 

@@ -38,7 +38,7 @@ from engine.distributed import whole
 from engine.unpickle import unpack
 from model import Transformer
 from settings.check import check_types, check_values
-from settings.new_file import new_file
+from settings.files import new_file, sync_folder
 from tokenizer import Tokenizer
 
 SCRIPTS = {"pretrain": "pre_train.py", "sft": "sft_train.py"}
@@ -82,18 +82,6 @@ def write(path: Path, checkpoint: dict[str, Any], keep_previous: bool = True) ->
 def previous_of(path: Path) -> Path:
     """前一个检查点的路径：pretrain.pt -> pretrain.previous.pt。"""
     return path.with_name(f"{path.stem}.previous.pt")
-
-
-def sync_folder(folder: Path) -> None:
-    """改名也要落盘。Windows 不能打开目录，也不需要。"""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # 有的网络文件系统不支持；文件本身已经写好了
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read(path: Path, mmap: bool = False) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from engine.distributed import World
 from engine.progress import Progress
-from settings.new_file import new_file
+from settings.files import new_file
 from settings.say import say
 
 

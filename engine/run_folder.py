@@ -24,7 +24,7 @@ from engine.checkpoint import (
     read,
 )
 from engine.distributed import World
-from settings.new_file import write_text
+from settings.files import write_text
 from settings.places import USED, as_flags, ask, must_ask, outside
 from settings.resolve import Origins
 from settings.say import say

@@ -19,8 +19,8 @@ from typing import Any
 from config import BOTH_STAGES, PRESETS, STEPS_OR_EPOCHS, Config, UserError
 from settings.check import check_types, check_values
 from settings.defaults import AUTOMATIC, sft_start
+from settings.files import write_text
 from settings.flags import help_text, parse_flags
-from settings.new_file import write_text
 from settings.say import say
 
 # ---------- 1. 定值 ----------

@@ -76,11 +76,14 @@ def _tell(sentence: str) -> None:
 
 def _ready_streams() -> None:
     """标准输入输出：都在，都是 UTF-8，写一行就看得到一行。"""
+    from contextlib import suppress
+
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # 启动时就被关掉了（<&-）
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
         if hasattr(getattr(sys, name), "reconfigure"):  # Windows 默认不是 UTF-8
-            getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
+            with suppress(ValueError):  # 已经从它读过（例如调试器），就换不了了
+                getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
     if hasattr(sys.stdout, "reconfigure"):  # 输出接到文件或管道时，也写一行看得到一行
         sys.stdout.reconfigure(line_buffering=True)
 

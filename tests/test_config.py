@@ -2,6 +2,7 @@
 
 from settings.script import run_script
 
+import io
 import os
 import re
 import subprocess
@@ -200,6 +201,16 @@ def test_closed_streams_and_broken_pipes_are_not_tracebacks(tmp_path):
             env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.PIPE,
         )  # fmt: skip
         assert (result.returncode, result.stderr) == (code, b"")
+
+
+def test_standard_input_that_was_read_before_can_still_be_used(monkeypatch):
+    """例如 python -m pdb pre_chat.py：调试器先从它读过命令。"""
+    lines = io.TextIOWrapper(io.BytesIO("c\n守株\n".encode()), encoding="utf-8")
+    assert lines.readline() == "c\n"
+    monkeypatch.setattr("sys.stdin", lines)
+    found = []
+    run_script(lambda: found.append(sys.stdin.readline()))
+    assert found == ["守株\n"]
 
 
 def test_sft_learning_rate_is_a_fifth_of_lr():

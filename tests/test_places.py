@@ -17,7 +17,7 @@ from engine import corpora
 from engine.checkpoint import read, write
 from engine.distributed import World
 from engine.run_folder import RunFolder
-from settings.new_file import new_file, write_text
+from settings.files import new_file, write_text
 from settings.places import outside
 from settings.resolve import Origin, load_config, save_config
 from settings.stored import inherit

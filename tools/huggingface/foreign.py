@@ -8,11 +8,11 @@ shown        别人写的值，说给人看：一行，不太长，控制不了�
 import json
 import math
 import os
-import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from config import UserError
+from settings.files import open_regular
 from settings.say import clean
 
 
@@ -23,13 +23,11 @@ def opened(path: Path) -> BinaryIO:
         UserError: 没有，没有权限，或者是管道、设备、目录。
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
-                             | getattr(os, "O_BINARY", 0))  # fmt: skip
+        descriptor = open_regular(path)
     except OSError as error:
         what = "链接断了" if path.is_symlink() and not path.exists() else error.strerror
         raise UserError(f"读不了 {path}（{what}）；请检查路径与权限") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+    if descriptor is None:
         raise UserError(f"{path} 不是普通的文件（是目录、管道或设备之类）；请换成真的文件")
     return os.fdopen(descriptor, "rb")
 
