@@ -87,13 +87,16 @@ def stored(tmp_path_factory) -> Stored:
 
 @st.composite
 def edits(draw, longest: int) -> Callable[[bytes], bytes]:
-    """一处改动：换掉、去掉、插入、复制一段，截短，接上别的。"""
+    """一处改动：一个比特，换掉、去掉、插入、复制一段，截短，接上别的。"""
     at, n = draw(st.integers(0, longest)), draw(st.integers(0, 40))
     new = draw(st.binary(max_size=12) | st.sampled_from(
         [b"", b"0", b"-", b"null", b"1e999", b"NaN", b"9" * 5000, b"[" * 3000, b'"\\ud800"',
          b'{"a":' * 2000, b"\0" * 8, b"\xff" * 8, b"\n", b"}", b"\xe6\x96\x87"]))  # fmt: skip
-    how = draw(st.sampled_from(["replace", "insert", "double", "cut", "end"]))
+    how = draw(st.sampled_from(["bit", "replace", "insert", "double", "cut", "end"]))
     return {
+        "bit": lambda x: (
+            x[: at % len(x)] + bytes([x[at % len(x)] ^ 1 << n % 8]) + x[at % len(x) + 1 :]
+        ),
         "replace": lambda x: x[:at] + new + x[at + n :],
         "insert": lambda x: x[:at] + new + x[at:],
         "double": lambda x: x[: at + n] + x[at:],
