@@ -9,6 +9,7 @@ import io
 import json
 import os
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from unittest import mock
 
@@ -86,16 +87,17 @@ def stored(tmp_path_factory) -> Stored:
 
 @st.composite
 def edits(draw, longest: int) -> Callable[[bytes], bytes]:
-    """一处改动：一个比特，换掉、去掉、插入、复制一段，截短，接上别的。"""
+    """一处改动：一个比特，盖住、换掉、去掉、插入、复制一段，截短，接上别的。"""
     at, n = draw(st.integers(0, longest)), draw(st.integers(0, 40))
     new = draw(st.binary(max_size=12) | st.sampled_from(
         [b"", b"0", b"-", b"null", b"1e999", b"NaN", b"9" * 5000, b"[" * 3000, b'"\\ud800"',
          b'{"a":' * 2000, b"\0" * 8, b"\xff" * 8, b"\n", b"}", b"\xe6\x96\x87"]))  # fmt: skip
-    how = draw(st.sampled_from(["bit", "replace", "insert", "double", "cut", "end"]))
+    how = draw(st.sampled_from(["bit", "over", "replace", "insert", "double", "cut", "end"]))
     return {
         "bit": lambda x: (
             x[: at % len(x)] + bytes([x[at % len(x)] ^ 1 << n % 8]) + x[at % len(x) + 1 :]
         ),
+        "over": lambda x: (x[: at % len(x)] + new + x[at % len(x) + len(new) :])[: len(x)],
         "replace": lambda x: x[:at] + new + x[at + n :],
         "insert": lambda x: x[:at] + new + x[at:],
         "double": lambda x: x[: at + n] + x[at:],
@@ -218,6 +220,25 @@ def test_whatever_happens_to_the_file_no_wrong_token_gets_out(tmp_path, story):
             path.write_bytes(now)
             clock += 10**7
             os.utime(path, ns=(clock, clock))
+
+
+def test_every_block_of_a_read_is_checked(tmp_path):
+    """从任意一块读到任意一块，其中任意一块坏了：读不成；坏的在外面，读得成。"""
+    with mock.patch.object(checked, "BLOCK", 64):
+        sums = BlockSums()
+        sums.update(FEW.tobytes())
+        for bad in range(5):
+            content = bytearray(FEW.tobytes())
+            content[64 * bad + 3] ^= 1
+            (tmp_path / "a").write_bytes(content)
+            for first, last in combinations(range(6), 2):
+                where = slice(32 * first, 32 * last)
+                tokens = Tokens(tmp_path / "a", sums.finish(), len(FEW), 21248)
+                if first <= bad < last:
+                    with pytest.raises(UserError, match="坏了"):
+                        tokens[where]
+                else:
+                    assert np.array_equal(tokens[where], FEW[where])
 
 
 # ---------- 3. 落盘 ----------
