@@ -10,6 +10,7 @@ from corpus.sniff import JSON, reaches_the_end
 MAX_LINE = 64 << 20  # 一条最长多少字节；再长多半拿错了文件
 BLOCK = 1 << 18  # 一次读进来多少字节
 BLANK = re.compile("[ \t\n\r\ufeff]*")  # 接起来的文件，中间也会有 BOM
+REST_OF_NUMBER = re.compile(r"[\d.eE+-]*")
 
 
 class Text:
@@ -45,7 +46,8 @@ class Text:
         while True:
             try:
                 value, end = JSON.raw_decode(self.text, self.at)
-                if end < len(self.text) or not self.more:  # 贴着末尾的，也许是半个数字
+                # 后面只剩数字里的字，直到末尾的，也许是半个数字：「1.」「1e」
+                if REST_OF_NUMBER.match(self.text, end).end() < len(self.text) or not self.more:
                     self.at = end
                     return value
                 cut, problem = True, ""

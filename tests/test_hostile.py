@@ -326,6 +326,7 @@ def test_every_line_of_a_jsonl_is_one_row(folder, lines, windows):
 @example(['{"text": "前\\ud83d后"}', '"后面的"'], 7, "")
 @example(['{"text": "\\ud800\\u0041"}', '"后面的"'], 7, "")
 @example(["9" * 40, "-0.5e-7", "1e999", '"后面的"'], 1, "")
+@example(["1e999", "1.5", "-1.5e-7"], 1, "")  # 读到一半的数字：「1.」「1e」
 @example(['{"text": ["前"], "content": [""]}', '{"row": {"text": "章"}}'], 64, "")
 @example(['{"text": "文", "n": NaN}', '{"text": "章", "n": %s}' % ("9" * 40)], 64, "")
 def test_an_array_says_the_same_as_the_lines_in_it(folder, lines, block, blank):
