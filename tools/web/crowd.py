@@ -1,27 +1,28 @@
 """排队的访客：还在听的才答。
 
 网页的每一次提问是两个请求：先报名（queue/join），再来听（queue/data）。报了名却不来听的、听到一半走了的，
-过 GRACE 秒就不再替他写；不然两百个这样的，后面的人要等上几分钟。
+过几秒就不再替他写；不然两百个这样的，后面的人要等上几分钟。
 """
 
 import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-GRACE = 3.0  # 秒：报名之后这么久还没有来听，就是走了
+GRACE = 4.5  # 秒：报名之后这么久还没有来听，就是走了；机器忙时，浏览器来得慢
+LEFT = 3.0  # 秒：听过又断开的，这么久没有再来，就是走了
 WAITING = 256  # 一共最多几件事在等
 EACH = 16  # 一位访客最多几件
 
 
 @dataclass
 class Visitor:
-    """一位访客：有几条连接在听，最后一次有动静是什么时候。"""
+    """一位访客：有几条连接在听，没有动静等到什么时候为止。"""
 
     streams: int = 0
-    last: float = field(default_factory=time.monotonic)
+    until: float = 0.0
 
 
 class Crowd:
@@ -48,7 +49,7 @@ class Crowd:
         if len(self.queue.pending_event_ids_session.get(session, ())) >= EACH:
             return "前面的还没有答完，请等一等"
         visitor = self.visitors.setdefault(session, Visitor())
-        self.touch(session, visitor)
+        self.touch(session, visitor, self.grace)
         return ""
 
     @contextlib.contextmanager
@@ -63,16 +64,16 @@ class Crowd:
             yield
         finally:
             visitor.streams -= 1
-            self.touch(session, visitor)
+            self.touch(session, visitor, min(self.grace, LEFT))
 
-    def touch(self, session: str, visitor: Visitor) -> None:
-        """有了动静；过一会儿再看看还在不在。"""
-        visitor.last = time.monotonic()
-        asyncio.get_running_loop().call_later(self.grace, self.look, session, visitor)
+    def touch(self, session: str, visitor: Visitor, wait: float) -> None:
+        """有了动静；过 wait 秒再看看还在不在。"""
+        visitor.until = time.monotonic() + wait
+        asyncio.get_running_loop().call_later(wait, self.look, session, visitor)
 
     def look(self, session: str, visitor: Visitor) -> None:
         """没有人在听，就不再替他写。"""
-        late = time.monotonic() - visitor.last >= self.grace - 0.01
+        late = time.monotonic() >= visitor.until - 0.01
         if visitor.streams or not late or self.visitors.get(session) is not visitor:
             return
         del self.visitors[session]
