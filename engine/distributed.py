@@ -163,7 +163,8 @@ def whole(state: Any) -> Any:
         return {key: whole(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
         return [whole(value) for value in state]
-    return gather(state).detach().cpu() if isinstance(state, Tensor) else state
+    # 检查点只收连续的（unpickle.py）
+    return gather(state).detach().cpu().contiguous() if isinstance(state, Tensor) else state
 
 
 def is_sharded(tensor: Any) -> bool:

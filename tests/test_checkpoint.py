@@ -4,6 +4,7 @@ import pickle
 import resource
 import signal
 import zipfile
+from collections import OrderedDict
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from engine.checkpoint import (
     write,
 )
 from engine.device import Device
-from engine.distributed import World
+from engine.distributed import World, whole
 from engine.progress import Progress, RandomNumbers
 from engine.run import Run
 from engine.run_folder import RunFolder
@@ -122,6 +123,23 @@ def test_checkpoint_describes_itself_and_loads_equal(tokenizer, tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
     assert list(path.parent.iterdir()) == [path]  # 没有留下临时文件
+
+
+def test_whatever_a_tensor_looks_like_in_memory_it_is_read_back(tokenizer, tmp_path):
+    """转置过的、合用一块内存的、空的、从中间起的：写下的都要读得回来，否则一次训练就白费了。"""
+    F = torch.randn
+    flat = F(60)
+    shapes = {"转置": F(3, 4).t(), "切片": F(4, 4)[:, 1], "一行": F(1, 4).t(), "空的": F(0, 3),
+              "一个数": F(()), "从中间起": flat[7:31].view(4, 6), "同一块": flat[:30]}  # fmt: skip
+    state = {i: {"momentum": x} for i, x in enumerate(shapes.values())}
+    saved = whole(snapshot(tokenizer) | {"optimizers": [{"state": state}, {"state": {}}]})
+    saved["model"] = OrderedDict(saved["model"])
+    saved["model"]._metadata = OrderedDict({"": {"version": 1}})  # 旧的程序连它一起存
+    write(tmp_path / "m.pt", saved)
+    for mapped in (False, True):
+        found = read(tmp_path / "m.pt", mmap=mapped)
+        assert same(found["optimizers"][0]["state"], state)
+        assert same(found["model"], dict(saved["model"]))
 
 
 def test_an_earlier_one_keeps_the_values_it_was_trained_with(tokenizer, tmp_path):

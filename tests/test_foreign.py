@@ -104,7 +104,7 @@ def test_what_changes_the_mathematics_is_refused_by_name(name, folder):
     """从前 quantization_config 走到了装别的库的代码；10^9 的上下文要了 8 GB 才说不行。"""
     edit(folder, **{name: REFUSED[name]})
     told = {"intermediate_size": "形状不对", "tie_word_embeddings": "少了 lm_head",
-            "num_key_value_heads": "n_kv_heads（3）",
+            "num_key_value_heads": "n_kv_heads（3）", "num_hidden_layers": "n_layers 不能超过",
             "hidden_size": "head_dim 是 8，应为 10000"}  # fmt: skip
     tracemalloc.start()
     assert told.get(name, name) in refused(folder)
