@@ -65,11 +65,13 @@ POSITIVE = (*(name for name in SHAPE if name not in NOT_NEGATIVE),
             "eval_tokens")  # fmt: skip
 NOT_TOO_LARGE = (lambda v: v <= LARGEST, "不能超过 10^9")
 LONGEST = 2**20  # 位置编码与缓存都照 max_len 分配：一百万个词元已经要几 GB
+MOST_LAYERS = 1000  # 一层没有参数也要几毫秒、几十 KB 来建；文件里写着的几万层，建起来要几分钟
 
 # 一个字段自己的范围：（哪些字段，（怎样算对，不对时说什么）…）
 RANGES = (
     (POSITIVE, (lambda v: v > 0, "必须是正数"), NOT_TOO_LARGE),
     (("max_len",), (lambda v: v <= LONGEST, "不能超过 2^20")),
+    (("n_layers",), (lambda v: v <= MOST_LAYERS, "不能超过 1000")),
     (NOT_NEGATIVE, (lambda v: v >= 0, "不能是负数"), NOT_TOO_LARGE),
     (("warmup", "decay", "weight_decay"), (lambda v: 0 <= v <= 1, "必须在 0 与 1 之间")),
     (

@@ -23,7 +23,7 @@ USED = {"pretrain": ("data", "data_dir", "replay_data"), "sft": ("sft_data", "da
 def outside(value: str | None) -> bool:
     """在项目与现在的目录之外；逗号隔开的几个，有一个就算。
 
-    只看写法，不管链接指到哪里：data/ 可以是一个链接，指着另一块大的磁盘。
+    只看写法，不管链接指到哪里：data/ 可以是一个链接，指着另一块大的磁盘。里面有 .. 的也算。
     """
     if value in (None, "builtin", "auto"):
         return False
@@ -31,6 +31,8 @@ def outside(value: str | None) -> bool:
 
 
 def _outside(piece: str) -> bool:
+    if ".." in piece.strip().replace(os.sep, "/").split("/"):
+        return True  # 经过链接再往上，不知道到了哪里；写着许多层 */.. 的，也永远找不完
     path = os.path.abspath(piece.strip())
     for folder in (ROOT, os.getcwd()):
         try:

@@ -530,7 +530,7 @@ WINDOW = dict(use_sliding_window=True, sliding_window=8, max_window_layers=0, la
 LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama")
 SHARED_EXPERT = dict(architectures=["Qwen2MoeForCausalLM"], model_type="qwen2_moe")
 BAD_NOTE = {"stage": "sft", "config": {"lr": "快"}}
-DEEP = dict(num_hidden_layers=10**6, layer_types=None)
+DEEP = dict(num_hidden_layers=1000, layer_types=None)
 NEW_WORD = {"id": N_TOKENS, "content": "新词元"}
 BROKEN = {
     "没有 config.json": (removed("config.json"), "没有 config.json"),

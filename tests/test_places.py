@@ -90,7 +90,8 @@ def test_new_files_replace_the_name_and_refuse_a_folder(tmp_path):
         ("builtin", False), ("auto", False), (None, False), ("data", False), ("my.jsonl", False),
         (str(REPO / "data/a.json"), False), ("/etc/passwd", True), ("../x.txt", True),
         ("data/../../x", True), ("a.txt,/etc/passwd", True), ("a.txt, b.txt", False),
-        ("data/*/../../../etc/*", True), ("/etc/*", True), ("here/..", False), ("/", True),
+        ("data/*/../../../etc/*", True), ("/etc/*", True), ("here/..", True), ("linked/../x", True),
+        ("*/../" * 20 + "*", True), ("a..b/..c", False), ("a, here/.. ", True), ("/", True),
         (str(REPO) + "-other/x", True), ("a, ../b", True), ("linked/x.txt", False),
     ],
 )  # fmt: skip
