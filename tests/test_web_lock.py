@@ -658,7 +658,8 @@ def routes_of(app, prefix="") -> set[str]:
 
 
 OPEN = {"/", "/assets/{path:path}", "/static/{path:path}", "/theme.css", "/favicon.ico",
-        "/manifest.json", "/gradio_api/heartbeat/{session_hash}", DATA, JOIN, CANCEL}  # fmt: skip
+        "/manifest.json", "/gradio_api/app_id", "/gradio_api/heartbeat/{session_hash}", DATA, JOIN,
+        CANCEL}  # fmt: skip
 
 
 def test_every_other_route_of_gradio_is_closed(page):

@@ -30,6 +30,7 @@ ROUTES = [
     ("GET", re.compile(r"/theme\.css|/favicon\.ico|/manifest\.json")),
     ("GET", re.compile(rf"/gradio_api/heartbeat/({SESSION})")),
     ("GET", re.compile(r"/gradio_api/queue/data")),
+    ("GET", re.compile(r"/gradio_api/app_id")),  # 断了线的页面问它，问得到就自己刷新
     ("POST", re.compile(r"/gradio_api/queue/join")),
     ("POST", re.compile(r"/gradio_api/cancel")),
 ]
