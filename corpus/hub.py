@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from config import UserError
 from corpus.wire import Limits, watched
-from settings.say import clean
+from settings.say import brief, clean
 
 LISTING = 8 << 20  # 列表至多多少字节；真的不到 0.1 MB
 SECONDS = 120.0  # 列表至多等多久
@@ -115,7 +115,7 @@ def plain_errors(endpoint: str, missing: str):
         ) from error
     except errors.HubError as error:
         raise UserError(
-            f"{endpoint} 没有完成请求（{shown(error.message)}）；请稍后再次运行同一条命令"
+            f"{endpoint} 没有完成请求（{brief(error.message, 60)}）；请稍后再次运行同一条命令"
         ) from error
 
 
@@ -139,18 +139,11 @@ def remote(path: str, info: Any) -> Remote:
     """
     size, sha256 = info.size, info.sha256
     if not 0 <= size <= LARGEST:
-        raise UserError(f"列表里 {path} 的大小写着 {shown(size)}，看不懂；不下载，请到网页上核对")
+        raise UserError(
+            f"列表里 {path} 的大小写着 {brief(size, 60)}，看不懂；不下载，请到网页上核对"
+        )
     if sha256 and not (isinstance(sha256, str) and re.fullmatch(r"[0-9a-fA-F]{64}", sha256)):
         raise UserError(
-            f"列表里 {path} 的 sha256 写着 {shown(sha256)}，看不懂；不下载，请到网页上核对"
+            f"列表里 {path} 的 sha256 写着 {brief(sha256, 60)}，看不懂；不下载，请到网页上核对"
         )
     return Remote(path, size or None, sha256.lower() if sha256 else None)
-
-
-def shown(value: Any) -> str:
-    """服务器写的，说给人看：一行，不太长。"""
-    if not isinstance(value, str):  # 嵌套得很深的，连 repr 也写不出来
-        simple = value is None or isinstance(value, int | float)
-        value = f"{value!r}"[:40] if simple else type(value).__name__
-    text = clean(" ".join(value[:400].split()))
-    return text if len(text) <= 60 else text[:60] + "……"

@@ -28,7 +28,6 @@ from engine.archive import Damaged, Lie, open_archive
 from engine.claims import (
     FORMAT,
     NAMES,
-    brief,
     check_contents,
     check_parameters,
     plain,
@@ -39,6 +38,7 @@ from engine.unpickle import unpack
 from model import Transformer
 from settings.check import check_types, check_values
 from settings.files import new_file, sync_folder
+from settings.say import brief
 from tokenizer import Tokenizer
 
 SCRIPTS = {"pretrain": "pre_train.py", "sft": "sft_train.py"}

@@ -23,17 +23,12 @@ from engine.progress import Progress
 from engine.unpickle import Claim, too_big
 from model import Transformer
 from settings.flags import is_text
+from settings.say import brief
 
 FORMAT = 2
 NAMES = {"pretrain": "预训练", "sft": "微调"}
 MOST_VALUES = 2 * 10**5  # 一个检查点里至多多少个值；一百层的模型，连同优化器，一万多个
 DEEPEST = 12  # 字典与列表至多套几层；真的检查点里至多四层
-
-
-def brief(text: object, most: int = 160) -> str:
-    """别处来的一段话，缩成短短的一行。"""
-    line = " ".join(str(text).split())
-    return line if len(line) <= most else f"{line[:most]}……"
 
 
 # ---------- 1. 只留下普通的东西 ----------

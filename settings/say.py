@@ -3,6 +3,7 @@
 clean           一段文字 -> 控制不了终端的文字
 say             同 print，但先 clean
 say_above_bar   同 say，进度条还在走时用
+brief           别处来的一个值，缩成一行，不太长
 indented        一句话里嵌进来的字若有换行，后面几行都缩进：冒充不了程序另说的一句
 
 检查点里的字段、下载来的列表、一行数据、模型写的、用户说的，都可能含有转义序列：清屏、改窗口的标题、
@@ -21,6 +22,16 @@ VISIBLE = {code: repr(chr(code))[1:-1] for code in CONTROLS if chr(code) not in 
 def clean(text: object) -> str:
     r"""控制终端的字符写成看得见的样子，例如 ESC 写成 \x1b；其余的原样。"""
     return str(text).translate(VISIBLE)
+
+
+def brief(value: object, most: int = 160) -> str:
+    """别处来的一个值，说给人看：一行，至多 most 个字，控制不了终端。"""
+    try:
+        text = str(value)[: 4 * most]
+    except (RecursionError, ValueError):  # 嵌套得很深的，几千位的整数，写不出来
+        text = type(value).__name__
+    line = clean(" ".join(text.split()))
+    return line if len(line) <= most else f"{line[:most]}……"
 
 
 def indented(text: object) -> str:

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from config import N_TOKENS, Config, UserError
 from settings.check import LARGEST
-from settings.say import say
+from settings.say import brief, say
 from tools.huggingface.export import KEY, LOCAL
-from tools.huggingface.foreign import shown
 from tools.huggingface.shapes import EXPERTS, SHAPE
 
 KINDS = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
@@ -65,7 +64,7 @@ def read_claims(path: Path, raw: dict[str, Any], max_len: int | None = None) -> 
     kind = raw.get("model_type")
     if not isinstance(kind, str) or raw.get("architectures") != [KINDS.get(kind)]:
         raise UserError(
-            f"{path} 的结构是 {shown(raw.get('architectures'))}（{shown(kind)}）；"
+            f"{path} 的结构是 {brief(raw.get('architectures'))}（{brief(kind)}）；"
             f"能导入的只有 {'、'.join(KINDS.values())}"
         )
     raw = dict(raw)
@@ -81,7 +80,7 @@ def read_claims(path: Path, raw: dict[str, Any], max_len: int | None = None) -> 
     shape["max_len"] = context(path, shape["max_len"], max_len)
     noted, stage = read_note(path, raw.get(KEY))
     if strange := sorted({*raw} - HARMLESS - CHECKED - {*REFUSED}):
-        names = "、".join(map(shown, strange[:5])) + (" 等" if len(strange) > 5 else "")
+        names = "、".join(map(brief, strange[:5])) + (" 等" if len(strange) > 5 else "")
         say(f"{path} 里不认得、没有用的：{names}")
     return Claims(shape, noted, stage, raw.get("tie_word_embeddings") is True)
 
@@ -99,7 +98,7 @@ def read_shape(raw: dict[str, Any], experts: bool, problems: list[str]) -> dict[
             good = type(value) is int and 0 < value <= LARGEST
             must = f"1 到 {LARGEST:,} 的整数"
         if not good:
-            what = f"{theirs} 是 {shown(value)}" if theirs in raw else f"没有写 {theirs}"
+            what = f"{theirs} 是 {brief(value)}" if theirs in raw else f"没有写 {theirs}"
             problems.append(f"{what}，应是 {must}")
         shape[ours] = float(value) if good and ours == "norm_eps" else value
     shape.pop("vocab_size")
@@ -115,14 +114,14 @@ def read_theta(raw: dict[str, Any], problems: list[str]) -> Any:
     good = type(theta) in (int, float) and 0 < theta <= LARGEST
     plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
     if not good or any(plain.get(k) != v for k, v in rope.items() if k != "rope_theta"):
-        problems.append(f"rope_parameters 是 {shown(rope)}，应是 default 的，rope_theta 是正数")
+        problems.append(f"rope_parameters 是 {brief(rope)}，应是 default 的，rope_theta 是正数")
         return None
     return float(theta)
 
 
 def differences(raw: dict[str, Any], experts: bool) -> list[str]:
     """算法与我们的不同的，一条一句。"""
-    found = [f"{name} 是 {shown(raw[name])}，应没有或是空的" for name in REFUSED
+    found = [f"{name} 是 {brief(raw[name])}，应没有或是空的" for name in REFUSED
              if not empty(raw.get(name))]  # fmt: skip
     heads, dim = raw.get("num_attention_heads"), raw.get("hidden_size")
     expected = {"vocab_size": N_TOKENS, "hidden_act": "silu"}
@@ -135,14 +134,14 @@ def differences(raw: dict[str, Any], experts: bool) -> list[str]:
     for name, value in expected.items():
         there = raw.get(name, absent.get(name))
         if type(there) is not type(value) or there != value:
-            found.append(f"{name} 是 {shown(there)}，应为 {value}")
+            found.append(f"{name} 是 {brief(there)}，应为 {value}")
     if not empty(raw.get("use_sliding_window")):
-        found.append(f"sliding_window 是 {shown(raw.get('sliding_window'))}，应不用")
+        found.append(f"sliding_window 是 {brief(raw.get('sliding_window'))}，应不用")
     layers = raw.get("layer_types")
     if layers is not None and not (
         isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
     ):
-        found.append(f"layer_types 是 {shown(layers)}，应都是 full_attention")
+        found.append(f"layer_types 是 {brief(layers)}，应都是 full_attention")
     return found
 
 
@@ -176,6 +175,6 @@ def read_note(path: Path, note: Any) -> tuple[dict[str, Any], str | None]:
         if not (value is None or isinstance(value, str | int | float)) or large or (
             isinstance(value, str) and len(value) > 1000
         ):  # fmt: skip
-            raise UserError(f"{path} 的 {KEY} 里 {name} 是 {shown(value)}，不对；请重新导出")
+            raise UserError(f"{path} 的 {KEY} 里 {name} 是 {brief(value)}，不对；请重新导出")
     stage = note.get("stage")
     return kept, stage if isinstance(stage, str) else None

@@ -2,7 +2,6 @@
 
 opened       一个普通的文件，打开；管道、设备、目录、断了的链接，一句话
 read_object  一个 JSON 文件，内容是一个对象
-shown        别人写的值，说给人看：一行，不太长，控制不了终端
 """
 
 import json
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO
 
 from config import UserError
 from settings.files import open_regular
-from settings.say import clean
+from settings.say import brief
 
 
 def opened(path: Path) -> BinaryIO:
@@ -59,7 +58,7 @@ def parse_object(text: bytes, name: str) -> dict[str, Any]:
             parse_constant=finite,
         )  # fmt: skip
     except (ValueError, RecursionError) as error:
-        why = f"（{shown(str(error))}）" if isinstance(error, Odd) else ""
+        why = f"（{brief(error)}）" if isinstance(error, Odd) else ""
         raise UserError(f"{name} 不是完好的 JSON{why}；请重新导出") from error
     if not isinstance(found, dict):
         raise UserError(f"{name} 里应是一个 JSON 对象；请重新导出")
@@ -83,14 +82,3 @@ def finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise Odd(f"{text[:40]} 不是数")
     return value
-
-
-def shown(value: Any) -> str:
-    """别人写的值，说给人看。"""
-    if not isinstance(value, str):  # 嵌套得很深的，连 repr 也写不出来
-        try:
-            value = repr(value)
-        except (RecursionError, ValueError):
-            value = type(value).__name__
-    text = clean(" ".join(value[:400].split()))
-    return text if len(text) <= 100 else text[:100] + "……"

@@ -29,11 +29,11 @@ from engine.progress import Progress
 from settings.check import check_types, check_values
 from settings.flags import read_options
 from settings.resolve import fill_in
-from settings.say import say
+from settings.say import brief, say
 from tokenizer import Tokenizer
 from tools.huggingface.claims import Claims, read_claims
 from tools.huggingface.export import corpora, dressed
-from tools.huggingface.foreign import read_bytes, read_object, shown
+from tools.huggingface.foreign import read_bytes, read_object
 from tools.huggingface.shapes import TwoPaths
 from tools.huggingface.weights import check_count, open_weights, read_state
 
@@ -134,7 +134,7 @@ def unreadable(what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        raise UserError(f"{what}（{shown(reason)}）；请重新导出") from error
+        raise UserError(f"{what}（{brief(reason)}）；请重新导出") from error
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -149,7 +149,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     if differ := sorted(f"{t!r}" for t, _ in theirs.items() ^ ours.items()):
         raise UserError(
             f"{path} 的词表与这里的不同（{len(theirs)} 个词元，应为 {len(ours)} 个；"
-            f"例如 {shown(differ[0])}）；只能导入用这里的分词器练的模型"
+            f"例如 {brief(differ[0])}）；只能导入用这里的分词器练的模型"
         )
     theirs, ours = json.loads(found.to_str()), json.loads(tokenizer.backend.to_str())
     if differ := [name for name in SAME_TOKENIZER if theirs[name] != ours[name]]:

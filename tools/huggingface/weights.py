@@ -21,7 +21,8 @@ from torch import Tensor
 from chat.numbers import file_size
 from config import N_TOKENS, Config, UserError
 from model import Transformer
-from tools.huggingface.foreign import opened, parse_object, read_object, shown, size_of
+from settings.say import brief
+from tools.huggingface.foreign import opened, parse_object, read_object, size_of
 from tools.huggingface.shapes import (
     DOWN,
     GATE_UP,
@@ -84,7 +85,7 @@ def read_index(path: Path) -> dict[str, str]:
         raise UserError(f"{path} 里没有 weight_map；请重新导出")
     for place in places.values():
         if not isinstance(place, str) or not re.fullmatch(r"[\w-][\w.-]{0,99}\.safetensors", place):
-            raise UserError(f"{path} 里的 {shown(place)} 不是这个文件夹里的分片；请重新导出")
+            raise UserError(f"{path} 里的 {brief(place)} 不是这个文件夹里的分片；请重新导出")
     if len({*places.values()}) > SHARDS:
         raise UserError(f"{path} 写着 {SHARDS} 个以上的分片；请用 save_pretrained 重新存成几个")
     return places
@@ -104,7 +105,7 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, Stored]:
     end = 0
     for name, (dtype, shape, first, last) in sorted(spans.items(), key=lambda item: item[1][2:]):
         if first != end:
-            raise UserError(f"{broken}（{shown(name)} 与前面的重叠，或者中间空着）；请重新导出")
+            raise UserError(f"{broken}（{brief(name)} 与前面的重叠，或者中间空着）；请重新导出")
         end = last
         found[name] = Stored(file, dtype, shape, begin + first, last - first)
     if begin + end != whole:
@@ -114,22 +115,22 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, Stored]:
 
 def read_span(name: str, entry: Any, path: Path) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     """文件头里的一项 -> (类型, 形状, 从哪里, 到哪里)；三样要说得通。"""
-    what = f"{path} 的参数 {shown(name)}"
+    what = f"{path} 的参数 {brief(name)}"
     if not isinstance(entry, dict) or {*entry} != {"dtype", "shape", "data_offsets"}:
         raise UserError(f"{what} 写得不对，不是完好的 safetensors；请重新导出")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         kinds = "、".join(DTYPES)
-        raise UserError(f"{what} 的类型是 {shown(dtype)}，能导入的只有 {kinds}；请存成其中一种")
+        raise UserError(f"{what} 的类型是 {brief(dtype)}，能导入的只有 {kinds}；请存成其中一种")
     for numbers, most in ((shape, 8), (offsets, 2)):
         if not isinstance(numbers, list) or len(numbers) > most or not all(
             type(n) is int and 0 <= n < 2**48 for n in numbers
         ):  # fmt: skip
-            raise UserError(f"{what} 的形状或位置是 {shown(numbers)}，不对；请重新导出")
+            raise UserError(f"{what} 的形状或位置是 {brief(numbers)}，不对；请重新导出")
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != expected:
         raise UserError(
-            f"{what} 的形状 {shown(shape)} 要 {expected} 字节，位置是 {shown(offsets)}；请重新导出"
+            f"{what} 的形状 {brief(shape)} 要 {expected} 字节，位置是 {brief(offsets)}；请重新导出"
         )
     return DTYPES[dtype], tuple(shape), *offsets
 
@@ -204,7 +205,7 @@ def plan(
 def first(names) -> str:
     """对不上的参数：第一个的名字，共几个。"""
     names = sorted(names)
-    return shown(names[0]) + (f" 等 {len(names)} 个" if len(names) > 1 else "")
+    return brief(names[0]) + (f" 等 {len(names)} 个" if len(names) > 1 else "")
 
 
 # ---------- 3. 读 ----------
@@ -246,7 +247,7 @@ def read_tensor(name: str, stored: Stored, folder: Path) -> Tensor:
     data = bytearray(stored.size)
     stored.file.seek(stored.start)
     if stored.file.readinto(data) != stored.size:
-        raise UserError(f"{folder} 的 {shown(name)} 没有读全，文件正在变；请等它写完")
+        raise UserError(f"{folder} 的 {brief(name)} 没有读全，文件正在变；请等它写完")
     tensor = torch.frombuffer(data, dtype=stored.dtype).view(stored.shape).float()
     check_finite({name: tensor}, folder)
     return tensor
