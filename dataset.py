@@ -36,12 +36,15 @@ class Batch(NamedTuple):
     segments: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """搬到设备上；从锁页内存搬，不必等它搬完。"""
-        if device.type == "cuda":
-            return Batch(
-                *(x if x is None else x.pin_memory().to(device, non_blocking=True) for x in self)
-            )
-        return Batch(*(x if x is None else x.to(device) for x in self))
+        """搬到设备上。"""
+        return Batch(*(x if x is None else send(x, device) for x in self))
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """搬到设备上；往显卡搬，从锁页内存走，不必等它搬完。"""
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def slices(tokens: np.ndarray, size: int = 1 << 19) -> Iterator[tuple[int, np.ndarray]]:

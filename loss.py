@@ -87,7 +87,7 @@ def evaluate(
     """
     n_rows = min(batches.n_rows, -(-max_tokens // batches.seq_len))
     rows = row_order(batches.n_rows, seed=0, epoch=0)[:n_rows].tolist()
-    total, count = 0.0, 0
+    losses, count = [], 0
     for first in range(0, n_rows, batch_size * device.world.size):
         mine = first + batch_size * device.world.rank
         wanted = rows[mine : min(mine + batch_size, n_rows)]
@@ -96,8 +96,9 @@ def evaluate(
         batch.targets[len(wanted) :] = IGNORE
         count += int((batch.targets != IGNORE).sum())
         with device.autocast():
-            total += loss(batch.to(device.place)).item()
-    total, count = device.world.sum(total, count)
+            losses.append(loss(batch.to(device.place)))
+    # 到最后才一起取回来：一批算完，下一批已经在等，设备不必等处理器。
+    total, count = device.world.sum(sum(torch.stack(losses).tolist()), count)
     return total / count
 
 

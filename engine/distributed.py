@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
+from dataset import send
 from settings.say import say
 
 
@@ -82,6 +83,28 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def read(
+        self, tensors: Sequence[Tensor], numbers: Sequence[float] = ()
+    ) -> tuple[list[float], list[float], Sequence[float]]:
+        """设备上的一串数取回来，只等设备一次，几个进程要对的数也一起对。
+
+        Args:
+            tensors: 设备上的张量，按次序接成一串。
+            numbers: 处理器上的几个数。
+        Returns:
+            tensors 里我的每个数；它们在全体进程间的和；numbers 在全体进程间的和。
+        """
+        ours = torch.cat([x.flatten() for x in tensors])
+        if self.size == 1:
+            mine = ours.tolist()
+            return mine, mine, numbers
+        n = len(ours)
+        ours = torch.cat([ours.double(), send(torch.tensor(numbers).double(), self.device)])
+        total = ours.clone()
+        dist.all_reduce(total)
+        mine, total = torch.stack([ours, total]).tolist()
+        return mine[:n], total[:n], total[n:]
 
     def gather(self, value: Any) -> list[Any]:
         """各进程的值，按编号排列。"""

@@ -4,11 +4,13 @@
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dataset import send
 from engine.distributed import World
 from experts import MixtureOfExperts
 
@@ -23,6 +25,13 @@ class ExpertLoad(NamedTuple):
 
     share: Tensor
     balance_loss: float
+
+    @classmethod
+    def of(cls, tally: Sequence[float], shape: Sequence[int]) -> "ExpertLoad":
+        """由各位专家数下的 (L, 2, E)：交给它的词元数，与路由器给它的概率之和。"""
+        tally = torch.tensor(tally).view(shape)
+        share, mean = (tally / tally.sum(-1, keepdim=True).clamp(min=1e-12)).unbind(1)
+        return cls(share, (share.size(1) * (share * mean).sum(1)).mean().item())
 
     def entropy(self) -> list[float]:
         """每层负载的熵，与均匀时的比：1 是人人一样忙，0 是只有一位在忙。"""
@@ -42,21 +51,31 @@ class ExpertLoad(NamedTuple):
         return f"专家最闲、最忙的是公平份额的 {times.min():.2f}、{times.max():.2f} 倍"
 
 
-def expert_loads(model: nn.Module, world: World) -> ExpertLoad | None:
-    """上一次取走以来，各位专家的负载，各进程的合起来；取走之后重新数起。稠密模型没有。"""
-    experts = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
+def take_tally(model: nn.Module | None) -> Tensor | None:
+    """上一次取走以来，各位专家数下的 (L, 2, E)，还在设备上；取走之后重新数起。稠密模型没有。"""
+    experts = mixtures(model)
     if not experts:
         return None
-    tally = torch.stack([m.tally for m in experts])  # (L, 2, E)
-    total = torch.tensor(world.sum(*tally.flatten().tolist())).view(tally.shape)
-    share, mean = (total / total.sum(-1, keepdim=True).clamp(min=1e-12)).unbind(1)  # 各 (L, E)
-    for m in experts:
-        m.tally.zero_()
-    return ExpertLoad(share, (share.size(1) * (share * mean).sum(1)).mean().item())
+    tally = torch.stack([m.tally for m in experts])
+    torch._foreach_zero_([m.tally for m in experts])
+    return tally
+
+
+def expert_loads(model: nn.Module, world: World) -> ExpertLoad | None:
+    """上一次取走以来，各位专家的负载，各进程的合起来；稠密模型没有。"""
+    tally = take_tally(model)
+    if tally is None:
+        return None
+    _, total, _ = world.read([tally])
+    return ExpertLoad.of(total, tally.shape)
 
 
 def rebalance(model: nn.Module, load: ExpertLoad) -> None:
     """这一步的负载交给各层，下一步的负载均衡损失用它。"""
-    experts = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
-    for m, share in zip(experts, load.share, strict=True):
-        m.load.copy_(share)
+    loads = [m.load for m in mixtures(model)]
+    torch._foreach_copy_(loads, list(send(load.share, loads[0].device)))
+
+
+def mixtures(model: nn.Module | None) -> list[MixtureOfExperts]:
+    """模型里的各层专家混合。"""
+    return [m for m in model.modules() if isinstance(m, MixtureOfExperts)] if model else []

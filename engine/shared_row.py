@@ -57,7 +57,8 @@ class SharedRow:
     @torch.no_grad()
     def spread(self, table: Tensor) -> None:
         """把代表的那一行抄给其余的：训练只更新它，词嵌入 (V, C) 于是与逐个训练的一样。"""
-        table[self.members] = table[self.rows[-1]].clone()
+        # 写成 rows[-1:]：用单独的一个编号去取，处理器要先等设备把它交出来。
+        table[self.members] = table[self.rows[-1:]]
 
     def spread_state(self, table: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """优化器里那一行的状态也照抄：以后不合用了（例如改用 FSDP），也接得上。"""

@@ -7,6 +7,7 @@ fp16 怎样放大，专家怎样均衡。`run.py` 的 `Run` 在此之上加了�
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,19 @@ from config import Config
 from dataset import IGNORE, Batch, Replay, rows_of_step
 from engine.device import Device, compile_if_possible
 from engine.distributed import Parallel, gather, shard_like
-from engine.expert_load import expert_loads, rebalance
+from engine.expert_load import ExpertLoad, rebalance, take_tally
 from engine.shared_row import SharedRow, tie_unused_rows
 from settings.defaults import total_steps
 from tokenizer import Tokenizer
+
+
+class Prepared(NamedTuple):
+    """备好了数据的一步。"""
+
+    step: int
+    micro_rows: list[list[int]]  # 各小批用哪几行
+    batches: list[Batch]  # 已经在设备上，或者正在送去
+    n_targets: int  # 这一步有多少目标
 
 
 class Stepper:
@@ -45,6 +55,10 @@ class Stepper:
         self.notes: dict = {}  # 这一步要记下的别的事
         self._model: nn.Module | None = None
         self.micro_rows: list[list[int]] = []  # 这一步的各小批用哪几行
+        self.n_steps = 0
+        self._step = 0  # 正在走第几步
+        self._next: Prepared | None = None  # 下一步的数据
+        self._load: ExpertLoad | None = None  # 这一步里专家的负载
 
     @property
     def waits(self) -> bool:
@@ -120,14 +134,24 @@ class Stepper:
 
     def batches(self, step: int) -> Iterator[Batch]:
         """这一步的大批里归这个进程的，分成几小批，已经在设备上。"""
-        n_rows, seed = self.train.n_rows, self.config.seed
-        rows = rows_of_step(step, self.rows_per_step, n_rows, seed, self.swap)
-        self.micro_rows = self.world.my_share(rows, self.config.batch_size)
-        batches = [self.train.get(some) for some in self.micro_rows]
-        (self.n_targets,) = self.world.sum(sum(int((b.targets != IGNORE).sum()) for b in batches))
+        if self._next is None or self._next.step != step:  # 头一步；以后的，上一步就备好了
+            first = self._prepare(step)
+            (n_targets,) = self.world.sum(first.n_targets)
+            self._next = first._replace(n_targets=n_targets)
+        self._step, self.micro_rows, batches, self.n_targets = self._next
+        self._next = None
         for i, batch in enumerate(batches, start=1):
             with self._parallel.accumulate(last=i == len(batches)):
-                yield batch.to(self.device.place)
+                yield batch
+
+    def _prepare(self, step: int) -> Prepared:
+        """取出第 step 步里归这个进程的数据，送往设备，不等它送到；目标也只数这些。"""
+        n_rows, seed = self.train.n_rows, self.config.seed
+        rows = rows_of_step(step, self.rows_per_step, n_rows, seed, self.swap)
+        micro_rows = self.world.my_share(rows, self.config.batch_size)
+        batches = [self.train.get(some) for some in micro_rows]
+        n_targets = sum(int((b.targets != IGNORE).sum()) for b in batches)
+        return Prepared(step, micro_rows, [b.to(self.device.place) for b in batches], n_targets)
 
     def backward(self, part: Tensor) -> None:
         """反向：梯度累积在各参数上。fp16 的先放大；DDP 求的是平均，要的是和，所以乘上进程数。"""
@@ -141,15 +165,24 @@ class Stepper:
     def finite(self, losses: Sequence[Tensor], norm: Tensor) -> bool:
         """损失与梯度是不是都是有限的数：不是的话，这一步不能更新。
 
-        一步里的几个数在这里才取回来：在此之前，处理器不必等显卡（专家混合与几个进程另要等几次）。
+        一步里只在这里等设备一次。反向与截短都已经发给它了，趁它在算，先备好下一步的数据；
+        然后要看的几个数一起取回来，几个进程要对的数也一起对。
 
         Args:
             losses: 各小批的损失，加起来是这个进程的一份。
             norm: `clip` 返回的长度。
         """
-        self.losses = [x.item() for x in losses]
-        self.step_loss, *self.votes = self.world.sum(sum(self.losses), *self.ask())
-        self.norm = gather(norm).item()
+        last = self._step + 1 >= self.n_steps
+        following = None if last else self._prepare(self._step + 1)
+        tally = take_tally(self._model)
+        asked = (following.n_targets if following else 0, *self.ask())
+        mine, total, (n_targets, *self.votes) = self.world.read(
+            [*losses, gather(norm), *([] if tally is None else [tally])], asked
+        )
+        self._next = following and following._replace(n_targets=int(n_targets))
+        n = len(losses)
+        self.losses, self.norm, self.step_loss = mine[:n], mine[n], sum(total[:n])
+        self._load = None if tally is None else ExpertLoad.of(total[n + 1 :], tally.shape)
         return math.isfinite(self.step_loss) and math.isfinite(self.norm)
 
     def ask(self) -> tuple[float, ...]:
@@ -157,12 +190,12 @@ class Stepper:
         return ()
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
-        """更新参数。"""
-        self.device.scaler.step(optimizer)
+        """更新参数。梯度已经缩回原来的大小，也看过都是有限的数，不必再问 scaler：问它又要等。"""
+        optimizer.step()
 
     def between_steps(self) -> None:
         """一步走完：fp16 的倍数跟着调整；专家混合的负载交给下一步。"""
         self.device.scaler.update()
-        if load := expert_loads(self._model, self.world):
-            rebalance(self._model, load)
-            self.notes |= load.row()
+        if self._load:
+            rebalance(self._model, self._load)
+            self.notes |= self._load.row()
