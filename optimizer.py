@@ -8,6 +8,7 @@ build_optimizer   照配置造它
 
 from collections import defaultdict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,11 +33,19 @@ def learning_rate(step: int, max_steps: int, warmup: float, decay: float) -> flo
 # ---------- 2. Muon ----------
 
 
+class Heads(NamedTuple):
+    """注意力的一个矩阵里，各个头各占一段：每段多宽，在各行（查询、键、值）还是各列（输出）。"""
+
+    width: int
+    in_columns: bool
+
+
 class Muon(torch.optim.Optimizer):
     """给矩阵用的优化器：把动量正交化，使每个方向上的更新一样大（Muon，arXiv 2502.16982）。
 
-    与 `torch.optim.Muon` 的算法相同（测试里逐步比对），不同处有二：同形状的矩阵叠在一起算，
-    少发几十次小的矩阵乘法；精度可选，因为没有 bf16 指令的 CPU 上，bf16 会慢上百倍。
+    与 `torch.optim.Muon` 的算法相同（测试里逐步比对），不同处有三：许多矩阵叠在一起算，
+    发给设备的只有几十个运算；注意力的矩阵可以按头切开，各算各的；精度可选，因为没有 bf16 指令的
+    CPU 上，bf16 会慢上百倍。
 
     Args:
         matrices: 二维参数；三维的是叠在一起的许多个（各位专家的），各算各的。
@@ -45,6 +54,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: 解耦的权重衰减。
         dtype: 正交化时的精度。
         pace: 步子与别的不同的参数：{参数: 几倍}。
+        heads: 按头切开的参数：{参数: 怎样切}；不在其中的，整个是一个矩阵。
         gather, scatter: 几个进程把参数分开放时（FSDP）用：正交化要整个的矩阵，gather 凑齐它，
             scatter(更新, 参数) 再各取各的；不分开放就什么也不用做。
     """
@@ -57,56 +67,90 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         dtype: torch.dtype,
         pace: dict[Tensor, float] | None = None,
+        heads: dict[Tensor, Heads] | None = None,
         gather: Callable[[Tensor], Tensor] = lambda update: update,
         scatter: Callable[[Tensor, Tensor], Tensor] = lambda update, p: update,
     ):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype, self.pace = dtype, pace or {}
+        self.dtype, self.pace, self.heads = dtype, pace or {}, heads or {}
         self.gather, self.scatter = gather, scatter
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """按已经算好的梯度更新一次。"""
         for group in self.param_groups:
-            same_shape = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    same_shape[p.shape].append(p)
-            for shape, params in same_shape.items():
-                updates = []
-                for p in params:
-                    state = self.state[p]
-                    if not state:
-                        state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov
-                size = 0.2 * max(shape[-2:]) ** 0.5  # 使更新的均方根与 AdamW 的相当
-                matrices = torch.stack([self.gather(u) for u in updates]).view(-1, *shape[-2:])
-                updates = orthogonalize(matrices, self.dtype).view(-1, *shape)
-                for p, update in zip(params, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    step = group["lr"] * size * self.pace.get(p, 1.0)
-                    p.add_(self.scatter(update, p), alpha=-step)
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads, momenta = [p.grad for p in params], [self._momentum(p) for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
+            updates = self._orthogonal(params, [self.gather(u) for u in updates])
+            torch._foreach_mul_(updates, [-group["lr"] * self.pace.get(p, 1.0) for p in params])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, [*map(self.scatter, updates, params)])
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        return state["momentum"]
+
+    def _orthogonal(self, params: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
+        """每个更新正交化，大小与 AdamW 的相当；次序照旧。"""
+        alike = defaultdict(list)  # 形状与切法都相同的，叠在一起
+        for i, p in enumerate(params):
+            alike[p.shape, self.heads.get(p)].append(i)
+        batches = defaultdict(list)  # 摆好之后一样大的，一起算
+        for (shape, heads), members in alike.items():
+            stack = lay_out(torch.stack([updates[i] for i in members]), heads)
+            batches[stack.shape[1:]].append((shape, heads, members, stack))
+        for size, stacks in batches.items():
+            done = orthogonalize(torch.cat([stack for *_, stack in stacks]), self.dtype)
+            done *= 0.2 * max(size) ** 0.5  # 使更新的均方根与 AdamW 的相当
+            parts = done.split([len(stack) for *_, stack in stacks])
+            for (shape, heads, members, _), part in zip(stacks, parts, strict=True):
+                for i, update in zip(members, put_back(part, shape, heads), strict=True):
+                    updates[i] = update
+        return updates
+
+
+def lay_out(x: Tensor, heads: Heads | None) -> Tensor:
+    """同形状的许多个更新 (L, …, 行, 列) -> 要正交化的矩阵 (N, 短边, 长边)。"""
+    if heads:
+        x = x.mT if heads.in_columns else x
+        x = x.reshape(-1, heads.width, x.size(-1))
+    x = x.reshape(-1, *x.shape[-2:])
+    return x.mT if x.size(-2) > x.size(-1) else x  # 短边在前，乘积的矩阵更小
+
+
+def put_back(x: Tensor, shape: torch.Size, heads: Heads | None) -> Tensor:
+    """`lay_out` 反过来：(N, 短边, 长边) -> (L, *shape)，连续的。"""
+    rows, columns = shape[-2:]
+    if heads and heads.in_columns:
+        rows, columns = columns, rows
+    if (heads.width if heads else rows) > columns:
+        x = x.mT
+    x = x.reshape(-1, *shape[:-2], rows, columns)
+    return (x.mT if heads and heads.in_columns else x).contiguous()
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
     """把每个矩阵的奇异值都推到 1 附近，方向不变：牛顿–舒尔茨迭代，不用做奇异值分解。
 
     Args:
-        matrices: (N, 行, 列)。
-        dtype: 计算的精度；bfloat16 就够。
+        matrices: (N, 行, 列)，行不比列多时最省。
+        dtype: 迭代的精度；半精度就够，但要先归一再换过去：fp16 装不下没有归一的。
         steps: 迭代次数。
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan 选的系数：在 0 附近升得最快
-    x = matrices.to(dtype)
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x  # 让较小的一边在前，乘积的矩阵更小
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = x.to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b·gram + c·gram²
         x = torch.baddbmm(x, polynomial, x, beta=a)  # a·x + polynomial·x
-    return (x.mT if tall else x).to(matrices.dtype)
+    return x.to(matrices.dtype)
 
 
 # ---------- 3. 合成一个 ----------
@@ -205,21 +249,31 @@ def build_optimizer(
 
     Args:
         lr: 最高学习率。
-        dtype: 前向用的精度；是 bfloat16 时，正交化也用它。
+        dtype: 前向用的精度，正交化也用它。
         sharding: 模型分开放时的 gather 与 scatter，见 `Muon`。
     """
     matrices = [p for p in model.blocks.parameters() if p.ndim >= 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     experts = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
     pace = {m.router.weight: m.router_scale for m in experts}
-    muon = Muon(matrices, lr, config.muon_momentum, config.weight_decay, dtype, pace, **sharding)
+    muon = Muon(matrices, lr, config.muon_momentum, config.weight_decay, dtype, pace,
+                heads_of(model) if config.muon_heads else {}, **sharding)  # fmt: skip
     adamw = torch.optim.AdamW(
         rest,
         lr * config.embed_lr_scale,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=0.0,
-        fused=rest[0].device.type != "mps",
+        fused=rest[0].device.type in ("cuda", "cpu"),
     )
     return MuonAdamW(muon, adamw)
+
+
+def heads_of(model: Transformer) -> dict[Tensor, Heads]:
+    """注意力的各个矩阵里，每个头在哪一段。"""
+    found = {}
+    for layer in (block.attention for block in model.blocks):
+        for inward in (layer.query, layer.key, layer.value):
+            found[inward.weight] = Heads(layer.head_dim, in_columns=False)
+        found[layer.out.weight] = Heads(layer.head_dim, in_columns=True)
+    return found
