@@ -18,7 +18,7 @@ from model import FeedForward, Transformer, attend_by_hand
 from tools.bench.__main__ import main
 from tools.bench.gpu import attention, half, puzzle, sft, training
 from tools.bench.gpu.former import Former, former_but_new_optimizer
-from tools.bench.gpu.running import PARTS, Options, rows_of
+from tools.bench.gpu.running import PARTS, rows_of
 from tools.bench.gpu.stage import Stage
 from tools.bench.gpu.trace import FORWARD, covered, read_shares
 from tools.bench.measuring import Contestant, Row
@@ -36,7 +36,7 @@ def rehearse(monkeypatch, tmp_path, builtin_config, builtin_pretrain, builtin_sf
 
     def run(*args: str) -> dict:
         main(["gpu", *args, *QUICK, "--json", str(path), "--data_dir", builtin_config.data_dir])
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8") or "{}")
 
     return run
 
@@ -69,9 +69,10 @@ def test_every_part_can_be_rehearsed_without_a_card(rehearse, capsys, tmp_path):
         assert values[what][0] > 0, what
     assert values["wide：反向，处理器"][0] > 0
     assert values["wide：一步里显卡忙着"] == []  # 没有显卡，就没有测量
-    apart = [v for what, v in values.items() if "比不编译的" in what]
+    apart = [v for what, v in values.items() if "均衡系数" in what and "多" in what]
     assert len(apart) == 4 and all(abs(x) < 10 for (x,) in apart)  # 不到万分之一
-    assert "请带回" in capsys.readouterr().out
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith(f"请带回 {tmp_path / 'b.json'}")
     assert "一步的剖析" in (tmp_path / "b/log.txt").read_text(encoding="utf-8")
 
 
@@ -133,7 +134,7 @@ def test_what_does_not_fit_in_the_time_is_named(rehearse, capsys):
     assert rehearse("attention", "profile", "--no-compile", "--seconds_total", str(total)) == {}
     said = capsys.readouterr().out
     assert "没有轮到：attention、profile；补测：python -m tools.bench gpu attention profile" in said
-    assert "请带回" in said.strip().splitlines()[-1]
+    assert "请带回" not in said  # 什么也没有测
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="有显卡的机器上，它真的会测")
@@ -254,3 +255,15 @@ def test_a_document_alone_is_what_it_was_in_its_row(stage):
     rows = [puzzle.Rows(batches, list(range(6)), apart) for apart in (False, True)]
     losses = [puzzle.mean_loss(evaluate, some, 4, device, grad=False) for some in rows]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.gpu
+def test_on_a_card_a_fused_kernel_takes_every_case(tmp_path, builtin_config):
+    """半精度的训练，没有一种情形退到 math；真的在显卡上量一次。"""
+    path = tmp_path / "b.json"
+    main(["gpu", "attention", "--seconds", "0.2", "--repeats", "1", "--json", str(path),
+          "--data_dir", builtin_config.data_dir])  # fmt: skip
+    (section,) = json.loads(path.read_text(encoding="utf-8")).values()
+    ours = [r["what"] for r in section["rows"] if "，我们的：" in r["what"]]
+    half_precision = [what for what in ours if what.startswith(("bfloat16", "float16"))]
+    assert half_precision and not any("math" in what for what in half_precision)

@@ -7,12 +7,12 @@ PyTorch 按形状、遮罩与精度挑算子：FlashAttention 不收遮罩，mem
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import model
@@ -29,13 +29,24 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) 
     )
 
 
-def grouped_without_cudnn(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
-) -> Tensor:
-    """同上，不许用 cuDNN：Hopper 以前的卡（3090、4090）上就是这样。"""
-    allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(allowed):
-        return grouped(q, k, v, mask, causal)
+@contextmanager
+def no_cudnn() -> Iterator[None]:
+    """其间不许用 cuDNN：Hopper 以前的卡（3090、4090）上就是这样。
+
+    是全局的开关：编译时也有效，另一个线程里也有效。
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def grouped_without_cudnn(*args) -> Tensor:
+    """从前的，不许用 cuDNN。"""
+    with no_cudnn():
+        return grouped(*args)
 
 
 def repeated(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

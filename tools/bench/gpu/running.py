@@ -102,7 +102,8 @@ def bench_gpu(argv: list[str]) -> None:
     done, about, missed = read_results(path), machine(), []
     place = "演习" if options.rehearse else about["显卡"]
     prepare(stage)
-    for name, part, player in one_ahead(options.parts or tuple(PARTS), stage):
+    names = options.parts or tuple(PARTS)
+    for name, part, player in one_ahead(names, stage):
         left = until - time.monotonic()
         if part.seconds > left:
             missed.append(name)
@@ -117,7 +118,8 @@ def bench_gpu(argv: list[str]) -> None:
             write_results(path, done)
     if missed:
         say(f"没有轮到：{'、'.join(missed)}；补测：python -m tools.bench gpu {' '.join(missed)}")
-    say(f"请带回 {path}、{path.with_suffix('.md')}，与原始记录的文件夹 {stage.folder}")
+    if len(missed) < len(names):
+        say(f"请带回 {path}、{path.with_suffix('.md')}，与原始记录的文件夹 {stage.folder}")
 
 
 def listed() -> str:

@@ -4,17 +4,20 @@
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from unittest import mock
 
 import model
-from tools.bench.gpu.attention import NO_FLEX, flexible, grouped_without_cudnn, repeated
+from tools.bench.gpu.attention import NO_FLEX, OLD, flexible, grouped, no_cudnn, repeated
 from tools.bench.gpu.stage import Stage, skipped, stepping, warmed
 from tools.bench.measuring import Row, ratios
 from tools.bench.ours import Ours
 
+OLD_CARDS = f"{OLD}，不许 cuDNN"  # 3090、4090 上就是这样
 WAYS: dict[str, Callable | None] = {
     "我们的": None,
-    "从前的（enable_gqa，不许 cuDNN）": grouped_without_cudnn,
+    OLD: grouped,
+    OLD_CARDS: grouped,
     "复制键值": repeated,
     "FlexAttention": flexible,
 }
@@ -29,7 +32,8 @@ def measure(stage: Stage) -> Iterator[Row]:
         if stage.rehearse and way is flexible:
             yield skipped(f"wide，{what}", NO_FLEX)
             continue
-        yield from stage.attempt(what, one(stage, what, "sft", way, [], base))
+        with no_cudnn() if name == OLD_CARDS else nullcontext():
+            yield from stage.attempt(what, one(stage, what, "sft", way, [], base))
 
 
 def one(
