@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import time
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ from config import Config, UserError
 from dataset import IGNORE
 from engine.device import Device
 from experts import MixtureOfExperts
-from model import FeedForward, Transformer, attend_by_hand
+from model import FeedForward, attend_by_hand
 from tools.bench.__main__ import main
+from tools.bench.contestants import random_model
 from tools.bench.gpu import attention, half, puzzle, sft, training
 from tools.bench.gpu.former import Former, former_but_new_optimizer
 from tools.bench.gpu.running import PARTS, rows_of
@@ -106,14 +106,14 @@ def test_a_part_that_dies_or_hangs_is_a_row(monkeypatch):
     """交出来的都留着；死了的、到了时限的，各是一行。"""
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: CONTEXT)
     for end, said, limit in (("die", "中途死了", 60), ("hang", "还没有做完", 3), ("stop", "", 60)):
-        start = time.monotonic()
         with Contestant(rows_then, end) as player:
             found = list(rows_of("某一部分", player, limit))
+            if said:  # 不必等它肯走：已经不在了
+                player.process.join(5)
+                assert not player.process.is_alive()
         assert [row.what for row in found[:2]] == ["0", "1"]
         assert len(found) == 2 + bool(said)
         assert said in found[-1].what
-        assert time.monotonic() - start < 30
-        assert not player.process.is_alive()
 
 
 def test_an_error_costs_one_row_and_the_rest_goes_on(stage, tmp_path):
@@ -247,8 +247,7 @@ def test_a_document_alone_is_what_it_was_in_its_row(stage):
         return sorted(batch.targets[batch.targets != IGNORE].tolist())
 
     assert targets(apart) == targets(whole)
-    torch.manual_seed(0)
-    made = Transformer(config).eval()
+    made = random_model(config)  # 刚出生的，前文还影响不到打分
     assert any(isinstance(m, MixtureOfExperts) for m in made.modules())
     device = Device(config)
     evaluate = puzzle.evaluator(made, device, 0.0)
