@@ -1,5 +1,7 @@
 """八分钟怎样走：命令行，有哪些部分，一部分一部分地走，每得到一行写一次盘。"""
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -98,6 +100,7 @@ def bench_gpu(argv: list[str]) -> None:
         say(listed())
         return
     until += options.seconds_total
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # 剖析的库每次都要说一句
     path, stage = Path(options.json), options.stage()
     done, about, missed = read_results(path), machine(), []
     place = "演习" if options.rehearse else about["显卡"]
@@ -142,10 +145,25 @@ def one_ahead(names: tuple[str, ...], stage: Stage) -> Iterator[tuple[str, Part,
     with ExitStack() as stack:
         for i, name in enumerate(names):
             for player in players[i : i + 2]:
-                player.launch()
-                stack.callback(player.leave)
+                launch_deaf(player)
+                stack.callback(dismiss, player)
             yield name, PARTS[name], players[i]
             players[i].leave()
+
+
+def launch_deaf(player: Contestant) -> None:
+    """启动；它听不见 Ctrl-C，不会各印各的回溯：由这边来结束它。"""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        player.launch()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def dismiss(player: Contestant) -> None:
+    """中途走的，不等它做完。"""
+    player.process.kill()
+    player.leave()
 
 
 def rows_of(name: str, player: Contestant, limit: float) -> Iterator[Row]:
