@@ -1,4 +1,7 @@
-"""test_bench.py 里交给另一个进程做的活；单独一个文件，那个进程便不必导入别的。"""
+"""测速的两份测试里交给另一个进程做的活；单独一个文件，那个进程便不必导入别的。"""
+
+import os
+import time
 
 
 def job(n: int, fail: bool = False):
@@ -6,3 +9,18 @@ def job(n: int, fail: bool = False):
     if fail:
         raise ValueError("坏了")
     return lambda: list(range(n))
+
+
+def rows_then(end: str):
+    """一份活：交出一行；两行之后，死了（die）、卡住了（hang），或者做完了（stop）。"""
+    from tools.bench.measuring import Row
+
+    def rows():
+        yield from (Row(str(n), [float(n)], "") for n in range(2))
+        if end == "die":
+            os._exit(1)
+        if end == "hang":
+            time.sleep(600)
+
+    found = rows()
+    return lambda: next(found, None)

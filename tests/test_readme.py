@@ -152,6 +152,11 @@ def check_module(module: str, args: list[str]) -> None:
         subjects.append(args.pop(0))
     if room == "tools":
         problems: list[str] = []
+        if (tool, subjects[:1]) == ("bench", ["gpu"]):  # 自己的命令行
+            gpu = importlib.import_module("tools.bench.gpu.running")
+            parse_flags(gpu.Options, args, problems)
+            assert not problems and set(subjects[1:]) <= {"list", *gpu.PARTS}
+            return
         parse_flags(options_of(tool), args, problems)
         assert not problems
         if tool == "bench":

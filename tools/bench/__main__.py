@@ -4,6 +4,7 @@
     python -m tools.bench train decode               只测其中几节
     python -m tools.bench train --preset tiny        只测一种大小
     python -m tools.bench --json docs/benchmarks.json
+    python -m tools.bench gpu                        借到显卡的八分钟（见 gpu/__init__.py）
 
 结果写进 --json 指的文件，旁边同名的 .md 是给人看的表；只测几节时，其余各节保留原来的。
 参赛的各方见 contestants.py，对照的实现见 yardsticks.py。
@@ -17,21 +18,21 @@ if not __package__:  # 当作文件运行的：其余的到仓库里找
 
 from settings.script import run_script
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from config import UserError
 from settings.flags import read_options
 from settings.say import say
 from tools.bench.chores import bench_data
 from tools.bench.decoding import bench_decode
+from tools.bench.gpu.running import bench_gpu
 from tools.bench.growth import bench_memory, bench_scale
-from tools.bench.measuring import machine, to_markdown
+from tools.bench.measuring import machine
 from tools.bench.options import SECTIONS, Options
+from tools.bench.results import read_results, write_results
 from tools.bench.training import bench_race, bench_train
 
 MEASURES = {
@@ -46,8 +47,12 @@ MEASURES = {
 
 def main(argv: list[str] | None = None) -> None:
     """读命令行，一节一节地测，每测完一节就写盘。"""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["gpu"]:
+        bench_gpu(argv[1:])
+        return
     usage = f"用法：python -m tools.bench [{' | '.join(SECTIONS)}] [--参数 值 …]"
-    options = read_options(Options, sys.argv[1:] if argv is None else argv, usage)
+    options = read_options(Options, argv, usage)
     path = Path(options.json)
     done = read_results(path)
     about = machine()
@@ -63,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             say(f"  （用了 {(time.monotonic() - start) / 60:.1f} 分钟）", flush=True)
             command = options.command(section, preset)
             done[name] = {"machine": about, "command": command, "rows": [*map(asdict, rows)]}
-            path.write_text(json.dumps(done, ensure_ascii=False, indent=1), encoding="utf-8")
-            path.with_suffix(".md").write_text(to_markdown(done), encoding="utf-8")
+            write_results(path, done)
     say(f"写好 {path} 与 {path.with_suffix('.md')}")
 
 
@@ -77,20 +81,6 @@ def presets_of(section: str, wanted: str) -> list[str]:
     if torch.cuda.is_available():
         return ["wide", "deep"] if section in ("train", "decode", "memory") else ["wide"]
     return {"time-to-loss": ["tiny"], "decode": ["wide"]}.get(section, ["tiny", "wide"])
-
-
-def read_results(path: Path) -> dict:
-    """以前测的各节；现在就确认写得进去，不必等测完才知道。"""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as f:
-        f.seek(0)
-        text = f.read()
-    try:
-        done = json.loads(text or "{}")
-        to_markdown(done)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path} 不是以前的测速结果；请换一个 --json，或删掉它") from None
-    return done
 
 
 if __name__ == "__main__":

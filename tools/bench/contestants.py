@@ -93,9 +93,9 @@ def random_model(config: Config) -> Transformer:
     return model
 
 
-def speaker(preset: str, dtype: str, compiled: bool, quantize: str) -> Speaker:
+def speaker(preset: str, dtype: str, compiled: bool, quantize: str, **changes) -> Speaker:
     """我们的生成，与聊天程序走的是同一条路。"""
-    config = settings(preset, dtype=dtype, compile=compiled)
+    config = settings(preset, **changes | {"dtype": dtype, "compile": compiled})
     device = Device(config)
     made = make_speaker(random_model(config).to(device.place), config, Tokenizer(), "pretrain")
     made.banned = made.banned[:0]  # 对照的那一方没有禁用的编号
@@ -111,9 +111,9 @@ def decode(preset: str, n: int, dtype: str, compiled: bool, quantize: str) -> Ca
     return lambda: list(made.generate(PROMPT, Sampling(temp=0, penalty=1, max=n)))
 
 
-def decode_qwen3(preset: str, n: int, dtype: str) -> Callable[[], list]:
+def decode_qwen3(preset: str, n: int, dtype: str, **changes) -> Callable[[], list]:
     """transformers 的 generate，同样的权重。"""
-    config = settings(preset)
+    config = settings(preset, **changes)
     place = plain_device(config).place
     model = qwen3(config, random_model(config).state_dict()).eval().to(place, getattr(torch, dtype))
     ids = torch.tensor([PROMPT], device=place)

@@ -40,7 +40,7 @@ class Contestant:
 
     def __init__(self, build: Callable, *args, **kwargs):
         self.job = (build, args, kwargs)
-        self.process = None
+        self.process = self.limit = None
 
     def launch(self) -> None:
         """启动，不等它备好。"""
@@ -60,8 +60,13 @@ class Contestant:
             self._receive()
             self.ready = True
 
-    def work(self):
-        """干一份活；返回 (结果, 秒)。"""
+    def work(self, limit: float | None = None):
+        """干一份活；返回 (结果, 秒)。
+
+        Args:
+            limit: 连同备好，至多等多少秒；到了就杀掉它。
+        """
+        self.limit = limit
         self.start()
         self.pipe.send("work")
         return self._receive()
@@ -89,6 +94,9 @@ class Contestant:
 
     def _receive(self):
         try:
+            if self.limit is not None and not self.pipe.poll(self.limit):
+                self.process.kill()
+                raise UserError(f"等了 {self.limit:.0f} 秒还没有做完，不等了")
             answer = self.pipe.recv()
         except EOFError:
             raise UserError("测速的一个进程中途死了：多半是内存不够") from None

@@ -1,4 +1,4 @@
-"""我们的训练：走的就是 pre_train.py 的循环，一行没有另写；只是每一步之前等一声，学习率听测速的。"""
+"""我们的训练：走的就是两个脚本的循环，一行没有另写；只是每一步之前等一声，学习率听测速的。"""
 
 import threading
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from queue import Queue
 import torch
 
 import pre_train
+import sft_train
 from config import Config
 from engine.device import Device
 from engine.shared_row import SharedRow
@@ -15,24 +16,52 @@ from model import Transformer
 from tokenizer import Tokenizer
 from tools.bench.trainer import Trainer
 
+MAINS = {"pretrain": pre_train.main, "sft": sft_train.main}
 
-class OnCall(Stepper):
-    """叫一声，走一步。循环走起来不会中途返回，所以住在自己的线程里，两边轮流，从不同时干活。
+
+class Newborn(Stepper):
+    """脚本里的循环，一行不改地走一遍，模型是刚出生的；没有检查点，没有记录。
 
     Args:
         whole_vocabulary: 真时整张词表逐个打分，没出现过的词元不合用一行。
+        stage: 走哪一个脚本的循环。
     """
 
-    def __init__(self, config: Config, device: Device, whole_vocabulary: bool):
-        super().__init__("pretrain", config, device, Tokenizer())
+    from_scratch = True  # 微调的循环也是：合用的一行，与预训练过的模型微调时一样多
+
+    def __init__(
+        self, config: Config, device: Device, whole_vocabulary: bool, stage: str = "pretrain"
+    ):
+        super().__init__(stage, config, device, Tokenizer())
         self.whole_vocabulary = whole_vocabulary
+
+    def walk(self) -> None:
+        """走完整个脚本。"""
+        MAINS[self.stage](run=self)
+
+    def model(self) -> Transformer:
+        """刚出生的模型。"""
+        torch.manual_seed(self.config.seed)
+        return Transformer(self.config).to(self.device.place)
+
+    def find_shared_row(self) -> SharedRow | None:
+        """没用到的词元合不合用一行。"""
+        return None if self.whole_vocabulary else super().find_shared_row()
+
+
+class OnCall(Newborn):
+    """叫一声，走一步。循环走起来不会中途返回，所以住在自己的线程里，两边轮流，从不同时干活。"""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.calls, self.answers = Queue(), Queue()
-        threading.Thread(target=self._live, daemon=True).start()
+        self.thread = threading.Thread(target=self._live, daemon=True)
+        self.thread.start()
         self._answer()  # 备好了
 
     def _live(self) -> None:
         try:
-            pre_train.main(run=self)
+            self.walk()
         except BaseException as error:
             self.answers.put(error)
 
@@ -52,20 +81,16 @@ class OnCall(Stepper):
         self.calls.put(factor)
         return self._answer()
 
+    def leave(self) -> None:
+        """循环到此为止，线程结束：它不再占着显存。"""
+        self.calls.put(None)
+        self.thread.join()
+
     def start_over(self) -> None:
         """回到第 0 步，优化器什么也不记得。"""
         self.step = 0
         self._optimizer.muon.state.clear()
         self._optimizer.adamw.state.clear()
-
-    def model(self) -> Transformer:
-        """刚出生的模型。"""
-        torch.manual_seed(self.config.seed)
-        return Transformer(self.config).to(self.device.place)
-
-    def find_shared_row(self) -> SharedRow | None:
-        """没用到的词元合不合用一行。"""
-        return None if self.whole_vocabulary else super().find_shared_row()
 
     def optimizer(self, build, lr: float):
         """学习率不照循环里的曲线，听测速的。"""
@@ -75,11 +100,13 @@ class OnCall(Stepper):
         return optimizer
 
     def steps(self, exam) -> Iterator[int]:
-        """没有尽头；`step` 可以从外面拨回去。"""
+        """没有尽头，除非 `leave`；`step` 可以从外面拨回去。"""
         self.exam, self.step, answer = exam, 0, None
         while True:
             self.answers.put(answer)
             self.factor = self.calls.get()
+            if self.factor is None:
+                return
             yield self.step
             self.between_steps()
             self.step += 1
@@ -89,9 +116,9 @@ class OnCall(Stepper):
 class Ours(Trainer):
     """我们的：与 pre_train.py 的每一步做同样的事（有测试核对损失相同）。"""
 
-    def __init__(self, config: Config, whole_vocabulary: bool = False):
+    def __init__(self, config: Config, whole_vocabulary: bool = False, stage: str = "pretrain"):
         super().__init__(config, Device(config))
-        self.loop = OnCall(config, self.device, whole_vocabulary)
+        self.loop = OnCall(config, self.device, whole_vocabulary, stage)
         self.model, self.val = self.loop.exam.speaker.model, self.loop.exam.batches
 
     @property
@@ -106,6 +133,10 @@ class Ours(Trainer):
     def start_over(self) -> None:
         """回到第 0 步。"""
         self.loop.start_over()
+
+    def leave(self) -> None:
+        """不再走了。"""
+        self.loop.leave()
 
     def val_loss(self) -> float:
         """全部留出的词条上，每个词元的平均损失（奈特）。"""
