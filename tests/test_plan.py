@@ -37,10 +37,14 @@ def pace(n_steps=1000, first=0, eval_every=100, cost=0.0, compiled=True) -> Pace
 def test_the_minute_of_compiling_is_in_neither_the_rate_nor_the_rest():
     slow, quick = pace(), pace()
     for one, compiling in ((slow, 60.0), (quick, 0.5)):
-        for seconds in [compiling, *[0.5] * 20]:
-            one.stepped(seconds)
+        one.stepped(compiling)
+        assert (one.remaining(), one.rate()) == (None, 0)  # 只走过编译的那一步：还不知道
+        one.stepped(0.5)
     assert slow.step_seconds == 0.5
     assert slow.remaining() == quick.remaining() and slow.rate() == quick.rate()
+    for seconds in [0.5] * 9 + [30.0]:  # 中途又编译了一次，或者机器忙了一下
+        slow.stepped(seconds)
+    assert slow.step_seconds == 0.5
 
 
 def test_what_is_left_is_steps_checks_and_saves():
@@ -150,6 +154,8 @@ def test_a_plan_of_pretraining_agrees_with_the_run_it_foretells(place):
     flags = ["--max_steps", "24", *SMALL, "--out_dir", "out/new"]
     out, found = plan(place, "pre_train.py", *flags)
     assert found.tokens == 24 * 2 * 128 and found.steps == 24
+    assert found.checking > 0 and found.step_seconds > 0
+    assert found.remaining == pytest.approx(24 * found.step_seconds + found.checking, rel=0.01)
     assert "没训练过的模型" in out and "接下来" not in out
     run(place, "pre_train.py", *flags)
     real = (place / "out/new/pretrain.pt").stat().st_size
