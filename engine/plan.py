@@ -21,7 +21,7 @@ from engine.recorded import Expected
 from engine.ways import Way, expected_loss, ways
 from settings.say import say
 
-WARM, TIMED, FEWEST = 3, 10, 3  # 先走几步不量（头一步要编译），再量几步；慢的，至少量几步
+TIMED, FEWEST = 10, 3  # 量几步，头一步（要编译）除外；慢的，至少量几步
 LONG = 60  # 量满这么多秒就够了
 
 
@@ -54,18 +54,18 @@ def rehearse(run, exam) -> Iterator[int]:
     if not steps:
         say("已经走完了，没有什么要估的")
         return
-    for i in range(WARM + TIMED):
-        if i == WARM:
-            run.pace.recent.clear()
+    say(f"走 {1 + TIMED} 步，量一量……")
+    for i in range(1 + TIMED):
         before = time.monotonic()
         yield steps[i % len(steps)]
         run.between_steps()
-        run.pace.stepped(time.monotonic() - before)
-        timed += (time.monotonic() - before) if i >= WARM else 0.0
-        if i >= WARM + FEWEST - 1 and run.world.gather(timed > LONG)[0]:  # 各进程要走得一样多
+        seconds = time.monotonic() - before
+        run.pace.stepped(seconds)
+        timed += seconds if i else 0.0
+        if i >= FEWEST and run.world.gather(timed > LONG)[0]:  # 各进程要走得一样多
             break
     check(run, exam, 1)  # 头一次要编译
-    startup = time.monotonic() - run.began - timed - WARM * run.pace.step_seconds
+    startup = time.monotonic() - run.began - timed - run.pace.step_seconds
     before = time.monotonic()
     check(run, exam, run.config.eval_tokens)
     run.pace.measured.append(time.monotonic() - before)
