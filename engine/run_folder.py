@@ -173,10 +173,8 @@ class RunFolder:
                 raise UserError(f"{path} 是 {checkpoint['stage']} 阶段的检查点；是不是改过名字？")
             if problems:
                 self.damaged = True
-                say(
-                    f"（{'；'.join(problems)}；改用前一个 {path}，"
-                    f"坏的改名为 {self.path.stem}.damaged.pt，留着）"
-                )
+                kept = f"，坏的改名为 {self.path.stem}.damaged.pt，留着" if self.writes else ""
+                say(f"（{'；'.join(problems)}；改用前一个 {path}{kept}）")
             return path, checkpoint
         raise UserError(
             f"{'；'.join(problems)}；没有好的检查点，只能从头练：去掉 --resume，加上 --overwrite"

@@ -45,7 +45,8 @@ def expected_loss(run, n_steps: int) -> Expected | str:
         return "没有可比的记录：记下的都是从头的预训练"
     if config.data != "builtin":
         return "没有可比的记录：记下的都是内置词典上的，换了语料，损失不能比"
-    usual, _ = load_config("pretrain", ["--preset", config.preset])
+    usual = load_config("pretrain", ["--preset", config.preset])[0]
+    usual = replace(usual, **PRESETS[config.preset])  # config.py 里改过的，也算改了
     names = [f.name for f in fields(Config) if f.name not in FREE]
     changed = [name for name in names if getattr(config, name) != getattr(usual, name)]
     if run.rows_per_step != usual.batch_size * usual.grad_accum:

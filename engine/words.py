@@ -71,7 +71,7 @@ def duration(seconds: float) -> str:
 
 def remaining(pace) -> str:
     """量够了步数，说一次还要多久。"""
-    return f"照前 {pace.timed} 步的速度（编译不算），还要{duration(pace.remaining())}"
+    return f"照前 {pace.timed} 步的速度，还要{duration(pace.remaining())}"
 
 
 def size(n_bytes: int) -> str:
