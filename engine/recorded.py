@@ -21,30 +21,47 @@ class Recorded(NamedTuple):
 
     preset: str
     tokens: int  # 一共读了多少词元：步数 × 一步的
-    loss: float  # 全部留出的词条上，奈特每词元
+    loss: float  # 全部留出的词条上，奈特每词元；wide 的后三次只取了 40 960 个词元
     source: str  # 在 SOURCES 里的哪一条
 
 
 SOURCES = {
-    "扫描": "tiny 的优化器：扫描，200 步；2 核 AMD EPYC（Zen 3），float32，2026-11-24",
-    "种子": "python pre_train.py --preset … --seed 42、43、44；同一台，b6b8d3b，2026-11-25",
-    "H100": "docs/ecosystem.md 与 docs/lab-notes.md 里的；NVIDIA H100，bfloat16，2026-11-26",
+    "扫描": "docs/lab-notes.md「tiny 的优化器」；2 核 EPYC（Zen 3），float32，2026-11-24",
+    "种子": "docs/lab-notes.md「专家混合」：--seed 42、43、44；同一台，b6b8d3b，2026-11-25",
+    "bf16": "docs/lab-notes.md「tiny 预设」；2 核 EPYC（Zen 4），bf16，15ccb64，2026-11-24",
+    "H100": "docs/lab-notes.md「第一次上真的显卡」；NVIDIA H100，bf16，9386fec，2026-11-26",
+    "蒸馏": "docs/ecosystem.md 里没有老师的两行；同一块，9386fec，2026-11-26",
+    "短的": "pre_train.py --max_steps … --seed 42、43 --no-compile --eval_every 1000，"
+    "一个线程；2 核 EPYC，bf16，4169ff5，2026-11-28",
 }
 
+# fmt: off
 RUNS = (
+    Recorded("tiny", 50 * 2048, 5.223, "短的"),
+    Recorded("tiny", 100 * 2048, 4.928, "短的"),
+    Recorded("tiny", 100 * 2048, 4.950, "短的"),
+    Recorded("tiny", 200 * 2048, 4.617, "短的"),
     Recorded("tiny", 200 * 2048, 4.613, "扫描"),
+    Recorded("tiny", 400 * 2048, 4.284, "短的"),
     Recorded("tiny", 1000 * 2048, 3.720, "种子"),
     Recorded("tiny", 1000 * 2048, 3.845, "种子"),
     Recorded("tiny", 1000 * 2048, 3.777, "种子"),
-    Recorded("tiny", 2000 * 2048, 3.461, "H100"),
-    Recorded("tiny", 2000 * 2048, 3.447, "H100"),
-    Recorded("tiny", 2000 * 2048, 3.479, "H100"),
+    Recorded("tiny", 1000 * 2048, 3.744, "bf16"),
+    Recorded("tiny", 1000 * 2048, 3.727, "蒸馏"),
+    Recorded("tiny", 1000 * 2048, 3.812, "蒸馏"),
+    Recorded("tiny", 1000 * 2048, 3.794, "蒸馏"),
+    Recorded("tiny", 2000 * 2048, 3.461, "蒸馏"),
+    Recorded("tiny", 2000 * 2048, 3.447, "蒸馏"),
+    Recorded("tiny", 2000 * 2048, 3.479, "蒸馏"),
     Recorded("tiny-moe", 1000 * 2048, 3.707, "种子"),
     Recorded("tiny-moe", 1000 * 2048, 3.640, "种子"),
     Recorded("tiny-moe", 1000 * 2048, 3.628, "种子"),
     Recorded("wide", 589 * 16384, 3.245, "H100"),
     Recorded("wide", 589 * 16384, 3.283, "H100"),
-)  # fmt: skip
+    Recorded("wide", 589 * 16384, 3.250, "H100"),
+    Recorded("wide", 589 * 16384, 3.229, "H100"),
+)
+# fmt: on
 
 STARTS = range(0, 400_000, 5_000)  # 试这些 D₀
 WIDER = 1.5  # 估得到的范围：这套预设练过的最少的几分之一，到最多的几倍
