@@ -38,11 +38,14 @@ SOURCES = {
 # fmt: off
 RUNS = (
     Recorded("tiny", 50 * 2048, 5.223, "短的"),
+    Recorded("tiny", 50 * 2048, 5.255, "短的"),
     Recorded("tiny", 100 * 2048, 4.928, "短的"),
     Recorded("tiny", 100 * 2048, 4.950, "短的"),
     Recorded("tiny", 200 * 2048, 4.617, "短的"),
+    Recorded("tiny", 200 * 2048, 4.627, "短的"),
     Recorded("tiny", 200 * 2048, 4.613, "扫描"),
     Recorded("tiny", 400 * 2048, 4.284, "短的"),
+    Recorded("tiny", 400 * 2048, 4.295, "短的"),
     Recorded("tiny", 1000 * 2048, 3.720, "种子"),
     Recorded("tiny", 1000 * 2048, 3.845, "种子"),
     Recorded("tiny", 1000 * 2048, 3.777, "种子"),
@@ -53,6 +56,8 @@ RUNS = (
     Recorded("tiny", 2000 * 2048, 3.461, "蒸馏"),
     Recorded("tiny", 2000 * 2048, 3.447, "蒸馏"),
     Recorded("tiny", 2000 * 2048, 3.479, "蒸馏"),
+    Recorded("tiny-moe", 100 * 2048, 4.916, "短的"),
+    Recorded("tiny-moe", 400 * 2048, 4.236, "短的"),
     Recorded("tiny-moe", 1000 * 2048, 3.707, "种子"),
     Recorded("tiny-moe", 1000 * 2048, 3.640, "种子"),
     Recorded("tiny-moe", 1000 * 2048, 3.628, "种子"),
