@@ -160,7 +160,7 @@ def test_a_plan_of_pretraining_agrees_with_the_run_it_foretells(place):
     run(place, "pre_train.py", *flags)
     real = (place / "out/new/pretrain.pt").stat().st_size
     assert found.checkpoint == pytest.approx(real, rel=0.001)
-    cache = sum(p.stat().st_size for p in (place / "data/cache").glob("*-pretrain-*.*[nx]"))
+    cache = sum(p.stat().st_size for p in (place / "data/cache").glob("idiom-pretrain-*.*[nx]"))
     assert found.token_files == pytest.approx(cache, rel=0.001)
     # 已经练过的目录：不问 --overwrite，也不动它；没有多走，参数仍是那一次的
     plan(place, "pre_train.py", *flags)
