@@ -133,6 +133,7 @@ class Config:
         False, "接着练时允许改学习率、步数等；结果与不中断的那一次不再相同"
     )
     overwrite: bool = option(False, "从头练，盖掉 out_dir 里已有的训练")
+    plan: bool = option(False, "先估一估：走十来步，说出要多久、占多少、练到多好；什么也不写下")
 
     def active_width(self) -> int:
         """每个词元经过的前馈宽度：有专家时，是挑中的几位合起来的。"""

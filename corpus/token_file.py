@@ -11,6 +11,7 @@ import functools
 import glob
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -78,12 +79,16 @@ def tokenize_corpus(
     if ready:
         say(f"数据：沿用 {base}.*（{_summary(ready.card)}）")
         return ready
-    while wait:
+    while wait and not config.plan:
         time.sleep(0.2)
         if ready := _find(base, identity, paths, tokenizer)[0]:
             return ready
     if problem:
         say(f"数据：{problem}；不用它，从原始文件重做一遍")
+    if config.plan:  # 打开着的文件，删掉之后仍读得到（Windows 上删不掉，留给系统清理）
+        say("数据：还没有备好的。--plan 什么也不留下：做在临时目录里，打开就删")
+        with tempfile.TemporaryDirectory(prefix="mini-llm-", ignore_cleanup_errors=True) as folder:
+            return _make(Path(folder) / base.name, identity, paths, tokenizer)
     ready = _make(base, identity, paths, tokenizer)
     say(f"数据：写好 {base}.*（{_summary(ready.card)}）")
     return ready

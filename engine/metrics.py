@@ -15,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from engine.distributed import World
 from engine.progress import Progress
 from settings.files import new_file
 from settings.say import say
@@ -26,18 +25,18 @@ class Metrics:
 
     Args:
         folder: 放在哪里。
-        world: 只有第 0 个进程写。
+        writes: 写不写；不写的只留在内存里（不是第 0 个进程，或者 ``--plan``）。
         progress: 接着练时，保留到这一步为止的记录；之后的会重新走一遍。
     """
 
-    def __init__(self, folder: Path, world: World, progress: Progress):
+    def __init__(self, folder: Path, writes: bool, progress: Progress):
         self.path = folder / "metrics.jsonl"
         self.picture = folder / "loss.png"
         self.start = time.monotonic() - progress.seconds
         self.file: BinaryIO | None = None
         self.unwritten = b""
         self.rows: list[dict] = []
-        if world.rank > 0:
+        if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
         records = read_records(self.path) if progress.step else NOTHING

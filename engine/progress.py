@@ -1,10 +1,18 @@
-"""训练走到了哪里：步数、用时、检验的结果，以及随机数。它们自己存，自己取回。"""
+"""训练走到了哪里，还要走多久。
+
+Progress, RandomNumbers   步数、用时、检验的结果，以及随机数：它们自己存，自己取回
+Pace                      走得多快，还要多久：编译不算，检验与保存算在内
+Bar                       进度条；多快、还要多久，听 Pace 的
+"""
 
 import math
+import statistics
+from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 
 @dataclass
@@ -51,3 +59,101 @@ class RandomNumbers:
         torch.set_rng_state(saved["cpu"])
         for i, state in enumerate(saved["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, i)
+
+
+class Pace:
+    """走得多快，还要多久：一步用多久取最近几步的中位数，编译的那一步再慢也不算。
+
+    Args:
+        steps: 要走的各步。
+        eval_every: 隔几步检验一次。
+        checks: 平时的一次检验、最后的一次，词元数各是一步的几倍。
+        saver: 用到 interval（隔多少秒保存一次）与 cost（上一次用了多少秒）。
+        compiled: 检验已经编译过了；没有的，头一次不算。
+    """
+
+    ENOUGH = 50  # 量了这么多步，就说还要多久；一共没有它的两倍，走了一半就说
+    FEWEST = 10  # 一半还不到这么多步的，转眼就完，不说
+    FORWARD = 0.5  # 同样多的词元，检验用的时间是训练的几倍；只用到量着它之前
+
+    def __init__(
+        self, steps: range, eval_every: int, checks: tuple[float, float], saver, compiled: bool
+    ):
+        self.step, self.n_steps, self.eval_every = steps.start, steps.stop, eval_every
+        self.usual, self.last = checks
+        self.saver, self.to_skip = saver, 0 if compiled else 1
+        half = len(steps) // 2
+        self.say_after = min(self.ENOUGH, half) if half >= self.FEWEST else None
+        self.timed = -1  # 头一步要编译，不算
+        self.recent: deque[float] = deque(maxlen=self.ENOUGH)
+        self.measured: deque[float] = deque(maxlen=3)
+
+    @classmethod
+    def of(cls, run, exam) -> "Pace":
+        """这一次训练的，从现在数起。"""
+        config, held_out = run.config, exam.batches.n_rows * exam.batches.seq_len
+        per_step = run.rows_per_step * config.seq_len
+        usual, last = (min(n * config.eval_tokens, held_out) / per_step for n in (1, 10))
+        compiled = run.newborn or not run.device.compile  # 刚出生的，第 0 步检验过
+        return cls(
+            range(run.first_step, run.n_steps), run.eval_every, (usual, last), run.saver, compiled
+        )
+
+    def stepped(self, seconds: float) -> bool:
+        """走完一步，用了这么久；返回该不该说还要多久了，一次训练只有一回。"""
+        self.step, self.timed = self.step + 1, self.timed + 1
+        if self.timed:
+            self.recent.append(seconds)
+        return self.timed == self.say_after
+
+    def checked(self, seconds: float) -> None:
+        """平时的一次检验，用了这么久。"""
+        if self.to_skip:
+            self.to_skip -= 1
+        else:
+            self.measured.append(seconds)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """一步用多久；还没有量到是 None。"""
+        return statistics.median(self.recent) if self.recent else None
+
+    @property
+    def check_seconds(self) -> float:
+        """平时的一次检验用多久。"""
+        if self.measured:
+            return statistics.median(self.measured)
+        return self.FORWARD * self.usual * self.step_seconds
+
+    @property
+    def checking(self) -> float:
+        """余下的检验一共要多久。"""
+        n = (self.n_steps - 1) // self.eval_every - self.step // self.eval_every
+        last = self.last / self.usual if self.step < self.n_steps else 0
+        return (max(0, n) + last) * self.check_seconds
+
+    def remaining(self) -> float | None:
+        """还要多少秒；还没有量到是 None。"""
+        if self.step_seconds is None:
+            return None
+        seconds = (self.n_steps - self.step) * self.step_seconds + self.checking
+        n_saves = seconds / max(self.saver.interval, self.step_seconds, 1e-9)
+        return seconds + n_saves * self.saver.cost
+
+    def rate(self) -> float:
+        """每秒几步，检验与保存摊在里面；还没有量到是 0，进度条写成问号。"""
+        left = self.remaining()
+        return (self.n_steps - self.step) / left if left else 0.0
+
+
+class Bar(tqdm):
+    """进度条；它自己的算法把编译的一分钟也算进速度里，所以改听 `Pace` 的。"""
+
+    def __init__(self, pace: Pace, **options):
+        self.pace = pace
+        super().__init__(**options)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """画进度条用的各项。"""
+        return super().format_dict | {"rate": self.pace.rate()}

@@ -15,24 +15,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from config import MissingData, UserError
-from engine import corpora, words
-from engine.checkpoint import (
-    build_model,
-    capture,
-    load,
-    restore,
-    versions,
-)
+from engine import corpora, plan, words
+from engine.checkpoint import build_model, capture, load, restore, versions
 from engine.device import Device
 from engine.distributed import World
 from engine.expert_load import expert_loads
 from engine.guard import diverged, skip_step, too_many_skipped
 from engine.memory import auto_batch, out_of_memory
 from engine.metrics import Metrics
-from engine.progress import Progress, RandomNumbers
+from engine.progress import Bar, Pace, Progress, RandomNumbers
 from engine.run_folder import RunFolder
 from engine.saver import Saver
 from engine.shared_row import SharedRow
@@ -58,6 +51,7 @@ class Run(Stepper):
     """
 
     def __init__(self, stage: str, argv: list[str] | None = None, program: str = ""):
+        self.began = time.monotonic()
         config, origins = load_config(stage, sys.argv[1:] if argv is None else argv)
         world, tokenizer = World(), Tokenizer()
         self.origins, self.stop = origins, None
@@ -168,9 +162,9 @@ class Run(Stepper):
         self.world.agree("起点（步数与语料）", identity)
         self.folder.settle(fresh=not self.resumed)
         records = self.folder.root / self.stage
-        if self.world.rank == 0:
+        if self.folder.writes:
             save_config(self.config, records / "config.json")
-        self.metrics = Metrics(records, self.world, self.progress)
+        self.metrics = Metrics(records, self.folder.writes, self.progress)
         self.saver = Saver(self.folder, self.config.save_every, self.progress)
         self.stop = Stop(self.world)
         say("第一步之前要编译，约一分钟……" if self.device.compile else "开始训练……")
@@ -191,16 +185,22 @@ class Run(Stepper):
 
     def steps(self, exam) -> Iterator[int]:
         """给出步数（从 0 数）；检验、记录、保存、叫停都在两步之间，从不在一步之中。"""
-        self.bar = tqdm(
-            total=self.n_steps, initial=self.first_step, unit="步", dynamic_ncols=True,
-            smoothing=0.1, disable=self.world.rank > 0,
+        self.pace = Pace.of(self, exam)
+        if self.config.plan:
+            yield from plan.rehearse(self, exam)
+            return
+        self.bar = Bar(
+            self.pace, total=self.n_steps, initial=self.first_step, unit="步",
+            dynamic_ncols=True, disable=self.world.rank > 0,
         )  # fmt: skip
         for step in range(self.first_step, self.n_steps):
             started, self.notes = time.monotonic(), {}
             yield step
             self.between_steps()
-            speed = self.n_targets / (time.monotonic() - started)
-            self._record(step, speed, exam)
+            seconds = time.monotonic() - started
+            if self.pace.stepped(seconds):
+                say_above_bar(words.remaining(self.pace))
+            self._record(step, self.n_targets / seconds, exam)
             self._save_or_leave(last=step + 1 == self.n_steps)
         self.bar.close()
         self.metrics.draw()
@@ -239,7 +239,9 @@ class Run(Stepper):
             **self.notes,
         }  # fmt: skip
         if last or (step + 1) % self.eval_every == 0:
+            started = time.monotonic()
             row |= self.check(exam, self.config.eval_tokens * (10 if last else 1), everything=last)
+            self.pace.checked(time.monotonic() - started)
         self.metrics.write(**row)
 
     def _save_or_leave(self, last: bool) -> None:

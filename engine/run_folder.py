@@ -53,6 +53,9 @@ class RunFolder:
         config, origins: `load_config` 的结果。
         world: 多个进程时，只有第 0 个上锁、改名。
         program: 接着练时写在 python 后面的；默认是这个阶段的脚本。
+    Fields:
+        script: 怎样启动这个程序，例如 python pre_train.py。
+        writes: 这个进程写不写：几个进程时只有第 0 个写，`--plan` 谁也不写，锁也不上。
     Raises:
         UserError: 有别的训练正在写这个目录，或者目录写不了。
     """
@@ -64,13 +67,15 @@ class RunFolder:
         self.root = Path(config.out_dir)
         self.path = self.root / f"{stage}.pt"
         self.damaged = False
+        self.writes = world.rank == 0 and not config.plan
         program = program or SCRIPTS[stage]
         command = f"python {program}"
         if world.launched:
             how = "…" if world.machines > 1 else f"--nproc_per_node={world.size}"
             command = f"torchrun {how} {program}"
+        self.script = command
         self.command = f"{command} --out_dir {shlex.quote(config.out_dir)} --resume"
-        if world.rank == 0:
+        if self.writes:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
                 check_lock(self.root / ".lock")
@@ -110,7 +115,7 @@ class RunFolder:
         # 这一次 torchrun 自己重新启动的，才不用说 --resume 就接着练。
         restarted = self.world.restarts > 0 and self._launch_id() == self.world.launch_id != "none"
         if not config.resume and not (restarted and existing):
-            if not config.overwrite:
+            if not (config.overwrite or config.plan):
                 self._keep(existing, config.init_from)
             return None
         if config.overwrite and not restarted:
@@ -135,7 +140,7 @@ class RunFolder:
 
     def settle(self, fresh: bool) -> None:
         """真要开始了：从头练，就删掉原有的；接着练，就把坏的挪开，免得下次保存时顶替了好的。"""
-        if self.world.rank > 0:
+        if not self.writes:
             return
         if fresh:
             for path in (self.path, previous_of(self.path)):
@@ -146,7 +151,7 @@ class RunFolder:
 
     def close(self) -> None:
         """松开锁；忘了也不要紧，进程一死系统会松。"""
-        if self.world.rank == 0:
+        if self.writes:
             self.lock.release()
 
     def _launch_id(self) -> str:
@@ -168,10 +173,8 @@ class RunFolder:
                 raise UserError(f"{path} 是 {checkpoint['stage']} 阶段的检查点；是不是改过名字？")
             if problems:
                 self.damaged = True
-                say(
-                    f"（{'；'.join(problems)}；改用前一个 {path}，"
-                    f"坏的改名为 {self.path.stem}.damaged.pt，留着）"
-                )
+                kept = f"，坏的改名为 {self.path.stem}.damaged.pt，留着" if self.writes else ""
+                say(f"（{'；'.join(problems)}；改用前一个 {path}{kept}）")
             return path, checkpoint
         raise UserError(
             f"{'；'.join(problems)}；没有好的检查点，只能从头练：去掉 --resume，加上 --overwrite"

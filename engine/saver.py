@@ -31,8 +31,12 @@ class Saver:
 
     def due(self) -> bool:
         """该存了没有；别的进程听第 0 个的。"""
-        wait = save_interval(self.every, self.cost)
-        return self.folder.world.rank == 0 and time.monotonic() - self.last >= wait
+        return self.folder.writes and time.monotonic() - self.last >= self.interval
+
+    @property
+    def interval(self) -> float:
+        """隔多少秒保存一次。"""
+        return save_interval(self.every, self.cost)
 
     def save(
         self, make: Callable[[], dict[str, Any]], must: bool = False, leaving: bool = False
@@ -46,7 +50,7 @@ class Saver:
         """
         started = time.monotonic()
         checkpoint = make()
-        if self.folder.world.rank == 0:
+        if self.folder.writes:
             try:
                 write(self.folder.path, checkpoint)
                 self.step = self.progress.step

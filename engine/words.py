@@ -60,6 +60,55 @@ def few_data(run, before: int, after: int) -> str:
     )
 
 
+def duration(seconds: float) -> str:
+    """大约多久，例如「约 12 分钟」。"""
+    if seconds < 90:
+        return f"约 {max(1, round(seconds))} 秒"
+    if seconds < 5400:
+        return f"约 {seconds / 60:.0f} 分钟"
+    return f"约 {seconds / 3600:.1f} 小时"
+
+
+def remaining(pace) -> str:
+    """量够了步数，说一次还要多久。"""
+    return f"照前 {pace.timed} 步的速度，还要{duration(pace.remaining())}"
+
+
+def size(n_bytes: int) -> str:
+    """大小，例如「71.0 MB」。"""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def loss(expected) -> str:
+    """估的损失；估不了的，已经是一句为什么。"""
+    return expected if isinstance(expected, str) else f"{expected.loss:.2f} ± {expected.error:.2f}"
+
+
+def plan(found) -> str:
+    """``--plan`` 估出来的几样；found 是 plan.py 的 `Estimate`。"""
+    once, twice, thrice = (size(n * found.checkpoint) for n in (1, 2, 3))
+    full = found.free < 3 * found.checkpoint + found.token_files
+    lines = [
+        "估一估（只走了十来步，什么也没有写下）：",
+        f"  用时  {duration(found.total)}：{found.steps} 步，每步 {found.step_seconds:.3g} 秒；"
+        f"其中检验{duration(found.checking)}，备数据与编译{duration(found.startup)}",
+        f"  词元  {found.tokens:,} 个，把数据读 {found.epochs:.2g} 遍",
+        f"  内存  最多 {size(found.memory) if found.memory else '（这个系统上没有办法量）'}",
+        f"  磁盘  检查点 {once}，连前一个 {twice}，正在写的时候 {thrice}；"
+        f"词元文件 {size(found.token_files)}；那里还剩 {size(found.free)}{'，不够' * full}",
+        f"  损失  {loss(found.loss)}",
+    ]
+    if not isinstance(found.loss, str):
+        lines[-1] += f"（照这个仓库自己练完的 {found.loss.n_runs} 次，见 docs/lab-notes.md）"
+    lines.append("放进一个晚上，三种走法，命令照抄就行：")
+    for way in found.ways:
+        time = "要多久没有量过" if way.seconds is None else duration(way.seconds)
+        known = "" if isinstance(way.loss, str) else f"，损失 {loss(way.loss)}"
+        note = f"；{way.note}" if way.note else ""
+        lines += [f"  {way.command}", f"      {time}{known}{note}"]
+    return "\n".join(lines)
+
+
 def farewell(run) -> str:
     """用了多久，结果在哪里，接下来做什么。"""
     path = shlex.quote(str(run.folder.path))

@@ -67,7 +67,7 @@ def follow(config: Config, origins: Origins, source: Config, stage: str) -> None
 
 
 # 只说这一次运行的，不取自检查点。
-LOCAL = {"resume", "overwrite", "allow_changes", "out_dir"}
+LOCAL = {"resume", "overwrite", "allow_changes", "plan", "out_dir"}
 # 接着练的时候，命令行上的这些可以与上次不同，不影响训练的结果。
 HARMLESS = {"data_dir", "data", "sft_data", "replay_data", "init_from", "eval_every",
             "eval_tokens", "prompt", "sft_prompt", "save_every"}  # fmt: skip

@@ -578,7 +578,7 @@ def test_going_on_checks_the_corpus_the_versions_and_the_number_of_steps(
 def test_saving_takes_at_most_two_percent_of_the_time(tmp_path, monkeypatch):
     now = 0.0
     monkeypatch.setattr(saver_module.time, "monotonic", lambda: now)
-    folder = SimpleNamespace(path=tmp_path / "m.pt", world=World())
+    folder = SimpleNamespace(path=tmp_path / "m.pt", writes=True)
     saver = Saver(folder, None, Progress())
 
     def slow(path, content):
@@ -599,7 +599,7 @@ def test_saving_takes_at_most_two_percent_of_the_time(tmp_path, monkeypatch):
 def test_a_failed_save_is_one_line_and_the_next_one_tries_again(tmp_path, capsys, tokenizer):
     blocked = tmp_path / "file"
     blocked.touch()
-    folder = SimpleNamespace(path=blocked / "m.pt", world=World(), how_to_resume="--resume")
+    folder = SimpleNamespace(path=blocked / "m.pt", writes=True, how_to_resume="--resume")
     first = Saver(folder, 0.0, Progress())
     with pytest.raises(UserError, match="写不了检查点") as failed:
         first.save(lambda: snapshot(tokenizer), must=True)

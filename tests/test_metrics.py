@@ -12,7 +12,6 @@ from invented import documents_like, write
 from scripts import LITTLE, QUICK, run
 
 from engine import metrics as module
-from engine.distributed import World
 from engine.metrics import Metrics, in_order, read_metrics, read_records
 from engine.progress import Progress
 from tools.web import actions
@@ -24,7 +23,7 @@ MANY = settings(
 
 
 def test_metrics_are_one_json_object_a_line_and_a_picture(tmp_path):
-    metrics = Metrics(tmp_path / "pretrain", World(), Progress())
+    metrics = Metrics(tmp_path / "pretrain", True, Progress())
     metrics.write(step=0, tokens=0, val_loss=math.log(21248), val_bpc=14.7)
     for step in (1, 2):
         metrics.write(step=step, tokens=step * 10, train_loss=9.0 / step, lr=0.1, grad_norm=1.0,
@@ -40,23 +39,23 @@ def test_metrics_are_one_json_object_a_line_and_a_picture(tmp_path):
 
 def test_metrics_go_on_where_the_checkpoint_is(tmp_path):
     """检查点之后多记的、断电时写了一半的，都不要；时间接着数。"""
-    metrics = Metrics(tmp_path, World(), Progress())
+    metrics = Metrics(tmp_path, True, Progress())
     for step in range(5):
         metrics.write(step=step, tokens=step)
     with metrics.path.open("a") as f:
         f.write('{"step": 5, "tok')
-    again = Metrics(tmp_path, World(), Progress(step=3, seconds=100.0))
+    again = Metrics(tmp_path, True, Progress(step=3, seconds=100.0))
     again.write(step=4, tokens=44)
     rows = [json.loads(line) for line in again.path.read_text().splitlines()]
     assert [(r["step"], r["tokens"]) for r in rows] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 44)]
     assert rows == again.rows
     assert rows[-1]["seconds"] >= 100
-    fresh = Metrics(tmp_path, World(), Progress())
+    fresh = Metrics(tmp_path, True, Progress())
     assert fresh.path.read_text() == ""
 
 
 def test_metrics_wait_in_memory_while_the_disk_is_full(tmp_path):
-    metrics = Metrics(tmp_path, World(), Progress())
+    metrics = Metrics(tmp_path, True, Progress())
     real, full = metrics.file, True
 
     class Disk:
@@ -125,7 +124,7 @@ def test_a_poisoned_row_is_left_out_and_said(tmp_path, capsys, name):
     points, samples, said = actions.curves(str(tmp_path))
     assert len(points) == 5 and len(samples) == 1
     assert f"有 {wrong} 行不是完好的记录" in said
-    again = Metrics(tmp_path, World(), Progress(step=3))
+    again = Metrics(tmp_path, True, Progress(step=3))
     again.draw()
     assert again.picture.is_file()
     assert path.read_bytes() == b"".join(good)
@@ -133,7 +132,7 @@ def test_a_poisoned_row_is_left_out_and_said(tmp_path, capsys, name):
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == content
     again.write(step=4, tokens=40)
     assert [row["step"] for row in read_metrics(path)] == [0, 1, 3, 4]
-    Metrics(tmp_path, World(), Progress(step=4))
+    Metrics(tmp_path, True, Progress(step=4))
     assert "完好" not in capsys.readouterr().out  # 修好了，不再说
 
 
@@ -141,7 +140,7 @@ def test_damaged_records_do_not_cover_each_other(tmp_path):
     """坏了两次，两份都留着。"""
     for n in range(3):
         (tmp_path / "metrics.jsonl").write_bytes(line_of(1) + b"%d\n" % n)
-        Metrics(tmp_path, World(), Progress(step=1))
+        Metrics(tmp_path, True, Progress(step=1))
     kept = sorted(tmp_path.glob("metrics.damaged*.jsonl"))
     assert [path.read_bytes()[-2:] for path in kept] == [b"1\n", b"2\n", b"0\n"]
 
@@ -149,7 +148,7 @@ def test_damaged_records_do_not_cover_each_other(tmp_path):
 def test_a_half_written_last_row_is_not_damage(tmp_path, capsys):
     """断电时写了一半的最后一行：照旧不要，不算坏，也不另留一份。"""
     (tmp_path / "metrics.jsonl").write_bytes(line_of(1) + line_of(2)[:-9])
-    Metrics(tmp_path, World(), Progress(step=1))
+    Metrics(tmp_path, True, Progress(step=1))
     assert capsys.readouterr().out == ""
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
@@ -178,7 +177,7 @@ def test_what_is_not_a_file_is_said(tmp_path, capsys, kind):
         pytest.skip("Windows 没有 mkfifo")
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     assert actions.curves(str(tmp_path))[2]
-    Metrics(tmp_path, World(), Progress(step=1)).write(step=2, tokens=2)
+    Metrics(tmp_path, True, Progress(step=1)).write(step=2, tokens=2)
     assert "metrics.damaged.jsonl" in capsys.readouterr().out
     assert [row["step"] for row in read_metrics(path)] == [2]
 
@@ -218,7 +217,7 @@ def test_any_records_are_read(tmp_path, rows, step):
     points, samples, said = actions.curves(str(tmp_path))
     json.dumps([points, samples], ensure_ascii=False, allow_nan=False).encode()
     assert bool(said) == bool(records.left_out)
-    again = Metrics(tmp_path, World(), Progress(step=step))
+    again = Metrics(tmp_path, True, Progress(step=step))
     assert path.read_bytes() == b"".join(
         line for row, line in zip(records.rows, records.lines, strict=True) if row["step"] <= step
     )
@@ -292,7 +291,7 @@ def test_sound_rows_survive_any_damage_to_the_others(tmp_path, damage, torn):
     assert all(line[:-1] in physical for line in records.lines)
     points, _, said = actions.curves(str(tmp_path))
     assert len(points) >= len(records.rows) - len(others) and bool(said) == bool(records.left_out)
-    again = Metrics(tmp_path, World(), Progress(step=20))
+    again = Metrics(tmp_path, True, Progress(step=20))
     assert path.read_bytes() == b"".join(records.lines)
     again.write(step=21, tokens=210)
     assert read_records(path).left_out == 0
@@ -324,6 +323,6 @@ def test_a_link_in_the_place_of_the_part_is_not_followed(tmp_path):
     """别人在 metrics.jsonl.part 上放一个链接：不顺着它盖掉别处的文件。"""
     (tmp_path / "victim").write_text("别人的")
     (tmp_path / "metrics.jsonl.part").symlink_to("victim")
-    Metrics(tmp_path, World(), Progress()).write(step=0, tokens=0)
+    Metrics(tmp_path, True, Progress()).write(step=0, tokens=0)
     assert (tmp_path / "victim").read_text() == "别人的"
     assert not (tmp_path / "metrics.jsonl").is_symlink()

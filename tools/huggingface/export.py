@@ -33,7 +33,8 @@ from tools.huggingface.shapes import TwoPaths, check_finite, quiet, qwen3
 USAGE = "用法：python -m tools.export 检查点.pt 文件夹 [--overwrite]"
 KEY = "mini_llm"  # config.json 里，transformers 用不到、导入时才要的那一项
 # 不记在 config.json 里的：这台机器上的路径，以及只与那一次运行有关的。
-LOCAL = {*PLACES, "resume", "allow_changes", "overwrite", "device", "dtype", "compile", "parallel"}
+LOCAL = {*PLACES, "resume", "allow_changes", "overwrite", "plan", "device", "dtype", "compile",
+         "parallel"}  # fmt: skip
 
 
 @dataclass
