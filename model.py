@@ -96,6 +96,16 @@ def attend_by_hand(
     return weights @ v, weights
 
 
+def needs_own_heads(q: Tensor, mask: Tensor | None) -> bool:
+    """显卡上要不要把键值抄成每个查询头一份：看有没有融合算子肯让几个查询头共用一份。
+
+    各种显卡上都肯的只有 flash，而它不收 mask，只收半精度，要 Ampere 以上；我们在那些卡上用 bf16，
+    更老的用 fp16，所以看精度就知道。别的融合算子 Turing 上也有，但要头数相同。
+    都不肯，PyTorch 就退到逐步算的一份：fp32，写出 T × S 的权重表。见 docs/lab-notes.md。
+    """
+    return q.is_cuda and (mask is not None or q.dtype != torch.bfloat16)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """注意力，快的一份：参数同 `attend_by_hand`，不交出权重，返回 (B, H, T, D)。
 
@@ -107,9 +117,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
     if torch.compiler.is_compiling() and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attend_by_hand(q, k, v, mask, causal)[0]
-    grouped = q.size(1) != k.size(1)
+    groups = q.size(1) // k.size(1)
+    if groups > 1 and needs_own_heads(q, mask):
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # K -> H
+        groups = 1
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1
     )
 
 

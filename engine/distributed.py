@@ -122,6 +122,10 @@ class World:
                 f"多台机器一起训练时，out_dir 要放在共用的目录里，语料与代码也要相同"
             )
 
+    def shards(self, kind: str) -> bool:
+        """参数要不要分开放；kind 同 `Parallel` 的。"""
+        return self.size > 1 and kind == "fsdp"
+
     def my_share(self, rows: list[int], batch_size: int) -> list[list[int]]:
         """一大批里归我的行，再分成每次前向的小批，每批至多 batch_size 行。"""
         mine = rows[self.rank :: self.size]
@@ -142,7 +146,7 @@ class Parallel:
     """
 
     def __init__(self, loss: nn.Module, world: World, kind: str):
-        self.loss, self.sharded = loss, world.size > 1 and kind == "fsdp"
+        self.loss, self.sharded = loss, world.shards(kind)
         if self.sharded:  # 一层一组：算到哪一层，才把哪一层凑齐
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard  # 导入要一秒，用到才导入

@@ -1,6 +1,7 @@
 """内存不够：该改哪个设置、能省多少；在显卡上试出放得下的小批。
 
 out_of_memory   内存不够时该说的话
+fit_batch       放得下的最大的小批；fit_compiled：编译过的
 auto_batch      ``--batch_size auto``
 """
 
@@ -56,32 +57,57 @@ def memory_needed(config: Config, model: Transformer) -> tuple[int, int]:
     return fixed, config.seq_len * per_token
 
 
-def fit_batch(rows: int, attempt: Callable[[int], None]) -> int:
-    """找出放得下的最大的小批：从整个大批起，逐个试它的约数。
+def fit_batch(rows: int, attempt: Callable[[int], None], most: int | None = None) -> int:
+    """找出放得下的最大的小批：从大到小，逐个试一个大批的约数；一行也放不下是 0。
 
     Args:
         rows: 一个大批归这个进程的行数；小批乘以累积的次数始终等于它，结果因此不变。
-        attempt: 用这么多行走一次前向与反向；放不下就抛出内存不够的异常。
-    Raises:
-        UserError: 一行也放不下。
+        attempt: 用这么多行走一次训练与检验；放不下就抛出内存不够的异常。
+        most: 从几行试起；默认是整个大批。
     """
-    for size in (n for n in range(rows, 0, -1) if rows % n == 0):
+    for size in (n for n in range(most or rows, 0, -1) if rows % n == 0):
         try:
             attempt(size)
             return size
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-    raise UserError("一行也放不下；请减小 --seq_len，或换一个小些的 --preset")
+    return 0
 
 
-def auto_batch(config: Config, loss: nn.Module, device: Device) -> None:
+def fit_compiled(rows: int, attempt: Callable[[int], None]) -> int:
+    """同 `fit_batch`，attempt 里有编译的：编译一种大小约一分钟，不编译的只要几秒。
+
+    所以先不编译地试；编译过的省内存，再从那两倍试起。白编译的至多一两次，选中的那一次训练接着用。
+    """
+    with torch.compiler.set_stance("force_eager"):
+        size = fit_batch(rows, attempt)
+    return fit_batch(rows, attempt, most=min(rows, max(1, 2 * size)))
+
+
+def walk(loss: nn.Module, batch: Batch, device: Device) -> None:
+    """用一小批走一次前向与反向，再检验一次：检验不求梯度，打分却是整张词表的。"""
+    try:
+        with device.autocast():
+            part = loss.train()(batch)
+        part.backward()
+        with device.autocast(), torch.no_grad():
+            loss.eval()(batch)
+    finally:
+        loss.train().zero_grad(set_to_none=True)
+
+
+def auto_batch(config: Config, loss: nn.Module, device: Device, train) -> None:
     """``batch_size=auto``：在显卡上试出放得下的小批，就地改写 batch_size 与 grad_accum。
 
-    试的时候先占住优化器将来要用的显存，再多留一成余地；不编译，编译过的只会更省。
+    试的就是要走的路：真的几行数据（分了段的，注意力走别的算子），合用的一行，编译过的损失。
+    试的时候先占住优化器将来要用的显存，再多留一成余地。
 
     Args:
-        loss: 损失的模块，还没有编译、没有并行；试的时候算整张词表。
+        loss: 损失的模块，已经合用一行、编译，还没有并行。
+        train: 训练的一批批，用到 n_rows 与 get。
+    Raises:
+        UserError: 一行也放不下。
     """
     rows, model = config.batch_size * config.grad_accum, loss.model
     if device.place.type != "cuda":
@@ -93,26 +119,25 @@ def auto_batch(config: Config, loss: nn.Module, device: Device) -> None:
     total = torch.cuda.get_device_properties(device.place).total_memory
 
     def attempt(size: int) -> None:
-        """用 size 行假的数据走一次前向与反向。"""
+        """用训练数据的头 size 行走一次。"""
         torch.cuda.empty_cache()
         reserved = torch.empty(
             int(optimizer_bytes + total * 0.1), dtype=torch.uint8, device=device.place
         )
-        shape = (size, config.seq_len)
-        ids = torch.zeros(shape, dtype=torch.long, device=device.place)
-        segments = ids if config.isolate_documents else None
-        try:
-            with device.autocast():
-                part = loss(Batch(ids, ids, None, segments))
-            part.backward()
-        finally:
-            model.zero_grad(set_to_none=True)
-            del reserved
+        batch = train.get([i % train.n_rows for i in range(size)])
+        walk(loss, batch.to(device.place), device)
+        del reserved
 
-    loss.eval()
     share = rows // device.world.size
-    sizes = device.world.gather(fit_batch(share, attempt))
-    loss.train()
+    if device.compile and device.world.size == 1:
+        say("（batch_size=auto：正在试放得下几行，也要编译，约两三分钟……）")
+        size = fit_compiled(share, attempt)
+    else:  # 几个进程的，训练时在 DDP 里面编译，在这里编译的用不上
+        with torch.compiler.set_stance("force_eager"):
+            size = fit_batch(share, attempt)
+    sizes = device.world.gather(size)
+    if not all(sizes):
+        raise UserError("一行也放不下；请减小 --seq_len，或换一个小些的 --preset")
     config.batch_size = min(sizes)
     config.grad_accum = rows // config.batch_size
     expert_loads(model, device.world)  # 试的时候数下的专家的负载，不算

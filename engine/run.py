@@ -119,7 +119,7 @@ class Run(Stepper):
     def fit(self, loss: nn.Module) -> None:
         """``--batch_size auto``：试出一次前向放得下几行。"""
         if self.origins["batch_size"] is Origin.TRIED:
-            auto_batch(self.config, loss, self.device)
+            auto_batch(self.config, loss, self.device, self.train)
 
     def optimizer(self, build, lr: float):
         """造优化器；接着练时，各部分取回上次的状态。"""

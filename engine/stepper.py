@@ -98,11 +98,12 @@ class Stepper:
         """损失换成能在这些设备上练的：没用到的词元合用一行，编译，几个进程并行。"""
         self._model = loss.model
         shared = self.find_shared_row()
-        self.fit(loss)
+        sharded = self.world.shards(self.config.parallel)
+        self.shared = loss.shared_row = None if sharded else shared
         if self.device.compile:
             loss.forward = compile_if_possible(loss.forward, self.device)
+        self.fit(loss)
         self._parallel = Parallel(loss, self.world, self.config.parallel)
-        self.shared = loss.shared_row = None if self._parallel.sharded else shared
         return self._parallel.loss
 
     def find_shared_row(self) -> SharedRow | None:
@@ -110,7 +111,7 @@ class Stepper:
         return tie_unused_rows(self._model, self.train.tokens, newborn=self.from_scratch)
 
     def fit(self, loss: nn.Module) -> None:
-        """编译与并行之前的最后一刻：这里什么也不做。"""
+        """并行之前的最后一刻，要练的都齐了：这里什么也不做。"""
 
     def optimizer(self, build: Callable, lr: float):
         """照 `build`（optimizer.py 的 build_optimizer）造优化器：精度与分开放的办法由设备决定。"""

@@ -2,15 +2,19 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from losses import SMALL, batch_of
+from losses import SMALL, batch_of, small_model
 
 from dataset import IGNORE
+from engine import stepper as stepper_module
 from engine.device import Device
 from engine.stepper import Stepper
+from loss import Loss
 
 
 @pytest.fixture
@@ -50,6 +54,24 @@ def test_a_step_is_cut_into_batches_that_hold_every_row_once(stepper):
     assert sorted(seen[:23]) != seen[:23]  # 打乱了
     assert len(set(seen[:20])) == 20  # 一遍之内，没有哪行用了两次
     assert last_of == ([False] * 4 + [True]) * 3  # 只有最后一个小批之后才通信
+
+
+@pytest.mark.parametrize(("size", "kind"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_what_is_fitted_is_what_will_be_trained(stepper, monkeypatch, size, kind):
+    """试放得下几行时，合用一行、编译都已经定了；参数分开放的不合用。"""
+    stepper.config = replace(SMALL, parallel=kind)
+    stepper.world.size = size
+    stepper.train = SimpleNamespace(tokens=np.arange(200, dtype=np.uint16))
+    stepper.device.compile = True
+    loss, seen = Loss(small_model()), []
+    monkeypatch.setattr(stepper_module, "compile_if_possible", lambda fn, device: "compiled")
+    monkeypatch.setattr(
+        stepper_module, "Parallel", lambda loss, *_: SimpleNamespace(loss=loss, sharded=None)
+    )
+    stepper.fit = lambda loss: seen.append((loss.forward, loss.shared_row is not None))
+    assert stepper.parallel(loss) is loss
+    assert seen == [("compiled", kind == "ddp")]
+    assert stepper.shared is loss.shared_row
 
 
 def test_the_gradient_is_a_sum_over_processes(stepper):
