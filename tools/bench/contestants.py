@@ -93,9 +93,9 @@ def random_model(config: Config) -> Transformer:
     return model
 
 
-def speaker(preset: str, dtype: str, compiled: bool, quantize: str) -> Speaker:
+def speaker(preset: str, dtype: str, compiled: bool, quantize: str, **changes) -> Speaker:
     """我们的生成，与聊天程序走的是同一条路。"""
-    config = settings(preset, dtype=dtype, compile=compiled)
+    config = settings(preset, **changes | {"dtype": dtype, "compile": compiled})
     device = Device(config)
     made = make_speaker(random_model(config).to(device.place), config, Tokenizer(), "pretrain")
     made.banned = made.banned[:0]  # 对照的那一方没有禁用的编号
@@ -109,6 +109,19 @@ def decode(preset: str, n: int, dtype: str, compiled: bool, quantize: str) -> Ca
     """一份活：贪心写 n 个词元，返回编号。"""
     made = speaker(preset, dtype, compiled, quantize)
     return lambda: list(made.generate(PROMPT, Sampling(temp=0, penalty=1, max=n)))
+
+
+def chat(preset: str, seconds: float, **changes) -> Callable[[], int]:
+    """一份活：像聊天的默认那样（不编译）至少写 seconds 秒，返回词元数；每次写 32 个。"""
+    made = speaker(preset, "auto", False, "none", **changes)
+
+    def work() -> int:
+        start, total = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            total += len(list(made.generate(PROMPT, Sampling(temp=0, penalty=1, max=32))))
+        return total
+
+    return work
 
 
 def decode_qwen3(preset: str, n: int, dtype: str) -> Callable[[], list]:
