@@ -5,7 +5,8 @@ outcome           一个异常 -> 说什么，退出码
 is_out_of_memory  是不是内存不够
 
 每个程序最先导入它：torch 要导入一两秒，这时按了 Ctrl-C，内存的上限太小，或者包没有装，也只说一句。
-所以它自己先不导入别的；由 pytest 等别的程序导入的，什么也不改。
+所以它自己先不导入别的，只在末尾定下线程怎样等（settings/threads.py）；
+由 pytest 等别的程序导入的，此外什么也不改。
 """
 
 import os
@@ -247,3 +248,5 @@ if typed:
     sys.excepthook = _uncaught
     _check_limits()
     _show_no_controls()
+
+import settings.threads  # noqa: E402, F401  也要在导入 torch 之前

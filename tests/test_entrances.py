@@ -21,6 +21,7 @@ ENTRANCES = [
 ]
 SCRIPTS = [Path(f"{n}.py") for n in ("pre_train", "sft_train", "pre_chat", "sft_chat", "download")]
 INTERRUPTED = (130, "", "\n已中断\n")
+FRESH = {name: value for name, value in ENVIRONMENT.items() if name != "GOMP_SPINCOUNT"}
 
 
 def help_of(path: Path, folder: Path) -> None:
@@ -66,7 +67,11 @@ def test_every_entrance_runs_as_a_file(path, tmp_path):
 # ---------- 还在导入 ----------
 
 # 假的包：不必真的等 torch 一两秒，也说得准信号来的那一刻正在导入。difflib 是读命令行要用的。
-SLOW = "import sys, time\nprint('正在导入', flush=True)\ntime.sleep(60)\n"
+# 这时线程怎样等已经定下（settings/threads.py）：torch 一导入，libgomp 就读它。
+SLOW = (
+    "import os, time\nprint('正在导入', os.environ.get('GOMP_SPINCOUNT'), flush=True)\n"
+    "time.sleep(60)\n"
+)
 IN_C = (  # C 写的模块，导入时收到 Ctrl-C，会换成 ImportError
     "import time\ntry:\n    print('正在导入', flush=True)\n    time.sleep(60)\n"
     "except BaseException as e:\n    raise ImportError('numpy') from e\n"
@@ -82,7 +87,7 @@ def start_with(folder: Path, source: str, path: Path, *args: str, module: bool =
         name = ".".join(path.with_suffix("").parts).removesuffix(".__main__")
         words = ["-m", name]
     return subprocess.Popen(
-        [sys.executable, *words, *args], env={**ENVIRONMENT, "PYTHONPATH": f"{folder}:{REPO}"},
+        [sys.executable, *words, *args], env={**FRESH, "PYTHONPATH": f"{folder}:{REPO}"},
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
@@ -100,7 +105,7 @@ def test_ctrl_c_while_importing_is_one_sentence(path, tmp_path):
         assert "from settings.script import run_script" in (REPO / path).read_text("utf-8")
     for module in (False, True)[: 1 + (len(path.parts) > 1)]:
         process = start_with(tmp_path, SLOW, path, module=module)
-        assert process.stdout.readline() == "正在导入\n", process.stderr.read()
+        assert process.stdout.readline() == "正在导入 1000\n", process.stderr.read()
         process.send_signal(signal.SIGINT)
         assert ended(process) == INTERRUPTED
 

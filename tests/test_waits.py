@@ -18,7 +18,6 @@ import sft_train
 from config import Config
 from engine.device import Device
 from engine.distributed import World
-from engine.expert_load import take_tally
 from engine.shared_row import SharedRow
 from engine.stepper import Stepper
 from model import Transformer
@@ -115,7 +114,20 @@ class OnPaper(Stepper):
         super().between_steps()
 
 
-SMALL = "--dim 32 --n_layers 2 --n_heads 2 --n_kv_heads 1 --seq_len 128 --batch_size 4".split()
+SMALL = [
+    "--dim",
+    "32",
+    "--n_layers",
+    "2",
+    "--n_heads",
+    "2",
+    "--n_kv_heads",
+    "1",
+    "--seq_len",
+    "128",
+    "--batch_size",
+    "4",
+]
 MAIN = {"pretrain": pre_train.main, "sft": sft_train.main}
 
 

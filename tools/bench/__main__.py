@@ -31,6 +31,7 @@ from tools.bench.decoding import bench_decode
 from tools.bench.gpu.running import bench_gpu
 from tools.bench.growth import bench_memory, bench_scale
 from tools.bench.measuring import machine
+from tools.bench.neighbour import bench_neighbour
 from tools.bench.options import SECTIONS, Options
 from tools.bench.results import read_results, write_results
 from tools.bench.training import bench_race, bench_train
@@ -42,6 +43,7 @@ MEASURES = {
     "data": bench_data,
     "memory": bench_memory,
     "scale": bench_scale,
+    "neighbour": bench_neighbour,
 }
 
 
@@ -78,6 +80,8 @@ def presets_of(section: str, wanted: str) -> list[str]:
         return [""]
     if wanted != "auto":
         return [wanted]
+    if section == "neighbour":
+        return ["tiny"]
     if torch.cuda.is_available():
         return ["wide", "deep"] if section in ("train", "decode", "memory") else ["wide"]
     return {"time-to-loss": ["tiny"], "decode": ["wide"]}.get(section, ["tiny", "wide"])

@@ -111,6 +111,19 @@ def decode(preset: str, n: int, dtype: str, compiled: bool, quantize: str) -> Ca
     return lambda: list(made.generate(PROMPT, Sampling(temp=0, penalty=1, max=n)))
 
 
+def chat(preset: str, seconds: float, **changes) -> Callable[[], int]:
+    """一份活：像聊天的默认那样（不编译）至少写 seconds 秒，返回词元数；每次写 32 个。"""
+    made = speaker(preset, "auto", False, "none", **changes)
+
+    def work() -> int:
+        start, total = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            total += len(list(made.generate(PROMPT, Sampling(temp=0, penalty=1, max=32))))
+        return total
+
+    return work
+
+
 def decode_qwen3(preset: str, n: int, dtype: str, **changes) -> Callable[[], list]:
     """transformers 的 generate，同样的权重。"""
     config = settings(preset, **changes)

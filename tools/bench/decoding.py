@@ -10,6 +10,7 @@ from tools.bench import contestants
 from tools.bench.measuring import Contestant, Row, compete, rates, ratios
 from tools.bench.options import Options
 from tools.bench.trainer import TWINS
+from tools.bench.yardsticks import PlainContestant
 
 
 def bench_decode(options: Options, preset: str) -> list[Row]:
@@ -26,9 +27,10 @@ def bench_decode(options: Options, preset: str) -> list[Row]:
         for name, (dtype, quantize) in stored.items()
     }
     for dtype in ("float32", "bfloat16"):
-        players[f"generate {dtype}"] = Contestant(contestants.decode_qwen3, preset, n, dtype)
-    players["没有缓存，补齐"] = Contestant(contestants.decode_original, preset, 8, True)
-    players["没有缓存，不补齐"] = Contestant(contestants.decode_original, preset, n, False)
+        players[f"generate {dtype}"] = PlainContestant(contestants.decode_qwen3, preset, n, dtype)
+    for name, length, padded in (("补齐", 8, True), ("不补齐", n, False)):
+        job = (contestants.decode_original, preset, length, padded)
+        players[f"没有缓存，{name}"] = PlainContestant(*job)
     found = compete(players, options.repeats)
     speed = {name: rates(found[name]) for name in players}
     rows = [Row(f"{preset}：{name}", values, "词元/秒") for name, values in speed.items()]

@@ -6,7 +6,7 @@ from pathlib import Path
 from config import PRESETS, option
 from settings.flags import words
 
-SECTIONS = ("train", "time-to-loss", "decode", "data", "memory", "scale")
+SECTIONS = ("train", "time-to-loss", "decode", "data", "memory", "scale", "neighbour")
 
 
 @dataclass

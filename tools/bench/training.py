@@ -13,17 +13,24 @@ from tools.bench.flops import training_flops
 from tools.bench.measuring import Contestant, Row, compete, matmul_peak, rates, ratios
 from tools.bench.options import Options
 from tools.bench.trainer import TWINS, corpus, settings
+from tools.bench.yardsticks import PlainContestant
 
 # ---------- 1. 每秒多少词元 ----------
 
 TRAINERS = ["ours", "ours, whole vocabulary", "qwen3 compiled", "qwen3 eager", "original"]
-TUNED = ["qwen3 compiled, tuned", "qwen3 eager, tuned"]  # 借给它我们在 CPU 上的内存设置
+TUNED = ["qwen3 compiled, tuned", "qwen3 eager, tuned"]  # 借给它我们在 CPU 上的设置
 
 
 def trainers(device: Device) -> list[str]:
     """这台机器上能比的各方：没有编译器就没有编译过的，不在 CPU 上就没有可借的设置。"""
     names = TRAINERS + TUNED * (device.place.type == "cpu")
     return [n for n in names if device.compile or "compiled" not in n]
+
+
+def player(job, kind: str, *args, **changes) -> Contestant:
+    """训练的一方；对照是普通的程序，除非借给它我们的设置。"""
+    ours = kind.startswith("ours") or kind in TUNED
+    return (Contestant if ours else PlainContestant)(job, kind, *args, **changes)
 
 
 def bench_train(options: Options, preset: str) -> list[Row]:
@@ -33,7 +40,7 @@ def bench_train(options: Options, preset: str) -> list[Row]:
     names = trainers(device)
     if config.n_experts:
         names.remove("original")  # 最初那个项目没有专家混合
-    players = {n: Contestant(contestants.train, n, preset, options.seconds) for n in names}
+    players = {n: player(contestants.train, n, preset, options.seconds) for n in names}
     if twin := TWINS.get(preset):
         players["twin"] = Contestant(contestants.train, "ours", twin, options.seconds)
     dtype = str(device.dtype)[6:]
@@ -61,8 +68,8 @@ def compare_trainers(config: Config, preset: str, speed: dict[str, list[float]])
     against = [
         ("qwen3 compiled", f"编译过的 {theirs}", "" if config.n_experts else 1.2),
         ("qwen3 eager", f"不编译的 {theirs}", "" if config.n_experts else 1.8),
-        ("qwen3 compiled, tuned", f"编译过的、借给它我们的内存设置的 {theirs}", ""),
-        ("qwen3 eager, tuned", f"不编译的、借给它我们的内存设置的 {theirs}", ""),
+        ("qwen3 compiled, tuned", f"编译过的、借给它我们的设置的 {theirs}", ""),
+        ("qwen3 eager, tuned", f"不编译的、借给它我们的设置的 {theirs}", ""),
         ("original", f"最初的做法：fp32、补齐到 {config.max_len}、不编译", 10),
     ]
     for name, what, goal in against:
@@ -124,5 +131,5 @@ def bench_race(options: Options, preset: str) -> list[Row]:
 
 def run_once(kind: str, preset: str, seconds: float, lr: float) -> dict:
     """一方从头练到时间用完。"""
-    with Contestant(contestants.race, kind, preset, seconds, lr) as player:
-        return player.work()[0]
+    with player(contestants.race, kind, preset, seconds, lr) as made:
+        return made.work()[0]

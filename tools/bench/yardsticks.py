@@ -1,10 +1,12 @@
 """对照：别人是怎样做的。tools.bench 拿我们的与它们比，谁都可以装来核对。
 
+PlainContestant  普通的程序的进程：没有我们的环境变量
 Plain            最普通的训练循环；Qwen3 与 Original 都照它走一步
 Qwen3            transformers 的 Qwen3，同样的形状
 Original         最初那个项目的做法，模型是 OriginalManner，语料是 padded_rows
 """
 
+import os
 from collections.abc import Iterator
 from unittest import mock
 
@@ -19,8 +21,20 @@ from corpus.token_file import TokenFile
 from dataset import IGNORE, rows_of_step
 from engine import device as training
 from engine.device import Device
+from settings import threads
+from tools.bench.measuring import Contestant
 from tools.bench.trainer import Trainer, batches_of
 from tools.huggingface.shapes import qwen3
+
+
+class PlainContestant(Contestant):
+    """普通的程序：线程照库自己的默认等，不照我们的（settings/threads.py）。"""
+
+    def launch(self) -> None:
+        """启动；用户自己定了怎样等的，照他的。"""
+        usual = {threads.VARIABLE: threads.USUAL} if threads.changed else {}
+        with mock.patch.dict(os.environ, usual):  # 子进程启动时抄走
+            super().launch()
 
 
 def plain_device(config: Config, lend_memory: bool = False) -> Device:
