@@ -82,7 +82,7 @@ class Config:
     # 优化
     embed_lr_scale: float = option(1.0, "词嵌入与增益（AdamW 管的）的学习率是 lr 的几倍", "倍")
     muon_momentum: float | None = option(None, "Muon 的动量：步数少的训练，小些更好")
-    muon_heads: bool = option(True, "Muon 把注意力的每个头当作一个矩阵，各自正交化")
+    muon_heads: bool = option(False, "Muon 把注意力的每个头当作一个矩阵，各自正交化")
     adam_beta1: float = option(0.8, "AdamW 的动量")
     adam_beta2: float = option(0.99, "AdamW 求梯度平方的平均时，旧的占多少")
     weight_decay: float = option(0.1, "权重衰减，只作用于 Muon 管的矩阵")
