@@ -169,7 +169,7 @@ def test_a_new_enough_driver_is_not_blamed(machine):
         machine.torch(cuda="13.2", driver=driver)
         said = doctor.why_no_cuda()
         assert "驱动只支持" not in said and "没有认出原因" in said
-        assert "Torch not compiled" in said  # 这里的 PyTorch 真的这样说
+        assert "PyTorch 说：" in said  # 真的问过它
 
 
 @pytest.mark.parametrize(("value", "hides"), [
