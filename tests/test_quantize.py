@@ -10,7 +10,7 @@ from config import Config
 from engine import speed
 from engine.device import Device
 from engine.quantize import CompactLinear, compact
-from engine.speed import loss_added, shrink, speed_up, stored_as
+from engine.speed import loss_added, speed_up, stored_as
 from experts import MixtureOfExperts
 from generate import Sampling, make_speaker, next_logits
 from model import Transformer
@@ -224,7 +224,7 @@ def test_the_loss_it_estimates_grows_with_the_error(monkeypatch):
 
 
 def test_the_loss_it_estimates_is_the_loss_of_a_long_text(monkeypatch):
-    """几十个词元的估计，与 full 写一千多个词元、逐个算损失之差所得的，是同一个数。"""
+    """几十个词元的估计，与 full 自己写一千多个词元、逐个算损失之差所得的，差不了一半。"""
     coarse(monkeypatch, 3)
     full, small = speaker_of("none"), speaker_of("int8")
     losses = torch.zeros(2)
@@ -250,15 +250,11 @@ def test_auto_leaves_small_models_and_other_machines_alone(monkeypatch):
 
 
 def test_auto_with_hardly_any_context(worth_trying):
-    """上下文放不下试写的，也停得下来；放得下几个就写几个。"""
-    full = speaker_of("none")
-    for length in (1, 3, 5):
+    """上下文放不下那一段文字的，就只读放得下的。"""
+    full, small = speaker_of("none"), speaker_of("int8")
+    for length in (1, 5):
         full.config.max_len = length
-        small = speaker_of("none")
-        small.config.max_len = length
-        shrink(small, Device(SMALL), "int8")
-        added = loss_added(full, small)
-        assert added == float("inf") or added < 1e-3
+        assert 0 < loss_added(full, small) < 1e-3
 
 
 def test_nan_is_never_good_enough(worth_trying, monkeypatch):
