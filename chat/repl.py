@@ -15,7 +15,7 @@ from chat import display
 from chat.inputs import Remembered, notify, read_inputs
 from config import Config, UserError, option
 from engine.device import Device
-from engine.speed import load_for_chat
+from engine.speed import load_for_chat, stored_as
 from generate import CALM, Choice, Sampling, Speaker, is_looping, probabilities
 from settings.flags import convert, field_types, read_options
 from settings.resolve import default_checkpoint
@@ -45,7 +45,9 @@ class ChatOptions(Sampling):
     prompt: str | None = option(None, "只回答这一句，然后退出；供脚本使用")
     device: str = option("auto", "设备", choices=("auto", "cuda", "mps", "cpu"))
     quantize: str = option(
-        "none", "矩阵存得更小，说得更快，损失略增", choices=("none", "bf16", "int8")
+        "auto",
+        "矩阵存得更小，说得更快，损失略增；auto：最快的、损失至多增加千分之一的",
+        choices=("auto", "none", "bf16", "int8"),
     )
     compile: bool = option(False, "编译逐个生成的那一步：开头多等半分钟到一分钟，之后快一倍以上")
     probs: int = option(0, "每写一个词元，画出最可能的几个；0 表示不画", "个")
@@ -84,7 +86,7 @@ def start(stage: str, argv: list[str]) -> tuple[ChatOptions, Speaker]:
         notify("（正在编译：第一次半分钟到一分钟，以后快些……）")
         list(speaker.generate([speaker.tokenizer.bos_id], Sampling(max=2)))
     if sys.stdout.isatty() and options.prompt is None:
-        say(f"已载入 {path}。输入 /help 看命令，Ctrl-D 离开。")
+        say(f"已载入 {path}，矩阵存成 {stored_as(speaker)}。输入 /help 看命令，Ctrl-D 离开。")
     return options, speaker
 
 

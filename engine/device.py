@@ -17,11 +17,15 @@ import torch
 
 from config import Config, UserError
 from engine.distributed import World
+from engine.doctor import why_no_cuda
+from settings.resolve import has_cuda
 from settings.say import say
 
 
 class Device:
     """这次运行用的设备、精度与编译与否；`notes` 是该告诉用户的话。
+
+    `unused_card` 是其中的一句：有 NVIDIA 显卡却用不上，为什么，怎样修好；没有这回事是空的。
 
     Args:
         config: 用到 device、dtype、compile、parallel。
@@ -33,12 +37,8 @@ class Device:
     def __init__(self, config: Config, world: World | None = None):
         self.notes: list[str] = []
         self.world = world or World()
-        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        name = config.device
-        if name == "auto":
-            name = next((d for d, there in available.items() if there), "cpu")
-        if not available.get(name, True):
-            raise UserError(f"这台机器上没有 {name}；请去掉 --device，或改成 --device cpu")
+        self.unused_card = ""
+        name = self._choose_place(config.device)
         self.place = self._my_own(name) if self.world.launched else torch.device(name)
         if name == "cpu":
             keep_freed_memory()
@@ -54,6 +54,24 @@ class Device:
             self.notes.append("--parallel fsdp 时不编译")
         # fp16 的梯度太小会变成 0：先放大损失，更新前再缩回去。
         self.scaler = torch.amp.GradScaler(name, enabled=self.dtype == torch.float16)
+
+    def _choose_place(self, wanted: str) -> str:
+        """auto：有能用的显卡就用它。"""
+        available = {"cuda": has_cuda, "mps": torch.backends.mps.is_available}
+        if wanted == "auto":
+            name = next((d for d, there in available.items() if there()), "cpu")
+            if name == "cpu" and self.world.rank == 0 and (reason := why_no_cuda()):
+                self.unused_card = f"{reason}。这次用 CPU；本来就要用 CPU，请写 --device cpu"
+                self.notes.append(self.unused_card)
+            return name
+        if wanted in available and not available[wanted]():
+            reason = why_no_cuda() if wanted == "cuda" else ""
+            raise UserError(
+                f"用不上 cuda：{reason}；或改成 --device cpu"
+                if reason
+                else f"这台机器上没有 {wanted}；请去掉 --device，或改成 --device cpu"
+            )
+        return wanted
 
     def _my_own(self, name: str) -> torch.device:
         """torchrun 启动的第 local_rank 个进程，用第 local_rank 块显卡。"""

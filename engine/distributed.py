@@ -8,6 +8,7 @@
 全局的一大批有多少行只由配置决定，与进程数无关：进程多，只是每个进程分到的少，算得快。
 """
 
+import inspect
 import math
 import os
 import sys
@@ -156,7 +157,10 @@ class Parallel:
                 fully_shard(block, mesh=mesh)
             fully_shard(loss, mesh=mesh)
         elif world.size > 1:
-            self.loss = DistributedDataParallel(loss, forward_sync_buffers=False)
+            known = inspect.signature(DistributedDataParallel).parameters
+            names = ("forward_sync_buffers", "broadcast_buffers")  # 后来换了名字
+            keep = next(name for name in names if name in known)
+            self.loss = DistributedDataParallel(loss, **{keep: False})
 
     @contextmanager
     def accumulate(self, last: bool):

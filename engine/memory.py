@@ -15,7 +15,7 @@ from torch import nn
 from config import Config, UserError
 from dataset import Batch
 from engine.device import Device
-from engine.expert_load import expert_loads
+from engine.expert_load import take_tally
 from model import Transformer
 from settings.say import say
 
@@ -140,7 +140,7 @@ def auto_batch(config: Config, loss: nn.Module, device: Device, train) -> None:
         raise UserError("一行也放不下；请减小 --seq_len，或换一个小些的 --preset")
     config.batch_size = min(sizes)
     config.grad_accum = rows // config.batch_size
-    expert_loads(model, device.world)  # 试的时候数下的专家的负载，不算
+    take_tally(model)  # 试的时候数下的专家的负载，不算
     torch.cuda.empty_cache()
     say(
         f"（batch_size=auto：一次前向 {config.batch_size} 行，累积成每步 {rows} 行，"

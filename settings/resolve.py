@@ -10,7 +10,9 @@ describe / save_config / repeat_flags   印出来，存下来，写进下一个�
 
 import json
 import os
+import re
 import shlex
+import warnings
 from dataclasses import asdict, fields
 from enum import Enum
 from pathlib import Path
@@ -144,10 +146,33 @@ def preset_for(device: str) -> str:
 
 
 def has_cuda() -> bool:
-    """有没有能用的 NVIDIA 显卡。"""
+    """有没有能用的 NVIDIA 显卡：看得见，PyTorch 里也有给它编译的代码。"""
     import torch  # 用到才导入：--help 和配置的错误不必等它
 
-    return torch.cuda.is_available()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 用不上的原因，engine/doctor.py 用中文说
+        if not torch.cuda.is_available():
+            return False
+        built = torch.cuda.get_arch_list()
+        return not built or compiled_for(torch.cuda.get_device_capability(), built)
+
+
+def compiled_for(capability: tuple[int, int], built: list[str]) -> bool:
+    """给 built 编译的 PyTorch，在这种显卡上能不能用。
+
+    Args:
+        capability: 显卡的计算能力，例如 (8, 6)。
+        built: 例如 ["sm_75", "sm_90a", "compute_90"]：sm 是编译好的，同一代里新的能用旧的，
+            带字母的只给那一种；compute 在更新的显卡上现编译。没有一个认得的（AMD）不判断。
+    """
+    mine = 10 * capability[0] + capability[1]
+    found = [m for name in built if (m := re.fullmatch(r"(sm|compute)_(\d+)([a-z]?)", name))]
+    for kind, number, letter in (match.groups() for match in found):
+        code = int(number)
+        newer_of_its_kind = kind == "compute" or code // 10 == capability[0]
+        if code == mine or (not letter and code < mine and newer_of_its_kind):
+            return True
+    return not found
 
 
 def default_checkpoint(stage: str) -> Path:

@@ -550,3 +550,20 @@ def test_forgetting_keeps_the_system_and_never_splits_a_call(sizes, n):
         assert rest[1] == tokenizer.role_ids["user"]  # 从一句提问开始
         assert whole[: -len(reply)][-len(rest) :] == rest  # 中间什么也不少
         assert len(ids) <= 90 * 3 // 4
+
+
+def test_the_opening_line_says_how_the_matrices_are_stored(monkeypatch, capsys):
+    """精度默认由聊天自己挑；挑了什么，终端里开头就说。"""
+    asked = []
+
+    def load(path, device, quantize):
+        asked.append(quantize)
+        return SimpleNamespace(stage="sft")
+
+    monkeypatch.setattr(repl, "load_for_chat", load)
+    monkeypatch.setattr(repl, "stored_as", lambda speaker: "int8")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    repl.start("sft", ["--device", "cpu"])
+    repl.start("sft", ["--device", "cpu", "--quantize", "none"])
+    assert asked == ["auto", "none"]
+    assert "矩阵存成 int8" in capsys.readouterr().out.splitlines()[0]

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import Config
+from engine import speed
 from engine.device import Device
 from engine.quantize import CompactLinear, compact
-from engine.speed import speed_up
+from engine.speed import loss_added, speed_up, stored_as
 from experts import MixtureOfExperts
 from generate import Sampling, make_speaker, next_logits
 from model import Transformer
@@ -159,3 +160,103 @@ def test_a_second_int8_model_does_not_speak_with_the_first_ones_matrices(capfd):
             a, b = (s._next(ids, len(ids) - 1) for s in pair)
         assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.9995
     assert "失败" not in capfd.readouterr().err  # 编译失败会改走不编译的，那就什么也没有检验
+
+
+# ---------- --quantize auto ----------
+
+
+@pytest.fixture
+def worth_trying(monkeypatch):
+    """再小的模型也试，不论什么处理器。"""
+    monkeypatch.setattr(speed, "WORTH_TRYING", range(10**9))
+    monkeypatch.setattr(speed, "on_x86", lambda device: True)
+
+
+def coarse(monkeypatch, bits: int) -> None:
+    """int8 换成更粗的：每个元素只有 bits 位。"""
+    whole = CompactLinear.__init__
+
+    def store(self, weight, dtype):
+        whole(self, weight, dtype)
+        if self.scale is not None:
+            step = 2 ** (8 - bits)
+            self.weight = (self.weight.float() / step).round().mul(step).clamp(-127, 127).char()
+
+    monkeypatch.setattr(CompactLinear, "__init__", store)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_auto_takes_int8_where_it_costs_nothing(worth_trying, experts):
+    """与写明 int8 的说的一个字也不差；只是挑，不动全局的随机数。"""
+    named, chosen = speaker_of("int8", experts=experts), speaker_of("auto", experts=experts)
+    assert stored_as(chosen) == stored_as(named) == "int8"
+    random = Sampling(temp=1, seed=5, max=20)
+    ids = list(range(1000, 1010))
+    assert list(chosen.generate(ids, random)) == list(named.generate(ids, random))
+    speaker_of("none", experts=experts)
+    untouched = torch.get_rng_state()
+    speaker_of("auto", experts=experts)
+    assert torch.equal(torch.get_rng_state(), untouched)
+
+
+def test_auto_refuses_what_costs_more(worth_trying, monkeypatch):
+    """粗到损失多了千分之一以上，就照旧，原来的矩阵一位也没有动。"""
+    coarse(monkeypatch, 3)
+    plain, chosen = speaker_of("none"), speaker_of("auto")
+    assert stored_as(chosen) == "float32"
+    assert not [m for m in chosen.model.modules() if isinstance(m, CompactLinear)]
+    pairs = zip(plain.model.parameters(), chosen.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_loss_it_estimates_grows_with_the_error(monkeypatch):
+    """原样的不增加；每少两位，误差大四倍，增加的损失大一个数量级上下。"""
+    full = speaker_of("none")
+    assert abs(loss_added(full, speaker_of("none"))) < 1e-6
+    found = []
+    for bits in (8, 6, 4):
+        with monkeypatch.context() as patch:
+            coarse(patch, bits)
+            found.append(loss_added(full, speaker_of("int8")))
+        assert loss_added(full, speaker_of("none")) < 1e-6  # full 自己没有变
+    assert 0 < found[0] < 1e-3
+    assert 8 < found[1] / found[0] < 32 and 8 < found[2] / found[1] < 32
+
+
+def test_the_loss_it_estimates_is_the_loss_of_a_long_text(monkeypatch):
+    """几十个词元的估计，与 full 自己写一千多个词元、逐个算损失之差所得的，差不了一半。"""
+    coarse(monkeypatch, 3)
+    full, small = speaker_of("none"), speaker_of("int8")
+    losses = torch.zeros(2)
+    for seed in range(1, 31):
+        ids = full.prompt("你好")
+        as_it_is = Sampling(temp=1, top_k=0, top_p=1, penalty=1, max=40, seed=seed)
+        new = [choice.token for choice in full.choices(ids, as_it_is)]
+        for i, speaker in enumerate((full, small)):
+            probs = speaker.read([*ids, *new])[len(ids) - 1 : -1]
+            losses[i] -= probs.gather(1, torch.tensor(new)[:, None]).log().sum()
+    long = (losses[1] / losses[0] - 1).item()
+    assert long > 1e-3
+    assert loss_added(full, small) == pytest.approx(long, rel=0.5)
+
+
+def test_auto_leaves_small_models_and_other_machines_alone(monkeypatch):
+    """小的不值得等，没有量过的设备照旧：连试也不试。"""
+    monkeypatch.setattr(speed, "loss_added", lambda *_: pytest.fail("试了"))
+    assert stored_as(speaker_of("auto")) == "float32"
+    monkeypatch.setattr(speed, "WORTH_TRYING", range(10**9))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert stored_as(speaker_of("auto")) == "float32"
+
+
+def test_auto_with_hardly_any_context(worth_trying):
+    """上下文放不下那一段文字的，就只读放得下的。"""
+    full, small = speaker_of("none"), speaker_of("int8")
+    for length in (1, 5):
+        full.config.max_len = length
+        assert 0 < loss_added(full, small) < 1e-3
+
+
+def test_nan_is_never_good_enough(worth_trying, monkeypatch):
+    monkeypatch.setattr(speed, "loss_added", lambda *_: float("nan"))
+    assert stored_as(speaker_of("auto")) == "float32"

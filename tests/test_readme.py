@@ -61,11 +61,11 @@ def options_of(tool: str) -> type:
     raise AssertionError(f"找不到 tools.{tool} 的 Options")
 
 
-# 别的程序的参数：torchrun，pytest 与 hypothesis，transformers serve，lm_eval。
+# 别的程序的参数：torchrun，pytest 与 hypothesis，transformers serve，lm_eval，docker。
 FOREIGN = {
     *("nproc_per_node", "nnodes", "max_restarts", "rdzv_backend", "rdzv_endpoint", "rdzv_id"),
     *("hypothesis_profile", "hypothesis_show_statistics", "host", "port", "continuous_batching"),
-    *("model", "model_args", "include_path", "tasks", "apply_chat_template"),
+    *("model", "model_args", "include_path", "tasks", "apply_chat_template", "gpus"),
 }
 SOURCES = [path for room in ROOMS for path in (REPO / room).rglob("*.py")]
 KNOWN = FOREIGN | {"help", "file", *Config.__dataclass_fields__, *ChatOptions.__dataclass_fields__}
