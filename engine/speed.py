@@ -74,10 +74,11 @@ def choose(speaker: Speaker, device: Device) -> str:
     """矩阵存成什么：最快的、损失至多增加千分之一的。
 
     谁快是事先量好的（docs/benchmarks.md）：x86 的处理器上 int8 最快，别处没有测量过，照旧。
+    编译的也照旧：int8 的每次都要重新编译，多等十来秒，愿意等的自己写明。
     不在当场比快慢：机器忙闲不定，同样的种子，两次说的话就会不同。损失则当场估，它每次都一样。
     """
     size = sum(p.numel() for p in speaker.model.parameters())
-    if not on_x86(device) or size not in WORTH_TRYING:
+    if device.compile or not on_x86(device) or size not in WORTH_TRYING:
         return "none"
     cache = KVCache(speaker.config, device.place, device.dtype)
     small = replace(speaker, model=copy.deepcopy(speaker.model), cache=cache)

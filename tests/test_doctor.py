@@ -272,6 +272,10 @@ def test_training_and_chat_say_it_once(machine, tmp_path):
     assert RTX not in out and err.count(RTX) == 1
     out, err = run(folder, "tools.explain", "你好")
     assert err.count(RTX) == 1
+    rows = (f'{{"text": "第{i}次守株待兔。"}}\n' for i in range(200))
+    (folder / "a.jsonl").write_text("".join(rows), encoding="utf-8")
+    out, err = run(folder, "tools.inspect", "a.jsonl", "--preset", "tiny")
+    assert err.count(RTX) == 1
     out, err = run(folder, "pre_chat.py", "--prompt", "你好", "--max", "3", "--device", "cpu")
     assert RTX not in out + err
     out, err = run(folder, "pre_train.py", "--device", "cuda", "--overwrite", code=2)

@@ -241,10 +241,11 @@ def test_the_loss_it_estimates_is_the_loss_of_a_long_text(monkeypatch):
 
 
 def test_auto_leaves_small_models_and_other_machines_alone(monkeypatch):
-    """小的不值得等，没有量过的设备照旧：连试也不试。"""
+    """小的不值得等，编译 int8 要等太久，没有量过的设备照旧：连试也不试。"""
     monkeypatch.setattr(speed, "loss_added", lambda *_: pytest.fail("试了"))
     assert stored_as(speaker_of("auto")) == "float32"
     monkeypatch.setattr(speed, "WORTH_TRYING", range(10**9))
+    assert stored_as(speaker_of("auto", compile=True)) == "float32"
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert stored_as(speaker_of("auto")) == "float32"
 

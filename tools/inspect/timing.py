@@ -7,6 +7,7 @@ from settings.script import is_out_of_memory
 
 import io
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -22,6 +23,7 @@ from engine.device import Device
 from engine.stepper import Stepper
 from model import Transformer
 from settings.defaults import fewer_steps
+from settings.say import say
 from tokenizer import Tokenizer
 
 SECONDS = 4.0  # 至多走多久，头两步除外
@@ -78,6 +80,8 @@ def time_of_default_run(
         两个秒数是 None。compile 是训练时还会编译，比这里快。
     """
     trial = Trial(stage, replace(config, compile=False), tokenizer)
+    if trial.device.unused_card:
+        say(f"（{trial.device.unused_card}）", file=sys.stderr)
     script = {"pretrain": pre_train, "sft": sft_train}[stage]
     try:
         with redirect_stdout(io.StringIO()):  # 数据的事已经说过了
