@@ -4,6 +4,8 @@ Device                显卡、苹果的芯片或处理器
 compile_if_possible   torch.compile，编译不了就用原来的
 """
 
+from settings.script import is_out_of_memory
+
 import ctypes
 import os
 import platform
@@ -198,6 +200,8 @@ def compile_if_possible(fn, device: Device, **options):
             try:
                 return compiled(*args)
             except (ShortenTraceback, TorchRuntimeError, OSError) as error:
+                if is_out_of_memory(error):  # 不是编译不了：小批小些就行
+                    raise
                 give_up_compiling(device, error)
         return fn(*args)
 

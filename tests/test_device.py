@@ -1,6 +1,7 @@
 """设备：精度跟着硬件走，没有的说出来，编译不了就用原来的。"""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,3 +129,17 @@ def test_training_and_chat_go_on_without_a_cache(tmp_path, flags):
     out, err = run_apart(tmp_path, "pre_chat.py", *chat, env=env)
     assert out.startswith("你好")
     assert err.count("跳过 torch.compile") == (not flags)
+
+
+def test_running_out_of_memory_is_not_a_failed_compilation(monkeypatch):
+    """编译时试着跑，显存不够：换小些的批就行，不能从此不编译。"""
+    from torch._dynamo.exc import TorchRuntimeError
+
+    def compiled(*args):
+        raise TorchRuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: compiled)
+    device = SimpleNamespace(compile=True)
+    with pytest.raises(TorchRuntimeError, match="out of memory"):
+        compile_if_possible(lambda x: x, device)(1)
+    assert device.compile
