@@ -85,10 +85,12 @@ class Muon(torch.optim.Optimizer):
             grads, momenta = [p.grad for p in params], [self._momentum(p) for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
-            updates = self._orthogonal(params, [self.gather(u) for u in updates])
-            torch._foreach_mul_(updates, [-group["lr"] * self.pace.get(p, 1.0) for p in params])
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, [*map(self.scatter, updates, params)])
+            updates = [self.gather(update) for update in updates]
+            for members, size, done in self._orthogonalize(params, updates):
+                some = [params[i] for i in members]
+                step = group["lr"] * self.pace.get(some[0], 1.0) * size
+                torch._foreach_add_(some, [*map(self.scatter, done, some)], alpha=-step)
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -96,23 +98,22 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(p)
         return state["momentum"]
 
-    def _orthogonal(self, params: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
-        """每个更新正交化，大小与 AdamW 的相当；次序照旧。"""
-        alike = defaultdict(list)  # 形状与切法都相同的，叠在一起
+    def _orthogonalize(self, params: list[Tensor], updates: list[Tensor]):
+        """每个更新正交化。一组一组地给出：是第几个参数，乘上多大才与 AdamW 的相当，更新。"""
+        alike = defaultdict(list)  # 形状、切法与步子都相同的，叠在一起
         for i, p in enumerate(params):
-            alike[p.shape, self.heads.get(p)].append(i)
+            alike[p.shape, self.heads.get(p), self.pace.get(p)].append(i)
         batches = defaultdict(list)  # 摆好之后一样大的，一起算
-        for (shape, heads), members in alike.items():
+        for (shape, heads, _), members in alike.items():
             stack = lay_out(torch.stack([updates[i] for i in members]), heads)
             batches[stack.shape[1:]].append((shape, heads, members, stack))
-        for size, stacks in batches.items():
-            done = orthogonalize(torch.cat([stack for *_, stack in stacks]), self.dtype)
-            done *= 0.2 * max(size) ** 0.5  # 使更新的均方根与 AdamW 的相当
-            parts = done.split([len(stack) for *_, stack in stacks])
-            for (shape, heads, members, _), part in zip(stacks, parts, strict=True):
-                for i, update in zip(members, put_back(part, shape, heads), strict=True):
-                    updates[i] = update
-        return updates
+        for size, groups in batches.items():
+            stacks = [stack for *_, stack in groups]
+            done = orthogonalize(torch.cat(stacks) if stacks[1:] else stacks[0], self.dtype)
+            parts = done.split([len(stack) for stack in stacks])
+            for (shape, heads, members, _), part in zip(groups, parts, strict=True):
+                # 每个元素的均方根是 1 / √长边，AdamW 的约为 0.2
+                yield members, 0.2 * max(size) ** 0.5, put_back(part, shape, heads)
 
 
 def lay_out(x: Tensor, heads: Heads | None) -> Tensor:
@@ -125,14 +126,15 @@ def lay_out(x: Tensor, heads: Heads | None) -> Tensor:
 
 
 def put_back(x: Tensor, shape: torch.Size, heads: Heads | None) -> Tensor:
-    """`lay_out` 反过来：(N, 短边, 长边) -> (L, *shape)，连续的。"""
+    """`lay_out` 反过来：(N, 短边, 长边) -> (L, *shape)，fp32，连续的。"""
     rows, columns = shape[-2:]
     if heads and heads.in_columns:
         rows, columns = columns, rows
     if (heads.width if heads else rows) > columns:
         x = x.mT
     x = x.reshape(-1, *shape[:-2], rows, columns)
-    return (x.mT if heads and heads.in_columns else x).contiguous()
+    x = x.mT if heads and heads.in_columns else x
+    return x.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
@@ -142,15 +144,17 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tenso
         matrices: (N, 行, 列)，行不比列多时最省。
         dtype: 迭代的精度；半精度就够，但要先归一再换过去：fp16 装不下没有归一的。
         steps: 迭代次数。
+    Returns:
+        (N, 行, 列)，精度是 dtype。
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan 选的系数：在 0 附近升得最快
-    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    x = x.to(dtype)
+    size = matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = torch.div(matrices, size, out=torch.empty_like(matrices, dtype=dtype))
     for _ in range(steps):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b·gram + c·gram²
         x = torch.baddbmm(x, polynomial, x, beta=a)  # a·x + polynomial·x
-    return x.to(matrices.dtype)
+    return x
 
 
 # ---------- 3. 合成一个 ----------

@@ -9,7 +9,7 @@
 import os
 import sys
 
-VARIABLE, BRIEFLY, USUAL = "GOMP_SPINCOUNT", "1000", "300000"  # USUAL：不设时 libgomp 自己用的
+VARIABLE, BRIEFLY, USUAL = "GOMP_SPINCOUNT", "1500", "300000"  # USUAL：不设时 libgomp 自己用的
 
 
 def wait_briefly() -> bool:

@@ -105,7 +105,7 @@ def test_ctrl_c_while_importing_is_one_sentence(path, tmp_path):
         assert "from settings.script import run_script" in (REPO / path).read_text("utf-8")
     for module in (False, True)[: 1 + (len(path.parts) > 1)]:
         process = start_with(tmp_path, SLOW, path, module=module)
-        assert process.stdout.readline() == "正在导入 1000\n", process.stderr.read()
+        assert process.stdout.readline() == "正在导入 1500\n", process.stderr.read()
         process.send_signal(signal.SIGINT)
         assert ended(process) == INTERRUPTED
 

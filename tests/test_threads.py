@@ -33,7 +33,7 @@ def fresh(monkeypatch):
 def test_threads_sleep_soon_by_default(fresh):
     before = dict(os.environ)
     assert threads.wait_briefly()
-    assert dict(os.environ) == {**before, "GOMP_SPINCOUNT": "1000"}  # 别的都不动
+    assert dict(os.environ) == {**before, "GOMP_SPINCOUNT": "1500"}  # 别的都不动
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_the_library_itself_says_so():
 
 def test_a_yardstick_waits_as_its_library_does(monkeypatch):
     """对照是普通的程序：我们的设置不能传给它；用户自己定的，大家都照他的。"""
-    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
-    for changed, seen in ((True, "300000"), (False, "1000")):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1500")
+    for changed, seen in ((True, "300000"), (False, "1500")):
         monkeypatch.setattr(threads, "changed", changed)
         with PlainContestant(spins) as player:
             assert player.work()[0] == seen
-        assert os.environ["GOMP_SPINCOUNT"] == "1000"  # 只给了它，自己的没有变
+        assert os.environ["GOMP_SPINCOUNT"] == "1500"  # 只给了它，自己的没有变
 
 
 def test_neighbours_work_at_the_same_time(monkeypatch, tmp_path):
