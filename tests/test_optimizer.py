@@ -71,6 +71,16 @@ def test_orthogonalized_singular_values_are_near_one():
         assert values.min() > 0.2
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_half_precision_is_enough_whatever_the_size_of_the_gradient(scale, dtype, error):
+    """先归一再换精度：没有归一的，fp16 装不下，太小的又成了零。"""
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 512) * scale
+    exact = orthogonalize(x, torch.float32)
+    torch.testing.assert_close(orthogonalize(x, dtype).float(), exact, atol=error, rtol=0)
+
+
 def test_every_parameter_has_exactly_one_optimizer():
     model = Transformer(SMALL)
     optimizer = build_optimizer(model, SMALL, 0.01)
