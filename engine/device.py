@@ -142,9 +142,10 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    trim_threshold, mmap_max = -1, -4  # malloc.h 里的 M_TRIM_THRESHOLD 与 M_MMAP_MAX
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h 里的 M_TRIM_THRESHOLD 等
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(arena_max, 1)  # 别的线程自己的内存区放不下大块，仍会还给系统；都用主线程的这一个
 
 
 def add_in_fixed_order() -> None:

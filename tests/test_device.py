@@ -1,6 +1,9 @@
 """设备：精度跟着硬件走，没有的说出来，编译不了就用原来的。"""
 
 import os
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -143,3 +146,32 @@ def test_running_out_of_memory_is_not_a_failed_compilation(monkeypatch):
     with pytest.raises(TorchRuntimeError, match="out of memory"):
         compile_if_possible(lambda x: x, device)(1)
     assert device.compile
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="只有 glibc 会把用完的内存还给系统")
+@pytest.mark.parametrize("thread", ["主线程", "别的线程"])
+def test_freed_memory_is_kept_in_every_thread(thread):
+    """大块用完再要，不必由系统重新逐页给：缺页的次数说得准，与快慢无关。"""
+    program = f"""
+import resource, threading, torch
+from engine.device import keep_freed_memory
+keep_freed_memory()
+
+def faults():
+    for turn in range(40):
+        torch.empty(100 << 20, dtype=torch.uint8).fill_(0)
+        if turn == 19:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+if {thread == "主线程"}:
+    faults()
+else:
+    thread = threading.Thread(target=faults)
+    thread.start()
+    thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = 4096
+    assert int(done.stdout) < (100 << 20) / page  # 还了又要，二十回就是二十倍
