@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,27 @@ def workers(running: Running) -> dict[int, int]:
         ranks = [int(x.partition(b"=")[2]) for x in environment if x.startswith(b"RANK=")]
         found |= {rank: int(child) for rank in ranks}
     return found
+
+
+def power_off(running: Running) -> None:
+    """torchrun 与它的各个进程一起断电，等到都不在了：还没有死透的，锁着输出目录。"""
+    pids = (running.process.pid, *workers(running).values())
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    running.process.wait()
+    deadline = time.monotonic() + 60
+    while any(map(alive, pids)):
+        assert time.monotonic() < deadline, "断了电，进程还在"
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """进程还占着什么没有：死了而没有人收尸的（Z），什么也不占了。"""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
 
 
 def last_saved(running: Running) -> int:
@@ -164,9 +186,7 @@ def test_a_sharded_model_gives_the_same_losses_and_its_checkpoint_goes_anywhere(
     flags = ["--max_steps", str(STEPS["pre_train.py"]), "--save_every", "0", *QUICK]
     sharded = Running(tmp_path, "pre_train.py", *flags, "--parallel", "fsdp", launcher=TORCHRUN)
     assert sharded.until(lambda: last_step(out, "pretrain") >= 2)
-    for pid in (sharded.process.pid, *workers(sharded).values()):  # 全体一起断电
-        os.kill(pid, signal.SIGKILL)
-    sharded.process.wait()
+    power_off(sharded)
     done = last_step(out, "pretrain")
 
     alone = Running(tmp_path, "pre_train.py", "--resume", "--parallel", "ddp")
