@@ -1,7 +1,10 @@
 """数据：磁盘上的词元文件 -> 一批批训练数据。
 
     PretrainBatches   文档首尾相接，切成等长的行
-    SFTBatches        几段对话拼成一行，互相看不见，只在助手的话上算损失
+    PackedBatches     几段拼成一行，互相看不见，一段也不切开；下面两种都是
+    DocumentBatches   整篇的文档
+    SFTBatches        整段的对话，只在助手的话上算损失
+    pretrain_batches  预训练用哪一种，由配置决定
     Replay            增量预训练：新语料的行里掺一些旧语料的
     rows_of_step      第几步用哪几行：只由种子与步数决定，随时接得上
 
@@ -18,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import Config, UserError
+from settings.lengths import nothing_fits
 from tokenizer import Tokenizer
 
 IGNORE = -100  # 不算损失的目标
@@ -96,19 +100,96 @@ class PretrainBatches:
         return Batch(ids, targets, positions, begins.cumsum(1))
 
 
-# ---------- 3. 微调的行 ----------
+# ---------- 3. 几段拼成的行 ----------
 
 
-class SFTBatches:
-    """几段对话拼成一行，互相看不见，位置各自从 0 数起；损失只算助手的话与它的 <|im_end|>。
+class PackedBatches:
+    """几段拼成一行，互相看不见，位置各自从 0 数起。一段也不切开：行尾放不下的空着，不算损失。
+
+    Args:
+        tokens: 一维 uint16 编号。
+        begins: 每段的起点。
+        lengths: 每段占几格，不超过 seq_len；它的目标晚一个，所以后面还有一个词元。
+        usable: 用得上的是哪几段。
+        seq_len: 每行的长度 T。
+        seed: 决定哪几段拼在一起。
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, begins: np.ndarray, lengths: np.ndarray, usable: np.ndarray,
+        seq_len: int, seed: int,
+    ):  # fmt: skip
+        self.tokens, self.begins, self.lengths, self.seq_len = tokens, begins, lengths, seq_len
+        self.rows = pack(lengths, usable, seq_len, np.random.default_rng(seed)) or [[]]
+        self.n_rows = len(self.rows)
+
+    def targets(self, ids: np.ndarray) -> np.ndarray:
+        """一段的编号 (n + 1,) -> 它的目标 (n,)；不学的是 IGNORE。"""
+        return ids[1:]
+
+    def get(self, rows: Iterable[int]) -> Batch:
+        """取出这几行。行尾的空格子自成一段，不算损失。"""
+        shape = (len(rows := list(rows)), self.seq_len)
+        ids, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        positions, segments = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+        for r, row in enumerate(rows):
+            at = 0
+            for segment, index in enumerate(self.rows[row]):
+                begin, n = self.begins[index], self.lengths[index]
+                piece = self.tokens[begin : begin + n + 1].astype(np.int64)
+                here = slice(at, at + n)
+                ids[r, here], targets[r, here] = piece[:-1], self.targets(piece)
+                positions[r, here], segments[r, here] = np.arange(n), segment
+                at += n
+        return Batch(*map(torch.from_numpy, (ids, targets, positions, segments)))
+
+
+class DocumentBatches(PackedBatches):
+    """整篇的文档；比一行还长的，切成几段。每个词元每遍恰好用一次。
+
+    切开的后半篇看不见前半篇，学它时无从照抄，也不知道在说什么；整篇地装，学得快得多
+    （Fewer Truncations，arXiv 2404.10830；测量见 docs/lab-notes.md）。
+
+    Args:
+        tokens: 一维 uint16 编号。
+        starts: 每篇文档的起点，末尾多一个总长。
+        seq_len, seed: 见 `PackedBatches`。
+    """
+
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray, seq_len: int, seed: int):
+        cells = np.diff(starts)  # 每篇占几格：末一个词元的目标是下一篇的开头
+        cells[-1] -= 1  # 最后一篇没有下一篇
+        n = -(-cells // seq_len)  # 每篇切成几段
+        offsets = (np.arange(n.sum()) - np.repeat(n.cumsum() - n, n)) * seq_len
+        begins = np.repeat(starts[:-1], n) + offsets
+        lengths = np.minimum(np.repeat(cells, n) - offsets, seq_len)
+        super().__init__(tokens, begins, lengths, np.arange(len(begins)), seq_len, seed)
+
+
+def pretrain_batches(data, side: str, config: Config, tokenizer: Tokenizer):
+    """预训练的一批批：首尾相接的，或者整篇的。
+
+    Args:
+        data: 词元文件，corpus/token_file.py 的 `TokenFile`。
+        side: "train" 或 "val"。
+    """
+    tokens = data.tokens[side]
+    if not config.isolate_documents:
+        return PretrainBatches(tokens, config.seq_len)
+    if config.whole_documents:
+        return DocumentBatches(tokens, data.starts[side], config.seq_len, config.seed)
+    return PretrainBatches(tokens, config.seq_len, tokenizer.bos_id)
+
+
+class SFTBatches(PackedBatches):
+    """整段的对话；损失只算助手的话与它的 <|im_end|>。
 
     太长的对话从末尾截断，数目记在 cut 里；截断后一句回答也不剩的不用，数目记在 skipped 里。
 
     Args:
         tokens: 一维 uint16 编号。
         starts: 每段对话的起点，末尾多一个总长。
-        seq_len: 每行的长度 T。
-        seed: 决定哪几段拼在一起。
+        seq_len, seed: 见 `PackedBatches`。
         max_len: 模型最多看多少个词元；side: 哪一边。都只用来说清为什么一段也用不上。
     Raises:
         UserError: 一段也用不上：到 seq_len 为止，还没有轮到助手说话。
@@ -118,22 +199,21 @@ class SFTBatches:
         self, tokens: np.ndarray, starts: np.ndarray, seq_len: int, tokenizer: Tokenizer,
         seed: int, max_len: int | None = None, side: str = "train",
     ):  # fmt: skip
-        self.tokens, self.starts, self.seq_len, self.tokenizer = tokens, starts, seq_len, tokenizer
+        self.tokenizer = tokenizer
         # 一段 n 个词元的对话占 n - 1 格：最后一个词元只作目标。
-        self.lengths = np.minimum(np.diff(starts) - 1, seq_len)
+        lengths = np.minimum(np.diff(starts) - 1, seq_len)
         # 第一个助手标记在截断之前，才有话可学。
         assistant = tokenizer.role_ids["assistant"]
         marks = np.concatenate([at + np.flatnonzero(t == assistant) for at, t in slices(tokens)])
         first = np.searchsorted(marks, starts[:-1])
         offset = np.append(marks, len(tokens))[first] - starts[:-1]
-        usable = np.flatnonzero(offset < self.lengths)
-        self.skipped = len(self.lengths) - len(usable)
+        usable = np.flatnonzero(offset < lengths)
+        self.skipped = len(lengths) - len(usable)
         self.cut = int((np.diff(starts)[usable] - 1 > seq_len).sum())
         if not len(usable):
             spoken = offset[offset < np.diff(starts) - 1]
             raise UserError(nothing_fits(spoken + 1, seq_len, max_len, side))
-        self.rows = pack(self.lengths, usable, seq_len, np.random.default_rng(seed))
-        self.n_rows = len(self.rows)
+        super().__init__(tokens, starts[:-1], lengths, usable, seq_len, seed)
 
     def left_out(self) -> list[str]:
         """没有用上的，一件事一句话；都用上了，就是空的。"""
@@ -144,60 +224,13 @@ class SFTBatches:
             sentences.append(f"{self.cut} 段对话超过 {self.seq_len} 个词元，末尾截掉了")
         return sentences
 
-    def _conversation(self, index: int) -> np.ndarray:
-        """第 index 段对话的编号，截到 T + 1 个。"""
-        start = self.starts[index]
-        return self.tokens[start : start + self.lengths[index] + 1].astype(np.int64)
-
-    def _supervised(self, index: int) -> np.ndarray:
-        """每个目标要不要学：在助手那一轮里，角色标记之后，直到 <|im_end|>（含）。"""
-        ids = self._conversation(index)
+    def targets(self, ids: np.ndarray) -> np.ndarray:
+        """只学助手那一轮里，角色标记之后，直到 <|im_end|>（含）。"""
         turn = np.cumsum(ids == self.tokenizer.bos_id) - 1  # 每个词元属于第几轮
         roles = ids[np.minimum(np.flatnonzero(ids == self.tokenizer.bos_id) + 1, len(ids) - 1)]
         by_assistant = (roles == self.tokenizer.role_ids["assistant"])[turn]
         marks = (ids == self.tokenizer.bos_id) | (ids == self.tokenizer.role_ids["assistant"])
-        return (by_assistant & ~marks)[1:]
-
-    def get(self, rows: Iterable[int]) -> Batch:
-        """取出这几行。行尾放不下一段的空格子自成一段，不算损失。"""
-        shape = (len(rows := list(rows)), self.seq_len)
-        ids, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
-        positions, segments = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
-        for r, row in enumerate(rows):
-            at = 0
-            for segment, index in enumerate(self.rows[row]):
-                conversation, n = self._conversation(index), self.lengths[index]
-                here = slice(at, at + n)
-                ids[r, here] = conversation[:-1]
-                targets[r, here] = np.where(self._supervised(index), conversation[1:], IGNORE)
-                positions[r, here], segments[r, here] = np.arange(n), segment
-                at += n
-        return Batch(*map(torch.from_numpy, (ids, targets, positions, segments)))
-
-
-def nothing_fits(questions: np.ndarray, seq_len: int, max_len: int | None, side: str) -> str:
-    """一段对话也用不上：多长，最多能多长，怎么办。
-
-    Args:
-        questions: 每段对话到助手开口为止有多少个词元；没有助手的话的不在其中。
-        max_len: 模型最多看多少个词元；None 表示 seq_len 改不了。
-    """
-    who = {"train": "训练的", "val": "留出的"}[side]
-    if not len(questions):
-        return f"{who}对话里没有一句助手的话，seq_len 再大也没有什么可学；请检查数据"
-    longest = int(questions.max())
-    found = f"{who} {len(questions)} 段对话，没有一段在 {seq_len} 个词元（seq_len）之内轮到助手说话"
-    found += f"：到那里最短的要 {questions.min()} 个词元，最长的 {longest} 个"
-    if max_len and (fit := int((questions <= max_len).sum())):
-        return f"{found}；请加上 --seq_len {max_len}（模型最多看这么多），用得上 {fit} 段"
-    shorten = "请缩短提问" + "，或调大 --val_fraction 多留出几段" * (side == "val")
-    if not max_len:
-        return f"{found}；{shorten}"
-    n = 1 << longest.bit_length()
-    return (
-        f"{found}，而模型最多看 {max_len} 个，调大 seq_len 也没有用；{shorten}，或换一个看得更远的"
-        f"模型：预训练时加上 --max_len {n} --seq_len {n}，微调时加上 --seq_len {n}"
-    )
+        return np.where((by_assistant & ~marks)[1:], ids[1:], IGNORE)
 
 
 def pack(
@@ -243,12 +276,12 @@ class Replay:
     再是旧的各行。
 
     Args:
-        new, old: `PretrainBatches`。
+        new, old: 预训练的一批批，见 `pretrain_batches`。
         share: 每一遍里，旧的行占几成；0 就是不掺。
         seed: 决定先用旧的哪些行。
     """
 
-    def __init__(self, new: PretrainBatches, old: PretrainBatches, share: float, seed: int):
+    def __init__(self, new, old, share: float, seed: int):
         self.new, self.old, self.seed, self.seq_len = new, old, seed, new.seq_len
         self.n_new = new.n_rows
         # 每一遍里旧的有几行：要掺，就至少一行

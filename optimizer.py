@@ -43,9 +43,9 @@ class Heads(NamedTuple):
 class Muon(torch.optim.Optimizer):
     """给矩阵用的优化器：把动量正交化，使每个方向上的更新一样大（Muon，arXiv 2502.16982）。
 
-    与 `torch.optim.Muon` 的算法相同（测试里逐步比对），不同处有三：许多矩阵叠在一起算，
-    发给设备的只有几十个运算；注意力的矩阵可以按头切开，各算各的；精度可选，因为没有 bf16 指令的
-    CPU 上，bf16 会慢上百倍。
+    与 `torch.optim.Muon` 的算法相同（测试里逐步比对），不同处有四：许多矩阵叠在一起算，
+    发给设备的只有几十个运算；正交化之后，再让每个神经元的步子一样大（`even_out`）；
+    注意力的矩阵可以按头切开，各算各的；精度可选，因为没有 bf16 指令的 CPU 上，bf16 会慢上百倍。
 
     Args:
         matrices: 二维参数；三维的是叠在一起的许多个（各位专家的），各算各的。
@@ -55,6 +55,7 @@ class Muon(torch.optim.Optimizer):
         dtype: 正交化时的精度。
         pace: 步子与别的不同的参数：{参数: 几倍}。
         heads: 按头切开的参数：{参数: 怎样切}；不在其中的，整个是一个矩阵。
+        beta2: 求步子大小的平均时，旧的占多少；0：不调匀。
         gather, scatter: 几个进程把参数分开放时（FSDP）用：正交化要整个的矩阵，gather 凑齐它，
             scatter(更新, 参数) 再各取各的；不分开放就什么也不用做。
     """
@@ -68,11 +69,12 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype,
         pace: dict[Tensor, float] | None = None,
         heads: dict[Tensor, Heads] | None = None,
+        beta2: float = 0.0,
         gather: Callable[[Tensor], Tensor] = lambda update: update,
         scatter: Callable[[Tensor, Tensor], Tensor] = lambda update, p: update,
     ):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype, self.pace, self.heads = dtype, pace or {}, heads or {}
+        self.dtype, self.pace, self.heads, self.beta2 = dtype, pace or {}, heads or {}, beta2
         self.gather, self.scatter = gather, scatter
 
     @torch.no_grad()
@@ -82,7 +84,7 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads, momenta = [p.grad for p in params], [self._momentum(p) for p in params]
+            grads, momenta = [p.grad for p in params], [self._state(p)["momentum"] for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -92,11 +94,18 @@ class Muon(torch.optim.Optimizer):
                 step = group["lr"] * self.pace.get(some[0], 1.0) * size
                 torch._foreach_add_(some, [*map(self.scatter, done, some)], alpha=-step)
 
-    def _momentum(self, p: Tensor) -> Tensor:
+    def _state(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        return state["momentum"]
+            if self.beta2:
+                n, _, long = self.laid_out(p)
+                state["second"] = torch.zeros(n, long, device=p.device)
+        return state
+
+    def laid_out(self, p: Tensor) -> torch.Size:
+        """参数 p 摆好之后（`lay_out`）：几个矩阵，短边，长边。"""
+        return lay_out(torch.empty(1, *p.shape, device="meta"), self.heads.get(p)).shape
 
     def _orthogonalize(self, params: list[Tensor], updates: list[Tensor]):
         """每个更新正交化。一组一组地给出：是第几个参数，乘上多大才与 AdamW 的相当，更新。"""
@@ -110,6 +119,12 @@ class Muon(torch.optim.Optimizer):
         for size, groups in batches.items():
             stacks = [stack for *_, stack in groups]
             done = orthogonalize(torch.cat(stacks) if stacks[1:] else stacks[0], self.dtype)
+            if self.beta2:
+                owners = [params[i] for *_, members, _ in groups for i in members]
+                seconds = [self.state[p]["second"] for p in owners]
+                second = torch.cat(seconds)
+                done = even_out(done, second, self.beta2)
+                torch._foreach_copy_(seconds, second.split([len(x) for x in seconds]))
             parts = done.split([len(stack) for stack in stacks])
             for (shape, heads, members, _), part in zip(groups, parts, strict=True):
                 # 每个元素的均方根是 1 / √长边，AdamW 的约为 0.2
@@ -155,6 +170,25 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tenso
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b·gram + c·gram²
         x = torch.baddbmm(x, polynomial, x, beta=a)  # a·x + polynomial·x
     return x
+
+
+def even_out(x: Tensor, second: Tensor, beta2: float) -> Tensor:
+    """正交化过的矩阵，各列的步子调匀：除以各列近来的大小，与平均的相比；整个矩阵的大小差不多不变。
+
+    短边的各行一样长，长边的各列却不：前馈层的长边是一个个神经元，有的一步走得远，有的几乎不走
+    （NorMuon，arXiv 2510.05491）。
+
+    Args:
+        x: (N, 短边, 长边)。
+        second: 各列长度平方的滑动平均 (N, 长边)，就地更新。
+        beta2: 求平均时，旧的占多少。
+    Returns:
+        (N, 短边, 长边)，fp32。
+    """
+    lengths = torch.linalg.vector_norm(x, dim=-2, dtype=torch.float32)  # (N, 长边)
+    second.lerp_(lengths.square(), 1 - beta2)
+    sizes = second.clamp(min=1e-20)  # 全是零的矩阵，调了仍是零
+    return x * (sizes / sizes.mean(-1, keepdim=True)).rsqrt()[:, None]
 
 
 # ---------- 3. 合成一个 ----------
@@ -232,12 +266,17 @@ def check_state(part: torch.optim.Optimizer, params: list[Tensor], saved: dict) 
     """
     if saved and saved.keys() != set(range(len(params))):
         raise ValueError(f"有 {len(saved)} 个参数的状态，参数有 {len(params)} 个")
-    names = {"momentum"} if isinstance(part, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+    names = {"step", "exp_avg", "exp_avg_sq"}
+    if isinstance(part, Muon):
+        names = {"momentum", "second"} if part.beta2 else {"momentum"}
     for i, entry in saved.items():
         if entry.keys() != names:
             raise ValueError(f"第 {i} 个参数的状态应当是 {'、'.join(sorted(names))}")
         for name, x in entry.items():
             shape = torch.Size() if name == "step" else params[i].shape
+            if name == "second":
+                n, _, long = part.laid_out(params[i])
+                shape = (n, long)
             if x.shape != shape or x.dtype != torch.float32:
                 raise ValueError(f"第 {i} 个参数的 {name} 的形状或类型不对")
             if name == "step" and not 1 <= x.item() < float("inf"):
@@ -261,8 +300,9 @@ def build_optimizer(
     rest = [p for p in model.parameters() if id(p) not in chosen]
     experts = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
     pace = {m.router.weight: m.router_scale for m in experts}
-    muon = Muon(matrices, lr, config.muon_momentum, config.weight_decay, dtype, pace,
-                heads_of(model) if config.muon_heads else {}, **sharding)  # fmt: skip
+    heads = heads_of(model) if config.muon_heads else {}
+    muon = Muon(matrices, lr, config.muon_momentum, config.weight_decay, dtype, pace, heads,
+                config.muon_beta2, **sharding)  # fmt: skip
     adamw = torch.optim.AdamW(
         rest,
         lr * config.embed_lr_scale,

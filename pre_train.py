@@ -17,7 +17,7 @@ import math
 
 from config import Config
 from corpus.token_file import tokenize_corpus
-from dataset import SIDES, PretrainBatches, Replay
+from dataset import SIDES, Replay, pretrain_batches
 from engine.run import Run
 from generate import make_speaker
 from loss import Exam, Loss
@@ -37,10 +37,9 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
 
         # ---------- 1. 数据：一个词元文件，切成等长的行 ----------
         data = tokenize_corpus(config.data, "pretrain", run.tokenizer, config, wait=run.waits)
-        start = run.tokenizer.bos_id if config.isolate_documents else None  # 认出每篇的开头
-        train, val = (PretrainBatches(data.tokens[s], config.seq_len, start) for s in SIDES)
+        train, val = (pretrain_batches(data, side, config, run.tokenizer) for side in SIDES)
         if old := run.old_corpus(tokenize_corpus):  # 增量预训练才有：学过的语料，掺一些进来
-            again, old_val = (PretrainBatches(old.tokens[s], config.seq_len, start) for s in SIDES)
+            again, old_val = (pretrain_batches(old, side, config, run.tokenizer) for side in SIDES)
             train = Replay(train, again, config.replay, config.seed)
         run.plan(train, data.card)  # 定下走几步，与别的进程接上
 

@@ -75,7 +75,7 @@ RANGES = (
     (NOT_NEGATIVE, (lambda v: v >= 0, "不能是负数"), NOT_TOO_LARGE),
     (("warmup", "decay", "weight_decay"), (lambda v: 0 <= v <= 1, "必须在 0 与 1 之间")),
     (
-        ("muon_momentum", "adam_beta1", "adam_beta2", "replay"),
+        ("muon_momentum", "muon_beta2", "adam_beta1", "adam_beta2", "replay"),
         (lambda v: 0 <= v < 1, "不能小于 0，要小于 1"),
     ),
     (("val_fraction",), (lambda v: 0 < v < 0.5, "必须在 0 与 0.5 之间")),

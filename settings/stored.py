@@ -73,9 +73,9 @@ HARMLESS = {"data_dir", "data", "sft_data", "replay_data", "init_from", "eval_ev
             "eval_tokens", "prompt", "sft_prompt", "save_every"}  # fmt: skip
 # 这些也可以不同：算的是同一件事，只是浮点数相加的次序变了，不再逐位相同。
 ROUNDING = {"device", "dtype", "compile", "parallel", "batch_size", "grad_accum"}
-# 这些绝不可以：参数装不下，或者读到哪里就说不清了。
-FIXED = {"preset", *SHAPE, "seq_len", "seed", "isolate_documents", "val_fraction", "replay",
-         "keep_reasoning"}  # fmt: skip
+# 这些绝不可以：参数或优化器的状态装不下，或者读到哪里就说不清了。
+FIXED = {"preset", *SHAPE, "seq_len", "seed", "isolate_documents", "whole_documents",
+         "val_fraction", "replay", "keep_reasoning", "muon_heads", "muon_beta2"}  # fmt: skip
 
 
 def adopt(config: Config, origins: Origins, source: Config, path: Path) -> None:

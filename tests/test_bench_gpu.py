@@ -10,10 +10,11 @@ from jobs import rows_then
 
 import model
 from config import Config, UserError
-from dataset import IGNORE
+from dataset import IGNORE, pretrain_batches
 from engine.device import Device
 from experts import MixtureOfExperts
 from model import FeedForward, attend_by_hand
+from tokenizer import Tokenizer
 from tools.bench.__main__ import main
 from tools.bench.contestants import random_model
 from tools.bench.gpu import attention, half, puzzle, sft, training
@@ -23,7 +24,7 @@ from tools.bench.gpu.stage import Stage
 from tools.bench.gpu.trace import FORWARD, covered, read_shares
 from tools.bench.measuring import Contestant, Row
 from tools.bench.ours import Ours
-from tools.bench.trainer import batches_of, corpus
+from tools.bench.trainer import corpus
 
 QUICK = ["--rehearse", "--seconds", "0.001", "--repeats", "1"]
 
@@ -238,7 +239,7 @@ def test_each_option_changes_what_it_says(stage):
 def test_a_document_alone_is_what_it_was_in_its_row(stage):
     """拆开的与拼着的，要猜的一个不差；模型给的打分也一样。"""
     config = stage.config("tiny-moe", **puzzle.SHAPE)
-    batches = batches_of(config, corpus(config), "val", isolate=True)
+    batches = pretrain_batches(corpus(config), "val", config, Tokenizer())
     whole = batches.get(range(6))
     apart = puzzle.separated(whole)
     assert len(apart.ids) > len(whole.ids)

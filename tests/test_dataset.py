@@ -7,6 +7,7 @@ import os
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,16 @@ from config import PRESETS, Config, UserError
 from corpus import encode, idioms, token_file
 from corpus.split import is_held_out
 from corpus.token_file import TokenFile, tokenize_corpus
-from dataset import IGNORE, SIDES, PretrainBatches, SFTBatches, pack, rows_of_step
+from dataset import (
+    IGNORE,
+    SIDES,
+    DocumentBatches,
+    PretrainBatches,
+    SFTBatches,
+    pack,
+    pretrain_batches,
+    rows_of_step,
+)
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -410,6 +420,59 @@ def test_isolated_documents_use_the_same_tokens(values, seq_len):
             assert (parts[i] == parts[i - 1]) == (not new)
         assert places[0] == 0
         assert parts == sorted(parts)  # 段号不会用第二次
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 20), st.integers(0, 9))
+@example([1], 4, 0)
+@example([5, 1], 5, 0)
+@example([41, 3], 20, 0)
+def test_whole_documents_lose_no_token_and_are_not_cut(lengths, seq_len, seed):
+    """每个词元恰好作一次目标，前文与原来的一样，直到这篇的开头；只有比一行还长的才切开。"""
+    starts = np.cumsum([0, *lengths])
+    tokens = (np.arange(starts[-1]) + 5).astype(np.uint16)  # 各不相同
+    batches = DocumentBatches(tokens, starts, seq_len, seed)
+    ids, targets, positions, segments = (x.numpy() for x in batches.get(range(batches.n_rows)))
+    real = targets != IGNORE
+    assert sorted(targets[real]) == tokens[1:].tolist()
+    assert (targets[real] == ids[real] + 1).all()
+    assert (real == (segments >= 0)).all()
+    document = np.searchsorted(starts, ids - 5, side="right") - 1  # 每个词元属于哪一篇
+    place = ids - 5 - starts[document]  # 是这篇的第几个
+    assert (positions[real] == (place % seq_len)[real]).all()
+    for row in range(batches.n_rows):
+        parts = segments[row][real[row]]
+        assert (np.diff(parts) >= 0).all()
+        for part in set(parts.tolist()):
+            here = segments[row] == part
+            assert len(set(document[row][here])) == 1
+            left = lengths[document[row][here][0]] - place[row][here][0]
+            last = document[row][here][0] == len(lengths) - 1
+            assert here.sum() == min(seq_len, left - last)
+    if max(lengths) <= seq_len and sum(lengths) > 1:  # 挤得下就不多占：至少一半是满的
+        assert batches.n_rows <= 2 * -(-(sum(lengths) - 1) // seq_len)
+
+
+def test_the_configuration_decides_how_rows_are_made():
+    """首尾相接的，切开但互相看不见的，整篇的：三种写法各得一种。"""
+    tokens = np.array([TOKENIZER.bos_id, *TOKENIZER.encode("一二三")] * 4, np.uint16)
+    data = SimpleNamespace(tokens={"val": tokens}, starts={"val": np.arange(0, 17, 4)})
+    made = {
+        (isolated, whole): pretrain_batches(
+            data, "val", Config(seq_len=6, isolate_documents=isolated, whole_documents=whole),
+            TOKENIZER,
+        )
+        for isolated in (False, True) for whole in (False, True)
+    }  # fmt: skip
+    assert [type(x) for x in made.values()] == [PretrainBatches] * 3 + [DocumentBatches]
+    assert made[False, True].get([0]).segments is None
+    assert made[True, False].get([0]).segments is not None
+
+
+def test_packing_never_changes_between_versions():
+    """检查点里只存步数：几篇拼成一行的算法若变了，续训会重读一些，漏掉另一些。"""
+    lengths = np.random.default_rng(3).integers(1, 9, 12)
+    rows = pack(lengths, np.arange(12), 16, np.random.default_rng(42))
+    assert rows == [[10, 2, 4, 9, 1, 8], [5, 7, 11], [0, 6, 3]]
 
 
 def test_one_epoch_of_steps_is_every_token_once():

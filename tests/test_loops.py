@@ -5,7 +5,7 @@ import torch
 from losses import loss_of
 from scripts import STEPS, metrics
 
-from dataset import IGNORE, SIDES, PretrainBatches, SFTBatches, rows_of_step
+from dataset import IGNORE, SIDES, SFTBatches, pretrain_batches, rows_of_step
 from engine.checkpoint import load
 from engine.shared_row import tie_unused_rows
 from model import Transformer
@@ -16,10 +16,9 @@ def first_rows(stage: str, config, tokenizer, builtin_pretrain, builtin_sft):
     """训练的一批批，与刚要开始时的模型。"""
     side = SIDES[0]
     if stage == "pretrain":
-        start = tokenizer.bos_id if config.isolate_documents else None
         torch.manual_seed(config.seed)
         model = Transformer(config)
-        rows = PretrainBatches(builtin_pretrain.tokens[side], config.seq_len, start)
+        rows = pretrain_batches(builtin_pretrain, side, config, tokenizer)
         tie_unused_rows(model, rows.tokens, newborn=True)  # 没出现过的从同一个起点出发
         return model, rows
     model, _, _ = load(config.init_from, tokenizer)

@@ -81,6 +81,74 @@ def test_half_precision_is_enough_whatever_the_size_of_the_gradient(scale, dtype
     torch.testing.assert_close(orthogonalize(x, dtype).float(), exact, atol=error, rtol=0)
 
 
+def test_every_neuron_takes_the_same_step():
+    """高的矩阵（门）按行，矮的（投影回来）按列：前馈层的一个神经元，步子与别的一样大；整个的大小不变。"""
+    torch.manual_seed(0)
+    tall, wide = (torch.nn.Parameter(torch.zeros(s)) for s in ((40, 16), (16, 40)))
+    plain, even = (
+        Muon([tall, wide], lr=1.0, momentum=0.0, weight_decay=0.0, dtype=torch.float32, beta2=beta2)
+        for beta2 in (0.0, 0.9)
+    )
+    grads = [torch.randn(40, 16) * torch.linspace(0.1, 3, 40)[:, None], torch.randn(16, 40)]
+    steps = []
+    for muon in (plain, even):
+        for p, g in zip((tall, wide), grads, strict=True):
+            p.grad = g.clone()
+            p.data.zero_()
+        muon.step()
+        steps.append((tall.detach().clone(), wide.detach().clone()))
+    for before, after in zip(*steps, strict=True):
+        torch.testing.assert_close(before.norm(), after.norm())
+    for before, after, dim in zip(*steps, (1, 0), strict=True):
+        assert before.norm(dim=dim).std() > 0.1 * before.norm(dim=dim).mean()
+        torch.testing.assert_close(
+            after.norm(dim=dim), after.norm(dim=dim).mean().expand(40), rtol=1e-4, atol=0
+        )
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_even_steps_are_those_of_one_matrix_at_a_time(heads):
+    """叠在一起算的，与逐个矩阵照算式走的，几步都相同；按头切开的，一个头是一个矩阵。"""
+    torch.manual_seed(0)
+    config = replace(SMALL, muon_heads=heads, muon_beta2=0.9, weight_decay=0.0)
+    model = Transformer(config)
+    attention, feed = model.blocks[0].attention, model.blocks[0].feed_forward
+    chosen = {feed.gate.weight: "tall", feed.down.weight: "wide", attention.query.weight: "heads"}
+    muon = build_optimizer(model, config, 0.01).muon
+    momentum = {p: torch.zeros_like(p) for p in chosen}
+    second: dict[tuple, torch.Tensor] = {}
+    for _ in range(4):
+        for p in muon.param_groups[0]["params"]:
+            p.grad = torch.randn_like(p)
+        expected = {}
+        for p, kind in chosen.items():
+            momentum[p] = 0.9 * momentum[p] + 0.1 * p.grad
+            update = 0.1 * p.grad + 0.9 * momentum[p]
+            pieces = list(update.split(8)) if kind == "heads" and heads else [update]
+            for i, piece in enumerate(pieces):
+                tall = piece.size(0) > piece.size(1)
+                x = piece.T if tall else piece
+                x = orthogonalize(x[None], torch.float32)[0]
+                v = second.get((p, i), torch.zeros(x.size(1)))
+                second[p, i] = v = 0.9 * v + 0.1 * x.square().mean(0)
+                y = x / v.sqrt() * v.mean().sqrt() * 0.2 * max(x.shape) ** 0.5
+                pieces[i] = y.T if tall else y
+            expected[p] = p.detach() - 0.01 * torch.cat(pieces)
+        muon.step()
+        for p, value in expected.items():
+            torch.testing.assert_close(p.detach(), value)
+
+
+def test_a_matrix_without_gradient_does_not_move_evenly_either():
+    """刚出生时，投影回来的是零，前馈层的梯度也全是零：除以零的大小，不能成了 NaN。"""
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    muon = Muon([p], lr=1.0, momentum=0.9, weight_decay=0.0, dtype=torch.float32, beta2=0.95)
+    for _ in range(2):
+        p.grad = torch.zeros_like(p)
+        muon.step()
+    torch.testing.assert_close(p.detach(), torch.ones(2, 3))
+
+
 def test_every_parameter_has_exactly_one_optimizer():
     model = Transformer(SMALL)
     optimizer = build_optimizer(model, SMALL, 0.01)

@@ -197,16 +197,19 @@ def count(act) -> Counter:
 
 @pytest.mark.parametrize("preset", ["tiny", "wide", "deep", "tiny-moe", "moe"])
 @pytest.mark.parametrize("heads", [True, False])
-def test_an_update_is_a_few_dozen_operations_however_deep(preset, heads):
+@pytest.mark.parametrize("beta2", [0.95, 0.0])
+def test_an_update_is_a_few_dozen_operations_however_deep(preset, heads, beta2):
     """Muon 发出的运算与层数无关：同样大的矩阵叠在一起，其余的用 `torch._foreach_*` 一次做完。
 
     分开算时，wide 有 310 个，deep 有 758 个。
     """
     config, _ = load_config("pretrain", ["--preset", preset, "--device", "cpu"])
-    config.muon_heads = heads
-    muon = {(False, True): 57, (False, False): 70, (True, True): 78, (True, False): 91}[
-        config.n_experts > 0, heads
-    ]
+    config.muon_heads, config.muon_beta2 = heads, beta2
+    plain, even = {
+        (False, True): (57, 72), (False, False): (70, 96),
+        (True, True): (78, 102), (True, False): (91, 126),
+    }[config.n_experts > 0, heads]  # fmt: skip
+    muon = even if beta2 else plain
     with META:
         model = Transformer(config)
     optimizer = build_optimizer(model, config, 0.01, torch.bfloat16)

@@ -7,7 +7,6 @@ import torch
 
 from config import Config, UserError
 from corpus.token_file import TokenFile, tokenize_corpus
-from dataset import PretrainBatches
 from engine.device import Device
 from loss import evaluate
 from settings.resolve import load_config
@@ -31,12 +30,6 @@ def settings(preset: str, **changes) -> Config:
 def corpus(config: Config) -> TokenFile:
     """内置语料的词元文件。"""
     return tokenize_corpus("builtin", "pretrain", Tokenizer(), config)
-
-
-def batches_of(config: Config, data: TokenFile, side: str, isolate: bool) -> PretrainBatches:
-    """首尾相接的行；isolate：同一行里的几篇互相看不见。"""
-    start = Tokenizer().bos_id if isolate else None
-    return PretrainBatches(data.tokens[side], config.seq_len, start)
 
 
 @contextmanager

@@ -18,12 +18,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from config import Config
 from corpus.token_file import TokenFile
-from dataset import IGNORE, rows_of_step
+from dataset import IGNORE, PretrainBatches, rows_of_step
 from engine import device as training
 from engine.device import Device
 from settings import threads
 from tools.bench.measuring import Contestant
-from tools.bench.trainer import Trainer, batches_of
+from tools.bench.trainer import Trainer
 from tools.huggingface.shapes import qwen3
 
 
@@ -79,7 +79,7 @@ class Qwen3(Plain):
     def __init__(self, config: Config, compiled: bool, device: Device):
         super().__init__(config, device)
         self.train, self.val = (
-            batches_of(config, self.data, side, False) for side in ("train", "val")
+            PretrainBatches(self.data.tokens[side], config.seq_len) for side in ("train", "val")
         )
         self.model = qwen3(config).to(self.device.place)
         self.call = torch.compile(self.model) if compiled else self.model

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import pre_train
 from config import Config, UserError, option
 from corpus.token_file import tokenize_corpus
-from dataset import PretrainBatches
+from dataset import SIDES, pretrain_batches
 from engine.device import Device
 from engine.expert_load import ExpertLoad, expert_loads
 from engine.shared_row import tie_unused_rows
@@ -190,9 +190,8 @@ class Laboratory:
     def __init__(self, config: Config):
         self.config, self.device, self.tokenizer = config, Device(config), Tokenizer()
         data = tokenize_corpus("builtin", "pretrain", self.tokenizer, config)
-        start = self.tokenizer.bos_id  # 与 tiny 预设一样，同一行里的几条互相看不见
         self.train_rows, self.val_rows = (
-            PretrainBatches(data.tokens[side], config.seq_len, start) for side in ("train", "val")
+            pretrain_batches(data, side, config, self.tokenizer) for side in SIDES
         )
 
     def build(self, seed: int, config: Config | None = None) -> Transformer:

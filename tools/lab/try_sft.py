@@ -27,7 +27,7 @@ from torch import Tensor
 
 from config import Config, option
 from corpus.token_file import tokenize_corpus
-from dataset import PretrainBatches, SFTBatches
+from dataset import DocumentBatches, SFTBatches
 from engine.device import Device
 from engine.speed import load_for_chat
 from generate import Sampling, Speaker
@@ -73,12 +73,12 @@ def held_out(options: Options, config: Config, speaker: Speaker) -> dict:
     """留出的两种文字，各切成行；划分与训练这个模型时的相同。"""
     config.val_fraction, config.seq_len = speaker.config.val_fraction, speaker.config.seq_len
     tokenizer = speaker.tokenizer
-    text = tokenize_corpus("builtin", "pretrain", tokenizer, config).tokens["val"]
+    text = tokenize_corpus("builtin", "pretrain", tokenizer, config)
     data = tokenize_corpus("builtin", "sft", tokenizer, config)
-    answers = SFTBatches(data.tokens["val"], data.starts["val"], config.seq_len, tokenizer, 0)
+    T = config.seq_len
     return {
-        "词典的正文": PretrainBatches(text, config.seq_len, tokenizer.bos_id),
-        "问答里的回答": answers,
+        "词典的正文": DocumentBatches(text.tokens["val"], text.starts["val"], T, 0),
+        "问答里的回答": SFTBatches(data.tokens["val"], data.starts["val"], T, tokenizer, 0),
     }
 
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from config import Config
-from dataset import IGNORE, rows_of_step
+from dataset import IGNORE, pretrain_batches, rows_of_step
 from engine.device import Device, compile_if_possible
 from engine.shared_row import tie_unused_rows
 from loss import Loss
 from model import Transformer
 from optimizer import build_optimizer
-from tools.bench.trainer import Trainer, batches_of
+from tokenizer import Tokenizer
+from tools.bench.trainer import Trainer
 
 
 class FormerMuon(torch.optim.Optimizer):
@@ -108,7 +109,7 @@ class Former(Trainer):
 
     def __init__(self, config: Config, build=FormerOptimizer):
         super().__init__(config, Device(config))
-        self.train = batches_of(config, self.data, "train", config.isolate_documents)
+        self.train = pretrain_batches(self.data, "train", config, Tokenizer())
         self.model = Transformer(config).to(self.device.place)
         self.compute_loss: nn.Module = Loss(self.model)
         self.compute_loss.shared_row = self.shared = tie_unused_rows(

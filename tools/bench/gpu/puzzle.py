@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from config import Config
-from dataset import IGNORE, Batch, PretrainBatches, row_order
+from dataset import IGNORE, Batch, pretrain_batches, row_order
 from engine.checkpoint import load
 from engine.device import Device, compile_if_possible
 from experts import MixtureOfExperts
@@ -22,7 +22,7 @@ from tokenizer import Tokenizer
 from tools.bench.gpu.stage import Stage, skipped
 from tools.bench.measuring import Row
 from tools.bench.ours import Ours
-from tools.bench.trainer import batches_of, compiled_or_error, corpus
+from tools.bench.trainer import compiled_or_error, corpus
 
 N_ROWS, N_STEPS = 160, 600  # 训练时最后一次检验的行数；没有给检查点，练几步
 SHAPE = {"n_experts": 8, "n_active": 2, "hidden_dim": 288}  # 那时的 tiny-moe：八位挑两位
@@ -40,7 +40,7 @@ def compare(stage: Stage) -> Iterator[Row]:
     yield Row(f"{about}，{rows} 行，训练的循环自己检验的", said, "奈特")
     device = Device(config)
     can_compile = device.compile
-    batches = batches_of(config, corpus(config), "val", isolate=True)
+    batches = pretrain_batches(corpus(config), "val", config, Tokenizer())
     chosen = row_order(batches.n_rows, seed=0, epoch=0)[:rows].tolist()
     packings = {
         "拼成一行": Rows(batches, chosen),
@@ -94,7 +94,7 @@ def evaluator(model: Transformer, device: Device, coef: float) -> Callable[[Batc
 class Rows:
     """选好的几行；apart：一行里的每一篇各占一行，行尾补齐，其余与拼在一起的一样。"""
 
-    def __init__(self, batches: PretrainBatches, chosen: list[int], apart: bool = False):
+    def __init__(self, batches, chosen: list[int], apart: bool = False):
         whole = batches.get(chosen)
         self.batch = separated(whole) if apart else whole
 
@@ -113,7 +113,7 @@ def separated(batch: Batch) -> Batch:
     T, found = batch.ids.size(1), []
     for row in range(len(batch.ids)):
         ids, targets, positions, segments = (x[row] for x in batch)
-        for segment in segments.unique().tolist():
+        for segment in segments[segments >= 0].unique().tolist():
             here = segments == segment
             n = int(here.sum())
             alone = [torch.zeros(T, dtype=torch.long), torch.full((T,), IGNORE),
