@@ -84,6 +84,9 @@ class Config:
 
     # 优化
     embed_lr_scale: float = option(1.0, "词嵌入与增益（AdamW 管的）的学习率是 lr 的几倍", "倍")
+    residual_lr_scale: float | None = option(
+        None, "各层写进残差流的最后一个投影，学习率是 lr 的几倍：小些，写的盖不过词嵌入", "倍"
+    )
     muon_momentum: float | None = option(None, "Muon 的动量：步数少的训练，小些更好")
     muon_heads: bool = option(True, "Muon 把注意力的每个头当作一个矩阵，各自正交化")
     muon_beta2: float = option(
@@ -158,20 +161,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         dim=192, n_layers=4, n_heads=3, n_kv_heads=1, hidden_dim=576, n_experts=0, n_active=0,
         max_len=512,
         batch_size=8, seq_len=256, grad_accum=1, lr=0.02, muon_momentum=0.9,
-        isolate_documents=True, whole_documents=True,
+        residual_lr_scale=0.5, isolate_documents=True, whole_documents=True,
         max_steps=1000, sft_max_steps=150,
     ),
     "wide": dict(  # 矮胖
         dim=512, n_layers=8, n_heads=8, n_kv_heads=2, hidden_dim=1664, n_experts=0, n_active=0,
         max_len=1024,
         batch_size=32, seq_len=512, grad_accum=1, lr=0.01, muon_momentum=0.95,
-        isolate_documents=False, whole_documents=False,
+        residual_lr_scale=1.0, isolate_documents=False, whole_documents=False,
     ),
     "deep": dict(  # 瘦高
         dim=512, n_layers=24, n_heads=8, n_kv_heads=2, hidden_dim=1664, n_experts=0, n_active=0,
         max_len=1024,
         batch_size=16, seq_len=512, grad_accum=2, lr=0.005, muon_momentum=0.95,
-        isolate_documents=False, whole_documents=False,
+        residual_lr_scale=1.0, isolate_documents=False, whole_documents=False,
     ),
 }  # fmt: skip
 # 专家混合：挑中的几位合起来，与不分专家的那一套一样宽，每个词元用到的参数也就一样多。

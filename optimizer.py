@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
         """每个更新正交化。一组一组地给出：是第几个参数，乘上多大才与 AdamW 的相当，更新。"""
         alike = defaultdict(list)  # 形状、切法与步子都相同的，叠在一起
         for i, p in enumerate(params):
-            alike[p.shape, self.heads.get(p), self.pace.get(p)].append(i)
+            alike[p.shape, self.heads.get(p), self.pace.get(p, 1.0)].append(i)
         batches = defaultdict(list)  # 摆好之后一样大的，一起算
         for (shape, heads, _), members in alike.items():
             stack = lay_out(torch.stack([updates[i] for i in members]), heads)
@@ -288,7 +288,8 @@ def build_optimizer(
 ) -> MuonAdamW:
     """照配置造优化器。
 
-    专家混合的路由器也归 Muon，学习率另乘它的 router_scale：走得太急，几步之内就有专家再也轮不到。
+    有两种矩阵走得慢些：各层写进残差流的最后一个投影，走得太急，几步之内就盖过了词嵌入，
+    后面的层便认不出眼前是哪个词元；专家混合的路由器，走得太急，就有专家再也轮不到。
 
     Args:
         lr: 最高学习率。
@@ -300,6 +301,7 @@ def build_optimizer(
     rest = [p for p in model.parameters() if id(p) not in chosen]
     experts = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
     pace = {m.router.weight: m.router_scale for m in experts}
+    pace |= dict.fromkeys(written_by(model), config.residual_lr_scale)
     heads = heads_of(model) if config.muon_heads else {}
     muon = Muon(matrices, lr, config.muon_momentum, config.weight_decay, dtype, pace, heads,
                 config.muon_beta2, **sharding)  # fmt: skip
@@ -311,6 +313,12 @@ def build_optimizer(
         fused=rest[0].device.type in ("cuda", "cpu"),
     )
     return MuonAdamW(muon, adamw)
+
+
+def written_by(model: Transformer) -> list[Tensor]:
+    """各层写进残差流的最后一个投影。"""
+    ends = ("attention.out.weight", "feed_forward.down.weight", "feed_forward.down")
+    return [p for name, p in model.blocks.named_parameters() if name.endswith(ends)]
 
 
 def heads_of(model: Transformer) -> dict[Tensor, Heads]:

@@ -223,7 +223,7 @@ def load(path: Path, tokenizer: Tokenizer) -> tuple[Transformer, Config, dict[st
 # 早先的检查点没有记下这几项，那时用的是这些值。
 NOT_RECORDED = {"muon_momentum": 0.95, "adam_beta1": 0.9, "adam_beta2": 0.95,
                 "n_experts": 0, "n_active": 0, "muon_heads": False,
-                "muon_beta2": 0.0, "whole_documents": False}  # fmt: skip
+                "muon_beta2": 0.0, "residual_lr_scale": 1.0, "whole_documents": False}  # fmt: skip
 
 
 def config_of(checkpoint: dict, path: Path, tokenizer: Tokenizer) -> Config:

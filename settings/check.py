@@ -60,9 +60,9 @@ class Rule(NamedTuple):
 
 NOT_NEGATIVE = ("n_experts", "n_active", "balance_coef")
 POSITIVE = (*(name for name in SHAPE if name not in NOT_NEGATIVE),
-            "batch_size", "seq_len", "grad_accum", "lr", "sft_lr", "embed_lr_scale", "grad_clip",
-            "router_scale", "max_steps", "epochs", "sft_max_steps", "sft_epochs", "eval_every",
-            "eval_tokens")  # fmt: skip
+            "batch_size", "seq_len", "grad_accum", "lr", "sft_lr", "embed_lr_scale",
+            "residual_lr_scale", "grad_clip", "router_scale", "max_steps", "epochs",
+            "sft_max_steps", "sft_epochs", "eval_every", "eval_tokens")  # fmt: skip
 NOT_TOO_LARGE = (lambda v: v <= LARGEST, "不能超过 10^9")
 LONGEST = 2**20  # 位置编码与缓存都照 max_len 分配：一百万个词元已经要几 GB
 MOST_LAYERS = 1000  # 一层没有参数也要几毫秒、几十 KB 来建；文件里写着的几万层，建起来要几分钟

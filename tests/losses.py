@@ -10,8 +10,8 @@ from model import Transformer
 # 词表必须装得下分词器，其余尽量小。
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, seq_len=8,
-    device="cpu", dtype="float32", compile=False, lr=0.01, muon_momentum=0.9, sft_lr=0.002,
-    out_dir="out/x",
+    device="cpu", dtype="float32", compile=False, lr=0.01, muon_momentum=0.9,
+    residual_lr_scale=1.0, sft_lr=0.002, out_dir="out/x",
 )  # fmt: skip
 
 

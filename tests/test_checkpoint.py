@@ -45,6 +45,7 @@ SMALL = Config(
     preset="tiny", dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, n_experts=0,
     n_active=0, max_len=16, seq_len=8, batch_size=2, grad_accum=1, device="cpu", dtype="float32",
     compile=False, lr=0.01, sft_lr=0.002, max_steps=10, muon_momentum=0.9, isolate_documents=True,
+    whole_documents=False, residual_lr_scale=1.0,
     router_scale=1.0, out_dir="out/x", data="builtin",
 )  # fmt: skip
 CARD = {"train_sha256": "a" * 64, "val_sha256": "b" * 64, "format": 2}
@@ -145,12 +146,15 @@ def test_whatever_a_tensor_looks_like_in_memory_it_is_read_back(tokenizer, tmp_p
 def test_an_earlier_one_keeps_the_values_it_was_trained_with(tokenizer, tmp_path):
     """那时还没有这几项设置：接着练要用当时的值，不是现在的默认值。"""
     path, snap = tmp_path / "m.pt", snapshot(tokenizer)
-    for name in ("muon_momentum", "adam_beta1", "adam_beta2", "router_scale"):
+    for name in ("muon_momentum", "adam_beta1", "adam_beta2", "router_scale", "muon_heads",
+                 "muon_beta2", "residual_lr_scale", "whole_documents"):  # fmt: skip
         del snap["config"][name]
     write(path, snap)
     _, config, _ = load(path, tokenizer)
     assert (config.muon_momentum, config.adam_beta1, config.adam_beta2) == (0.95, 0.9, 0.95)
     assert config.router_scale is None  # 没有专家，也就没有路由器
+    assert not config.muon_heads and not config.whole_documents
+    assert (config.muon_beta2, config.residual_lr_scale) == (0.0, 1.0)
     optimizer = build_optimizer(Transformer(config), config, 0.01)
     assert optimizer.muon.param_groups[0]["momentum"] == 0.95
     assert optimizer.adamw.param_groups[0]["betas"] == (0.9, 0.95)

@@ -26,8 +26,8 @@ from optimizer import build_optimizer
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, device="cpu",
-    dtype="float32", compile=False, lr=0.01, muon_momentum=0.9, vocab_size=640,
-    n_experts=0, n_active=0, router_scale=1.0,
+    dtype="float32", compile=False, lr=0.01, muon_momentum=0.9, residual_lr_scale=1.0,
+    vocab_size=640, n_experts=0, n_active=0, router_scale=1.0,
 )  # fmt: skip
 WORDS = np.arange(200, dtype=np.uint16)  # 学生的语料只用到这些编号
 

@@ -47,6 +47,7 @@ SMALL = Config(
     n_active=0, max_len=128, seq_len=64, batch_size=2, grad_accum=1, device="cpu",
     dtype="float32", compile=False, lr=0.01, sft_lr=0.002, max_steps=10, sft_max_steps=5,
     muon_momentum=0.9, router_scale=1.0, isolate_documents=True,
+    whole_documents=False, residual_lr_scale=1.0,
     data="/home/me/秘密/wiki.jsonl", sft_data="builtin", data_dir="/home/me/data",
     out_dir="/home/me/out", init_from="/home/me/out/pretrain.pt",
 )  # fmt: skip

@@ -541,8 +541,8 @@ argvs = st.lists(arguments, max_size=4).map(lambda groups: [a for group in group
 WRONG = [None, "", "x", "\ud800", "a\x00b", True, 0, -1, 1, 3, 0.5, math.nan, math.inf, -0.0, 1e300,
          10**400, [], [[1]], {}, (), b"x", 5e-324, Path("x")]  # fmt: skip
 edits = st.dictionaries(st.sampled_from(FLAGS[::2]), st.sampled_from(WRONG), max_size=3)
-ALWAYS_SET = [*SHAPE, "batch_size", "seq_len", "grad_accum", "isolate_documents", "lr", "sft_lr",
-              "out_dir"]  # fmt: skip
+ALWAYS_SET = [*SHAPE, "batch_size", "seq_len", "grad_accum", "isolate_documents",
+              "whole_documents", "residual_lr_scale", "lr", "sft_lr", "out_dir"]  # fmt: skip
 
 
 def check_config(config: Config) -> None:

@@ -12,7 +12,7 @@ from optimizer import Muon, build_optimizer, learning_rate, orthogonalize
 
 SMALL = Config(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24, max_len=16, vocab_size=64,
-    device="cpu", dtype="float32", compile=False, muon_momentum=0.9,
+    device="cpu", dtype="float32", compile=False, muon_momentum=0.9, residual_lr_scale=1.0,
 )  # fmt: skip
 
 
@@ -147,6 +147,30 @@ def test_a_matrix_without_gradient_does_not_move_evenly_either():
         p.grad = torch.zeros_like(p)
         muon.step()
     torch.testing.assert_close(p.detach(), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_what_is_written_to_the_residual_stream_takes_smaller_steps(experts):
+    """同样的梯度，注意力与前馈层（或各位专家）的最后一个投影走一半，别的参数不受影响。"""
+
+    def step(scale: float) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        config = replace(
+            SMALL, residual_lr_scale=scale, weight_decay=0.0, n_experts=experts, n_active=2,
+            router_scale=1.0,
+        )  # fmt: skip
+        model = Transformer(config)
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape)
+        build_optimizer(model, config, 0.01).step()
+        return {name: p.detach() - start[name] for name, p in model.named_parameters()}
+
+    whole, half = step(1.0), step(0.5)
+    for name, moved in half.items():
+        writes = name.startswith("blocks.") and (".out." in name or ".down" in name)
+        torch.testing.assert_close(moved, whole[name] * (0.5 if writes else 1.0))
+    assert sum(".out." in name or ".down" in name for name in half) == 2 * SMALL.n_layers
 
 
 def test_every_parameter_has_exactly_one_optimizer():
