@@ -7,6 +7,7 @@ stored_as       现在存成什么
 """
 
 import copy
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,23 @@ def speed_up(speaker: Speaker, device: Device, quantize: str = "none") -> Speake
     shrink(speaker, device, quantize)
     if device.compile:
         compile_step(speaker, device, quantize)
+    elif device.place.type == "cpu" and size_of(speaker) < WORTH_TRYING.start:
+        use_one_thread()
     return speaker
+
+
+def size_of(speaker: Speaker) -> int:
+    """有多少参数。"""
+    return sum(p.numel() for p in speaker.model.parameters())
+
+
+def use_one_thread() -> None:
+    """小的模型逐个生成，一个线程就够：分给几个，叫醒它们的工夫比算的还长（docs/lab-notes.md）。
+
+    用户自己定了几个线程的，照用户的。
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 # ---------- 1. 矩阵存成什么 ----------
@@ -77,8 +94,7 @@ def choose(speaker: Speaker, device: Device) -> str:
     编译的也照旧：int8 的每次都要重新编译，多等十来秒，愿意等的自己写明。
     不在当场比快慢：机器忙闲不定，同样的种子，两次说的话就会不同。损失则当场估，它每次都一样。
     """
-    size = sum(p.numel() for p in speaker.model.parameters())
-    if device.compile or not on_x86(device) or size not in WORTH_TRYING:
+    if device.compile or not on_x86(device) or size_of(speaker) not in WORTH_TRYING:
         return "none"
     cache = KVCache(speaker.config, device.place, device.dtype)
     small = replace(speaker, model=copy.deepcopy(speaker.model), cache=cache)
