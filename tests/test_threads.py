@@ -6,10 +6,16 @@ import sys
 from unittest import mock
 
 import pytest
+import torch
 from forked import CONTEXT
 from jobs import meet, spins
 from scripts import ENVIRONMENT, REPO
 
+from config import Config
+from engine import speed
+from engine.device import Device
+from generate import make_speaker
+from model import Transformer
 from settings import threads
 from tools.bench import measuring, neighbour
 from tools.bench.measuring import Contestant
@@ -100,3 +106,31 @@ def test_the_row_is_of_the_slower_one(monkeypatch):
     assert shown[:3] == training
     assert shown[3:9] == [(values, "") for values, _ in training * 2]
     assert shown[9:] == [([300], ""), ([120], ""), ([0.4], "≥ 0.3 倍")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "size", "expected"),
+    [(None, 10, [1]), (None, 30_000_000, []), ("2", 10, [])],
+    ids=["小的", "大的", "用户定了"],
+)
+def test_a_small_model_speaks_with_one_thread(
+    monkeypatch, tokenizer, speaking_config, asked, size, expected
+):
+    """小的逐个生成，一个线程最快；大的要几个一起读内存；用户定了几个，照用户的。"""
+    called = []
+    monkeypatch.setattr(torch, "set_num_threads", called.append)
+    monkeypatch.setattr(speed, "size_of", lambda speaker: size)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    speaker = make_speaker(Transformer(speaking_config), speaking_config, tokenizer, "pretrain")
+    speed.speed_up(speaker, Device(speaking_config))
+    assert called == expected
+
+
+@pytest.fixture
+def speaking_config() -> Config:
+    return Config(
+        dim=16, n_layers=1, n_heads=1, n_kv_heads=1, hidden_dim=8, n_experts=0, max_len=16,
+        device="cpu", dtype="float32", compile=False,
+    )  # fmt: skip
