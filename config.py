@@ -161,7 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         dim=192, n_layers=4, n_heads=3, n_kv_heads=1, hidden_dim=576, n_experts=0, n_active=0,
         max_len=512,
         batch_size=8, seq_len=256, grad_accum=1, lr=0.02, muon_momentum=0.9,
-        residual_lr_scale=0.5, isolate_documents=True, whole_documents=True,
+        residual_lr_scale=0.25, isolate_documents=True, whole_documents=True,
         max_steps=1000, sft_max_steps=150,
     ),
     "wide": dict(  # 矮胖
