@@ -19,13 +19,16 @@ import numpy as np
 class Recorded(NamedTuple):
     """一次练完的训练。"""
 
-    preset: str
+    preset: str  # 预设；设置改过的，是「预设，从前」
     tokens: int  # 一共读了多少词元：步数 × 一步的
     loss: float  # 全部留出的词条上，奈特每词元；wide 的后三次只取了 40 960 个词元
     source: str  # 在 SOURCES 里的哪一条
 
 
+# 名字里有「从前」的，是整篇地装、Muon 调匀之前练的：不用来估现在的预设，只用来定线的斜率。
 SOURCES = {
+    "整篇": "docs/lab-notes.md「优化器：又试了几样」；2 核 EPYC（Zen 3），float32，一个线程，"
+    "eb2930e 加 --residual_lr_scale 0.25，2026-11-28",
     "扫描": "docs/lab-notes.md「tiny 的优化器」；2 核 EPYC（Zen 3），float32，2026-11-24",
     "种子": "docs/lab-notes.md「专家混合」：--seed 42、43、44；同一台，b6b8d3b，2026-11-25",
     "bf16": "docs/lab-notes.md「tiny 预设」；2 核 EPYC（Zen 4），bf16，15ccb64，2026-11-24",
@@ -37,6 +40,11 @@ SOURCES = {
 
 # fmt: off
 RUNS = (
+    Recorded("tiny", 100 * 2048, 4.739, "整篇"),
+    Recorded("tiny", 300 * 2048, 4.240, "整篇"),
+    Recorded("tiny", 1000 * 2048, 3.640, "整篇"),
+    Recorded("tiny", 1000 * 2048, 3.660, "整篇"),
+    Recorded("tiny", 1000 * 2048, 3.639, "整篇"),
     Recorded("tiny，从前", 50 * 2048, 5.223, "短的"),
     Recorded("tiny，从前", 50 * 2048, 5.255, "短的"),
     Recorded("tiny，从前", 100 * 2048, 4.928, "短的"),
