@@ -54,8 +54,10 @@ def test_our_contestant_trains_as_the_script_does(trained, here):
     expected = metrics(trained[0] / "out/tiny", "pretrain")[1:4]
     config = settings("tiny", **here, batch_size=2, seq_len=128)
     ours = Ours(config)
+    before = 0
     for row in expected:
-        assert ours.step(row["lr"] / config.lr) == 256
+        assert ours.step(row["lr"] / config.lr) == row["tokens"] - before
+        before = row["tokens"]
         assert ours.loss == pytest.approx(row["train_loss"], rel=1e-4)
 
 
@@ -88,7 +90,7 @@ def test_every_contestant_learns_and_counts_only_targets(kind, here):
     counted = [made.step(1.0) for _ in range(8)]
     check_few_rows(made)
     if kind.startswith("ours"):
-        assert set(counted) == {16 * 64}
+        assert min(counted) > 0.9 * 16 * 64 and max(counted) <= 16 * 64  # 行尾空着的不算
         assert made.val_loss() < 9.5
     elif kind == "qwen3 eager":
         assert set(counted) == {16 * 63}  # 每行的最后一个没有目标

@@ -27,7 +27,7 @@ from corpus import card as cards
 from corpus import checked, find, streams, token_file
 from corpus.checked import BLOCK, BlockSums, Damaged, Tokens
 from corpus.streams import Steady
-from dataset import SIDES, PretrainBatches, used_ids
+from dataset import SIDES, DocumentBatches, PretrainBatches, used_ids
 from loss import bits_per_character
 from tools.inspect import facts
 
@@ -421,7 +421,7 @@ def test_damage_in_the_middle_of_training_stops_before_the_step(tmp_path, traini
     checkpoint = next(tmp_path.glob("out/*/pretrain.pt"))
     bin_ = next(tmp_path.glob("data/cache/*.train.bin"))
     good = bin_.read_bytes()
-    real, calls = PretrainBatches.get, []
+    real, calls = DocumentBatches.get, []
 
     def get(self, rows):
         calls.append(1)
@@ -432,7 +432,7 @@ def test_damage_in_the_middle_of_training_stops_before_the_step(tmp_path, traini
         return real(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PretrainBatches, "get", get)
+        patch.setattr(DocumentBatches, "get", get)
         _, err = run(tmp_path, "pre_train.py", *training, "--max_steps", "4", "--overwrite",
                      "--save_every", "0", code=2)  # fmt: skip
     assert "train.bin" in err and "再运行一次同样的命令就会重做" in err
@@ -452,7 +452,7 @@ def test_resuming_never_goes_on_with_a_changed_cache(tmp_path, training, monkeyp
     flags = [*training, "--max_steps", "5", "--save_every", "0"]
     run(tmp_path, "pre_train.py", *flags)
     whole = steps_of(tmp_path)
-    real, calls = PretrainBatches.get, []
+    real, calls = DocumentBatches.get, []
 
     def get(self, rows):
         calls.append(1)
@@ -461,7 +461,7 @@ def test_resuming_never_goes_on_with_a_changed_cache(tmp_path, training, monkeyp
         return real(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PretrainBatches, "get", get)
+        patch.setattr(DocumentBatches, "get", get)
         run(tmp_path, "pre_train.py", *flags, "--overwrite", code=2)
     before = steps_of(tmp_path)
     bin_ = next(tmp_path.glob("data/cache/*.train.bin"))
