@@ -29,7 +29,7 @@ def test_pretraining_says_what_it_does_and_learns(trained):
     wanted = {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_second", "val_loss",
               "val_bpc", "sample", "seconds"}  # fmt: skip
     assert set(rows[-1]) == wanted
-    assert rows[-1]["tokens"] == 16 * 2 * 128
+    assert 0.95 * 16 * 2 * 128 < rows[-1]["tokens"] <= 16 * 2 * 128  # 行尾空着的不算
     for name in ("pretrain.pt", "pretrain/loss.png", "pretrain/config.json"):
         assert (folder / "out/tiny" / name).stat().st_size > 0
 
