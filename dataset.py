@@ -177,7 +177,8 @@ def pretrain_batches(data, side: str, config: Config, tokenizer: Tokenizer):
     if not config.isolate_documents:
         return PretrainBatches(tokens, config.seq_len)
     if config.whole_documents:
-        return DocumentBatches(tokens, data.starts[side], config.seq_len, config.seed)
+        seed = config.seed if side == "train" else 0  # 换了种子，检验的仍是同样的行
+        return DocumentBatches(tokens, data.starts[side], config.seq_len, seed)
     return PretrainBatches(tokens, config.seq_len, tokenizer.bos_id)
 
 

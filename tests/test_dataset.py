@@ -468,6 +468,20 @@ def test_the_configuration_decides_how_rows_are_made():
     assert made[True, False].get([0]).segments is not None
 
 
+def test_another_seed_trains_on_other_rows_but_is_examined_on_the_same():
+    """检验常只取开头若干行：种子不同的几次要比得，取的就得是同样的几篇。"""
+    starts = np.cumsum([0, *np.random.default_rng(0).integers(2, 12, 60)])
+    tokens = (np.arange(starts[-1]) + 5).astype(np.uint16)
+    data = SimpleNamespace(tokens=dict.fromkeys(SIDES, tokens), starts=dict.fromkeys(SIDES, starts))
+
+    def rows(side: str, seed: int) -> list:
+        config = Config(seq_len=16, isolate_documents=True, whole_documents=True, seed=seed)
+        return pretrain_batches(data, side, config, TOKENIZER).rows
+
+    assert rows("val", 1) == rows("val", 2)
+    assert rows("train", 1) != rows("train", 2)
+
+
 def test_packing_never_changes_between_versions():
     """检查点里只存步数：几篇拼成一行的算法若变了，续训会重读一些，漏掉另一些。"""
     lengths = np.random.default_rng(3).integers(1, 9, 12)
