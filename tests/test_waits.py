@@ -210,6 +210,8 @@ def test_an_update_is_a_few_dozen_operations_however_deep(preset, heads, beta2):
         (True, True): (78, 102), (True, False): (91, 126),
     }[config.n_experts > 0, heads]  # fmt: skip
     muon = even if beta2 else plain
+    if config.residual_lr_scale != 1 and not heads:  # 形状相同、步子不同的，分成两组
+        muon += 3 if beta2 else 4
     with META:
         model = Transformer(config)
     optimizer = build_optimizer(model, config, 0.01, torch.bfloat16)
