@@ -81,7 +81,7 @@ def evaluate(
 
     Args:
         loss: 一批 -> 损失之和。
-        batches: `PretrainBatches` 或 `SFTBatches`。
+        batches: `pretrain_batches` 给出的，或 `SFTBatches`。
         max_tokens: 至多用多少词元。
         device: 用到 place、autocast 与 world，见 engine/device.py。
     """

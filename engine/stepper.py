@@ -85,7 +85,7 @@ class Stepper:
         """训练的一批批有了：定下走几步，与别的进程接上。
 
         Args:
-            train: `PretrainBatches`、`Replay` 或 `SFTBatches`。
+            train: `pretrain_batches` 给出的、`Replay` 或 `SFTBatches`。
             card: 词元文件的卡片。
         """
         self.train, self.card = train, card
