@@ -81,6 +81,22 @@ def test_half_precision_is_enough_whatever_the_size_of_the_gradient(scale, dtype
     torch.testing.assert_close(orthogonalize(x, dtype).float(), exact, atol=error, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("shape", [(4, 64, 192), (2, 192, 576), (3, 48, 48)])
+def test_all_steps_at_once_equal_one_step_at_a_time(shape, scale):
+    """fp32 先在小矩阵上连乘，fp64 一步步走；奇异值从 1 到 1e-7，最小的 gram 里看不见。"""
+    torch.manual_seed(0)
+    n, rows, columns = shape
+    left = torch.linalg.qr(torch.randn(n, rows, rows, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(n, columns, rows, dtype=torch.float64))[0].mT
+    x = scale * (left * torch.logspace(0, -7, rows, dtype=torch.float64)) @ right
+    slowly = orthogonalize(x, torch.float64)
+    torch.testing.assert_close(
+        orthogonalize(x.float(), torch.float32).double(), slowly, atol=3e-4, rtol=0
+    )
+    assert not orthogonalize(torch.zeros(shape), torch.float32).any()
+
+
 def test_every_neuron_takes_the_same_step():
     """高的矩阵（门）按行，矮的（投影回来）按列：前馈层的一个神经元，步子与别的一样大；整个的大小不变。"""
     torch.manual_seed(0)
