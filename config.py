@@ -49,10 +49,14 @@ class Config:
     sft_data: str = option("auto", "微调对话：builtin 或文件路径；auto：有下载好的就用它")
     lr: float | None = option(None, "预训练的最高学习率（Muon 管的矩阵）")
     sft_lr: float | None = option(None, "微调的最高学习率")
-    max_steps: int | None = option(None, "预训练的步数；与 epochs 二选一", "步")
+    max_steps: int | None = option(None, "预训练的步数；与 epochs、hours、until 只写一个", "步")
     epochs: float | None = option(None, "预训练把语料读几遍", "遍")
-    sft_max_steps: int | None = option(None, "微调的步数；与 sft_epochs 二选一", "步")
+    sft_max_steps: int | None = option(None, "微调的步数；同样只写一个", "步")
     sft_epochs: float | None = option(None, "微调把对话读几遍", "遍")
+    hours: float | None = option(None, "练几小时就收尾，代替步数与遍数；中断的时候不算", "小时")
+    until: str | None = option(
+        None, "练到几点就收尾，代替步数与遍数，例如 23:00，或 '2026-11-30 07:30'"
+    )
     # ================================================================
 
     # 模型的形状
@@ -150,7 +154,10 @@ class Config:
 
 
 BOTH_STAGES = ("data", "prompt", "lr", "max_steps", "epochs")  # 微调的那一份前面加 sft_
-STEPS_OR_EPOCHS = (("max_steps", "epochs"), ("sft_max_steps", "sft_epochs"))  # 各是二选一
+# 练多久的几种写法，每个阶段只能写一种
+HOW_LONG = tuple(
+    (f"{stage}max_steps", f"{stage}epochs", "hours", "until") for stage in ("", "sft_")
+)
 N_TOKENS = 21146  # 分词器的词元数：bert-base-chinese 的 21128 个，加上 tokenizer.py 补的
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "n_experts", "n_active",
          "max_len", "vocab_size", "rope_theta", "norm_eps")  # fmt: skip

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import PER_PRESET, PRESETS, STEPS_OR_EPOCHS, Config, UserError
+from config import HOW_LONG, PER_PRESET, PRESETS, Config, UserError
 from engine.archive import Damaged, Lie, open_archive
 from engine.claims import (
     FORMAT,
@@ -237,7 +237,7 @@ def config_of(checkpoint: dict, path: Path, tokenizer: Tokenizer) -> Config:
     config = Config(**{k: v for k, v in saved.items() if k in names})
     problems: list[str] = []
     wrong = check_types(config, problems)
-    optional = {"router_scale", *(name for pair in STEPS_OR_EPOCHS for name in pair)}
+    optional = {"router_scale", *(name for group in HOW_LONG for name in group)}
     problems += [f"缺少 {n}" for n in sorted(PER_PRESET - optional) if getattr(config, n) is None]
     if not problems:
         check_values(config, problems, wrong)

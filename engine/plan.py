@@ -70,6 +70,8 @@ def rehearse(run, exam) -> Iterator[int]:
     check(run, exam, run.config.eval_tokens)
     run.pace.measured.append(time.monotonic() - before)
     run.pace.step = run.first_step
+    if run.deadline:
+        run.n_steps = run.pace.n_steps = run.deadline.plan(run.pace, run.n_steps)
     state = run.state()  # 分开放的模型，要全体进程一起收
     if run.world.rank == 0:
         say(words.plan(estimate(run, startup, state)))

@@ -5,6 +5,7 @@ Pace                      走得多快，还要多久：编译不算，检验与
 Bar                       进度条；多快、还要多久，听 Pace 的
 """
 
+import copy
 import math
 import statistics
 from collections import deque
@@ -131,6 +132,12 @@ class Pace:
         n = (self.n_steps - 1) // self.eval_every - self.step // self.eval_every
         last = self.last / self.usual if self.step < self.n_steps else 0
         return (max(0, n) + last) * self.check_seconds
+
+    def to(self, n_steps: int, eval_every: int) -> "Pace":
+        """一样的速度，改走到第 n_steps 步为止。"""
+        other = copy.copy(self)
+        other.n_steps, other.eval_every = n_steps, eval_every
+        return other
 
     def remaining(self) -> float | None:
         """还要多少秒；还没有量到是 None。"""

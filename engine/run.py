@@ -6,7 +6,6 @@
 
 from settings.script import is_out_of_memory
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -17,11 +16,11 @@ import torch
 from torch import nn
 
 from config import MissingData, UserError
-from engine import corpora, plan, words
+from engine import checks, corpora, plan, words
 from engine.checkpoint import build_model, capture, load, restore, versions
+from engine.deadline import Deadline
 from engine.device import Device
 from engine.distributed import World
-from engine.expert_load import expert_loads
 from engine.guard import diverged, skip_step, too_many_skipped
 from engine.memory import auto_batch, out_of_memory
 from engine.metrics import Metrics
@@ -54,7 +53,7 @@ class Run(Stepper):
         self.began = time.monotonic()
         config, origins = load_config(stage, sys.argv[1:] if argv is None else argv)
         world, tokenizer = World(), Tokenizer()
-        self.origins, self.stop = origins, None
+        self.origins, self.stop, self.deadline = origins, None, None
         self.folder = RunFolder(stage, config, origins, world, program)
         self.checkpoint = self.folder.begin(config, origins, tokenizer)  # --resume：上次的状态
         self.start, start_path = self.checkpoint, self.folder.path
@@ -92,6 +91,10 @@ class Run(Stepper):
     def plan(self, train, card: dict) -> None:
         """同 `Stepper.plan`；步数是预设的，数据又太少，就少走几步。"""
         super().plan(train, card)
+        if self.config.hours or self.config.until:
+            self.deadline = Deadline(self.config, self.began, self.checkpoint)
+            self.n_steps = self.deadline.n_steps
+            return
         name = {"pretrain": "max_steps", "sft": "sft_max_steps"}[self.stage]
         steps = fewer_steps(self.config, self.n_steps, train.n_rows)
         if self.origins[name] is Origin.PRESET and steps < self.n_steps:
@@ -151,7 +154,8 @@ class Run(Stepper):
         step = self.first_step = self.progress.step
         if step > self.n_steps:
             raise UserError(f"已经走完 {step} 步，比现在要的 {self.n_steps} 步还多；请加大步数")
-        say(f"接着 {folder.root} 里的检查点练：已经走完 {step} 步，共 {self.n_steps} 步")
+        total = self.deadline or f"共 {self.n_steps} 步"
+        say(f"接着 {folder.root} 里的检查点练：已经走完 {step} 步，{total}")
         self.checkpoint = None  # 用完就放手，不占内存
 
     def begin(self) -> None:
@@ -193,22 +197,35 @@ class Run(Stepper):
             self.pace, total=self.n_steps, initial=self.first_step, unit="步",
             dynamic_ncols=True, disable=self.world.rank > 0,
         )  # fmt: skip
-        for step in range(self.first_step, self.n_steps):
+        step = self.first_step
+        while step < self.n_steps:
             started, self.notes = time.monotonic(), {}
             yield step
             self.between_steps()
+            self._replan(int(self.votes[2]))
             seconds = time.monotonic() - started
             if self.pace.stepped(seconds):
                 say_above_bar(words.remaining(self.pace))
             self._record(step, self.n_targets / seconds, exam)
-            self._save_or_leave(last=step + 1 == self.n_steps)
+            step += 1
+            self._save_or_leave(last=step == self.n_steps)
         self.bar.close()
         self.metrics.draw()
+        checks.settle(self)
         say(words.farewell(self))
 
     def ask(self) -> tuple[float, ...]:
-        """有谁收到了叫停的信号，该不该存了。"""
-        return self.stop.signal > 0, self.saver.due()
+        """有谁收到了叫停的信号，该不该存了；练到几点的，照第 0 个进程的钟，一共走几步。"""
+        planned = 0
+        if self.deadline and self.world.rank == 0:
+            planned = self.deadline.plan(self.pace, self.n_steps)
+        return self.stop.signal > 0, self.saver.due(), planned
+
+    def _replan(self, planned: int) -> None:
+        """练到几点的，一共走几步也许要改；学习率由它算出，所以记下来。"""
+        if self.deadline and planned != self.n_steps:
+            self.n_steps = self.pace.n_steps = self.bar.total = self.notes["n_steps"] = planned
+            self.eval_every = self.pace.eval_every = eval_interval(self.config, planned)
 
     @property
     def rows_at_once(self) -> int:
@@ -239,14 +256,17 @@ class Run(Stepper):
             **self.notes,
         }  # fmt: skip
         if last or (step + 1) % self.eval_every == 0:
-            started = time.monotonic()
-            row |= self.check(exam, self.config.eval_tokens * (10 if last else 1), everything=last)
+            started, most = time.monotonic(), self.config.eval_tokens * (10 if last else 1)
+            row |= checks.check(self, exam, most, everything=last)
             self.pace.checked(time.monotonic() - started)
         self.metrics.write(**row)
+        if "val_loss" in row and not last:
+            checks.keep_best(self)
+            checks.warn(self)
 
     def _save_or_leave(self, last: bool) -> None:
         """该停的停，该存的存。Raises UserError：发散了。"""
-        stopping, saving = self.votes
+        stopping, saving, _ = self.votes
         if too_many_skipped(self.progress, self.device.scaler):
             raise diverged(self.state(), self.folder, self.progress, "--lr", self.highest_lr)
         if last or saving or stopping:
@@ -256,32 +276,9 @@ class Run(Stepper):
             self.stop.leave(self.saver, self.progress, self.n_steps)
         self.stop.watch()
 
-    def check(self, exam, max_tokens: int, everything: bool = False) -> dict:
-        """检验，再写一段给人看；返回写进记录的几项。
-
-        Args:
-            exam: loss.py 的 `Exam`。
-            max_tokens: 至多用多少词元。
-            everything: 最后的那一次，数据多，不与平时的比高低。
-        """
-        self.micro_rows = []  # 内存若不够，是检验的这一批太大
-        (loss, bpc), old = exam.measure(max_tokens), exam.measure_old(max_tokens)
-        load = expert_loads(self._model, self.world)  # 专家混合：留出的数据上，各位专家的负载
-        self.progress.checked(loss, bpc, everything)
-        sample = ""
-        if math.isfinite(loss):
-            with self._parallel.gathered():
-                sample = exam.write()
-        step, shown = self.progress.step, exam.show(sample)
-        say_above_bar(words.exam_result(step, (loss, bpc), old, load, shown))
-        more = {"val_load": load.rounded()} if load else {}
-        if old:
-            more |= {"val_loss_old": old[0], "val_bpc_old": old[1]}
-        return {"val_loss": loss, "val_bpc": bpc, "sample": sample, **more}
-
     def first_check(self, exam, max_tokens: int) -> float:
         """一步还没有走时的检验，也写进记录；返回损失。"""
-        result = self.check(exam, max_tokens)
+        result = checks.check(self, exam, max_tokens)
         self.metrics.write(step=0, tokens=0, **result)
         return result["val_loss"]
 

@@ -1,6 +1,7 @@
 """一次训练的输出目录：上锁，不盖掉别人的，找到该接着练的那一个。
 
-目录里：pretrain.pt 是最新的检查点，pretrain.previous.pt 是它之前的一个。出过事的话，还会有
+目录里：pretrain.pt 是最新的检查点，pretrain.previous.pt 是它之前的一个；语料读了好几遍、后来
+又变差了的，pretrain.best.pt 是留出的文字上最好的。出过事的话，还会有
 pretrain.damaged.pt（坏了的）与 pretrain.diverged.pt（发散时的状态），留着供查看。
 """
 
@@ -65,7 +66,7 @@ class RunFolder:
     ):
         self.stage, self.world, self.config = stage, world, config
         self.root = Path(config.out_dir)
-        self.path = self.root / f"{stage}.pt"
+        self.path, self.best = self.root / f"{stage}.pt", self.root / f"{stage}.best.pt"
         self.damaged = False
         self.writes = world.rank == 0 and not config.plan
         program = program or SCRIPTS[stage]
@@ -116,7 +117,7 @@ class RunFolder:
         restarted = self.world.restarts > 0 and self._launch_id() == self.world.launch_id != "none"
         if not config.resume and not (restarted and existing):
             if not (config.overwrite or config.plan):
-                self._keep(existing, config.init_from)
+                self._keep([*existing, *[self.best] * self.best.exists()], config.init_from)
             return None
         if config.overwrite and not restarted:
             raise UserError("--resume 与 --overwrite 只能写一个")
@@ -143,7 +144,7 @@ class RunFolder:
         if not self.writes:
             return
         if fresh:
-            for path in (self.path, previous_of(self.path)):
+            for path in (self.path, previous_of(self.path), self.best):
                 path.unlink(missing_ok=True)
         elif self.damaged:
             os.replace(self.path, self.path.with_name(f"{self.path.stem}.damaged.pt"))

@@ -66,3 +66,19 @@ class Saver:
         self.last = time.monotonic()
         self.cost = self.last - started
         self.progress.saving_seconds += self.cost
+
+    def save_best(self, make: Callable[[], dict[str, Any]]) -> None:
+        """留出的文字上最好的，另存一份，代替以前最好的；存不下只说一声。"""
+        started = time.monotonic()
+        checkpoint = make()
+        if self.folder.writes:
+            try:
+                write(self.folder.best, checkpoint, keep_previous=False)
+            except UserError as error:
+                say_above_bar(f"（{error}。训练接着进行）", file=sys.stderr)
+        self.progress.saving_seconds += time.monotonic() - started
+
+    def forget_best(self) -> None:
+        """另存的那一份不要了。"""
+        if self.folder.writes:
+            self.folder.best.unlink(missing_ok=True)

@@ -4,14 +4,13 @@ expected_loss   照记录（recorded.py）估的损失，或者为什么估不�
 ways            三种走法，各是一条照抄就行的命令，要多久，练到多好
 """
 
-import copy
 import math
 import shlex
 from bisect import bisect_right
 from dataclasses import fields, replace
 from typing import NamedTuple
 
-from config import PRESETS, STEPS_OR_EPOCHS, Config
+from config import HOW_LONG, PRESETS, Config
 from engine.recorded import Expected, expected
 from settings.defaults import eval_interval, fewer_steps, total_steps
 from settings.resolve import Origin, load_config
@@ -22,7 +21,7 @@ SIZES = (("tiny", "wide", "deep"), ("tiny-moe", "moe"))  # 嫌慢换左边的，
 STEPS = {"pretrain": "max_steps", "sft": "sft_max_steps"}
 # 改了也不影响损失的（只差一点舍入、种子的运气），以及步数：它正是线的横坐标。
 FREE = HARMLESS | ROUNDING | LOCAL | {"seed", "keep_reasoning", "sft_lr"} | {
-    name for pair in STEPS_OR_EPOCHS for name in pair
+    name for group in HOW_LONG for name in group
 }  # fmt: skip
 
 
@@ -94,16 +93,14 @@ def with_steps(run, startup: float, n_steps: int) -> Way:
     """改走到第 n_steps 步为止。"""
     allow = "" if not run.resumed or run.config.allow_changes else " --allow_changes"
     name = STEPS[run.stage]
-    command = typed(run, {name, name.replace("max_steps", "epochs")})
+    command = typed(run, next({*group} for group in HOW_LONG if name in group))
     command += f"{allow} --max_steps {n_steps}"
     return Way(command, startup + seconds_of(run, n_steps), expected_loss(run, n_steps))
 
 
 def seconds_of(run, n_steps: int) -> float:
     """走到第 n_steps 步为止，连同检验与保存，要多久。"""
-    pace = copy.copy(run.pace)
-    pace.n_steps, pace.eval_every = n_steps, eval_interval(run.config, n_steps)
-    return pace.remaining()
+    return run.pace.to(n_steps, eval_interval(run.config, n_steps)).remaining()
 
 
 def other_size(run, startup: float, smaller: bool) -> Way | None:

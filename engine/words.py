@@ -22,12 +22,18 @@ def introduction(run) -> str:
     return "\n".join(lines + [f"（{note}）" for note in run.device.notes])
 
 
+def epochs(run, n_steps: int) -> float:
+    """走 n_steps 步，把数据读几遍。"""
+    return n_steps * run.rows_per_step / run.train.n_rows
+
+
 def scale(run) -> str:
     """模型多大，走多少步，把数据读几遍。"""
     text = (
-        f"模型：{run.n_params / 1e6:.1f} M 参数；共 {run.n_steps} 步，"
-        f"每步 {run.rows_per_step * run.config.seq_len} 个词元，"
-        f"合计读 {run.n_steps * run.rows_per_step / run.train.n_rows:.2g} 遍"
+        f"模型：{run.n_params / 1e6:.1f} M 参数；"
+        + (f"{run.deadline}，" if run.deadline else f"共 {run.n_steps} 步，")
+        + f"每步 {run.rows_per_step * run.config.seq_len} 个词元，"
+        + ("走几步，量了速度再定" if run.deadline else f"合计读 {epochs(run, run.n_steps):.2g} 遍")
     )
     if run.swap and run.train.n_old:
         text += f"，每一遍 {run.train.n_new} 行新的、{run.train.n_old} 行旧的"
@@ -53,10 +59,38 @@ def exam_result(step: int, result: tuple, old: tuple | None, load, sample: str) 
 def few_data(run, before: int, after: int) -> str:
     """数据太少，预设的步数从 before 减到 after。"""
     what = {"pretrain": "语料", "sft": "对话"}[run.stage]
-    epochs = [n * run.rows_per_step / run.train.n_rows for n in (before, after)]
     return (
-        f"（{what}只有 {run.card['train_tokens']} 个词元："
-        f"预设的 {before} 步要读 {epochs[0]:.0f} 遍，改为 {epochs[1]:.0f} 遍、{after} 步）"
+        f"（{what}只有 {run.card['train_tokens']} 个词元：预设的 {before} 步要读 "
+        f"{epochs(run, before):.0f} 遍，改为 {epochs(run, after):.0f} 遍、{after} 步）"
+    )
+
+
+def rising(run, rereading: bool) -> str:
+    """检验损失连着升了三次。
+
+    Args:
+        rereading: 语料已经读了不止一遍。
+    """
+    progress = run.progress
+    text = (
+        f"检验损失连着升了三次：最低是 {progress.best_val_loss:.3f}，在第 {progress.best_step} 步"
+    )
+    if not rereading:
+        return f"（{text}；语料一遍还没有读完，多半是学习率太大）"
+    read = epochs(run, progress.step)
+    return (
+        f"（{text}；语料已经读了 {read:.1f} 遍，它多半是在背书。最好的另存在 {run.folder.best}；"
+        f"可以就停在这里（Ctrl-C），换多些的语料，或者少读几遍）"
+    )
+
+
+def best(run) -> str:
+    """最后的不是最好的：最好的在哪里。"""
+    progress = run.progress
+    return (
+        f"（留出的文字上，最好的不是最后的，是第 {progress.best_step} 步，检验损失 "
+        f"{progress.best_val_loss:.3f}：另存在 {run.folder.best}，用 --checkpoint 或 --init_from "
+        f"写明就能用它）"
     )
 
 

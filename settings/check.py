@@ -8,9 +8,12 @@ check_values   逐条对照这张表
 import reprlib
 from collections.abc import Callable
 from dataclasses import fields
+from datetime import datetime
+from itertools import combinations
 from typing import NamedTuple
 
-from config import N_TOKENS, SHAPE, STEPS_OR_EPOCHS, Config
+from config import HOW_LONG, N_TOKENS, SHAPE, Config
+from settings.clock import moment
 from settings.flags import field_types, is_text
 
 PLACES = ("data", "sft_data", "replay_data", "data_dir", "out_dir", "init_from")  # 文件与目录
@@ -80,6 +83,11 @@ RANGES = (
     ),
     (("val_fraction",), (lambda v: 0 < v < 0.5, "必须在 0 与 0.5 之间")),
     (("save_every",), (lambda v: 0 <= v < float("inf"), "不能是负数")),
+    (("hours",), (lambda v: 0 < v <= 10**4, "必须是正数，不超过 10^4")),
+    (
+        ("until",),
+        (lambda v: moment(v, datetime.now()), "要写成 23:00 或 '2026-11-30 07:30' 这样"),
+    ),
     (("seed",), (lambda v: 0 <= v < 2**63, "必须在 0 与 2^63 之间")),
 )
 
@@ -130,7 +138,7 @@ COMBINATIONS = (
     # 两个都指定了，才轮得到这一条，那就是不对。
     *(
         Rule(pair, lambda *_: False, "{} 与 {} 只能指定一个".format(*pair))
-        for pair in STEPS_OR_EPOCHS
+        for pair in dict.fromkeys(pair for group in HOW_LONG for pair in combinations(group, 2))
     ),
 )
 

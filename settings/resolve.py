@@ -14,12 +14,14 @@ import re
 import shlex
 import warnings
 from dataclasses import asdict, fields
+from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from config import BOTH_STAGES, PRESETS, STEPS_OR_EPOCHS, Config, UserError
+from config import BOTH_STAGES, HOW_LONG, PRESETS, Config, UserError
 from settings.check import check_types, check_values
+from settings.clock import SHOWN, moment
 from settings.defaults import AUTOMATIC, sft_start
 from settings.files import write_text
 from settings.flags import help_text, parse_flags
@@ -68,9 +70,10 @@ def load_config(
     flags = parse_flags(Config, argv, problems)
     for_this_stage(stage, flags, problems)
     config = default or Config()
-    for pair in STEPS_OR_EPOCHS:
-        if len(given := [name for name in pair if name in flags]) == 1:
-            setattr(config, next(n for n in pair if n != given[0]), None)  # 命令行的算数
+    for group in HOW_LONG:
+        if len(given := [name for name in group if name in flags]) == 1:
+            for name in {*group} - {*given}:
+                setattr(config, name, None)  # 命令行的算数
     origins = {f.name: Origin.EDITED for f in fields(Config)}
     for name, value in flags.items():
         setattr(config, name, value)
@@ -86,6 +89,8 @@ def load_config(
         problems += [f"{n} 只用于增量预训练，要同时用 --init_from 写明起点" for n in unused]
     check_values(config, problems, wrong)
     report(problems)
+    if config.until:
+        config.until = moment(config.until, datetime.now()).strftime(SHOWN)
     return config, origins
 
 
@@ -116,9 +121,9 @@ def fill_in(config: Config, origins: Origins) -> None:
     preset = dict(PRESETS[config.preset])
     if config.batch_size == "auto":  # 一大批有多少行由预设决定，训练脚本再试出怎样分成小批
         fill("batch_size", preset["batch_size"], Origin.TRIED)
-    for steps, epochs in STEPS_OR_EPOCHS:
-        if getattr(config, epochs) is not None:
-            preset.pop(steps, None)  # 用户指定了遍数，预设的步数便不作数
+    for steps, *others in HOW_LONG:
+        if any(getattr(config, name) is not None for name in others):
+            preset.pop(steps, None)  # 用户写了练多久，预设的步数便不作数
     if config.n_experts == 0:
         preset.pop("router_scale", None)  # 用户不要专家，也就没有路由器
     for name, value in preset.items():

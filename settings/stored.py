@@ -8,7 +8,7 @@ check_changes   接着练时改了的，能不能改
 from dataclasses import fields
 from pathlib import Path
 
-from config import PER_PRESET, SHAPE, STEPS_OR_EPOCHS, Config, UserError
+from config import HOW_LONG, PER_PRESET, SHAPE, Config, UserError
 from settings.check import PLACES, check_values
 from settings.defaults import continued_lr, sft_lr
 from settings.resolve import Origin, Origins, fill_automatic
@@ -91,16 +91,17 @@ def adopt(config: Config, origins: Origins, source: Config, path: Path) -> None:
     """
     changed: dict[str, str] = {}
     # 没有改过 config.py 时，这些项是空着的，由预设决定。
-    blank = PER_PRESET | {name for pair in STEPS_OR_EPOCHS for name in pair}
+    blank = PER_PRESET | {name for group in HOW_LONG for name in group}
     edited = {n: getattr(config, n) for n in blank if origins[n] is Origin.EDITED}
     given = {name for name, origin in origins.items() if origin is Origin.FLAG}
-    for pair in STEPS_OR_EPOCHS:  # 二选一的，命令行上给了一个，另一个就不作数
-        if given & set(pair):
-            given |= set(pair)
+    for group in HOW_LONG:  # 只能写一种的，命令行上给了一种，别的就不作数
+        if given & set(group):
+            given |= set(group)
     for name in (f.name for f in fields(Config)):
         mine, theirs = getattr(config, name), getattr(source, name)
         if name in given - LOCAL and mine != theirs:
-            changed[name] = f"{name}（{theirs} → {mine}）"
+            if mine is not None:  # 换了一种写法，原来的那种不作数，不必说
+                changed[name] = f"{name}（{theirs} → {mine}）"
         elif name not in LOCAL and not (name in PLACES and mine == theirs):
             setattr(config, name, theirs)
             origins[name] = Origin.CHECKPOINT
