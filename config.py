@@ -137,7 +137,9 @@ class Config:
     init_from: str | None = option(
         None, "从哪个检查点开始；预训练写了它，就是增量预训练：在新的语料上接着学"
     )
-    replay: float = option(0.0, "增量预训练时，每一遍里旧语料的行占几成，免得忘了学过的")
+    replay: float = option(
+        0.0, "增量预训练与微调时，每一遍里旧语料（预训练读过的）的行占几成，免得忘了学过的"
+    )
     replay_data: str | None = option(
         None, "旧语料：builtin 或文件路径；读得到就总在它上面也检验，看忘了多少"
     )

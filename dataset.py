@@ -4,8 +4,8 @@
     PackedBatches     几段拼成一行，互相看不见，一段也不切开；下面两种都是
     DocumentBatches   整篇的文档
     SFTBatches        整段的对话，只在助手的话上算损失
-    pretrain_batches  预训练用哪一种，由配置决定
-    Replay            增量预训练：新语料的行里掺一些旧语料的
+    pretrain_batches  预训练用哪一种，由配置决定；sft_batches：微调的
+    Replay            新的行里掺一些旧语料的：增量预训练，微调
     rows_of_step      第几步用哪几行：只由种子与步数决定，随时接得上
 
 词元文件是一串编号，由 corpus/token_file.py 从原始文件写成；这里只管怎样把它切成行、拼成批。
@@ -234,6 +234,14 @@ class SFTBatches(PackedBatches):
         return np.where((by_assistant & ~marks)[1:], ids[1:], IGNORE)
 
 
+def sft_batches(data, side: str, config: Config, tokenizer: Tokenizer) -> SFTBatches:
+    """微调的一批批；参数同 `pretrain_batches`。"""
+    return SFTBatches(
+        data.tokens[side], data.starts[side], config.seq_len, tokenizer, config.seed,
+        config.max_len, side,
+    )  # fmt: skip
+
+
 def pack(
     lengths: np.ndarray, items: np.ndarray, capacity: int, rng: np.random.Generator
 ) -> list[list[int]]:
@@ -271,13 +279,13 @@ def pack(
 
 
 class Replay:
-    """新语料的行里掺一些旧语料的，免得学了新的、忘了旧的。
+    """新的行里掺一些旧语料的，免得学了新的、忘了旧的：增量预训练，或者微调。
 
     一遍是新的全部行，加上若干旧的行；旧的每遍换一批，全轮过了再从头。行的编号：先是新的 n_new 行，
     再是旧的各行。
 
     Args:
-        new, old: 预训练的一批批，见 `pretrain_batches`。
+        new, old: 一批批，见 `pretrain_batches` 与 `sft_batches`；行一样长，都分段或都不分。
         share: 每一遍里，旧的行占几成；0 就是不掺。
         seed: 决定先用旧的哪些行。
     """

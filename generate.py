@@ -4,12 +4,13 @@
     next_logits      新词元 -> 下一个词元的打分，编译的就是它
     probabilities    打分 -> 概率：惩罚重复、温度、top-k、top-p、min-p
     generate         一边算一边给出编号
-    is_looping       有没有陷进反复说同一句话的圈子
+    is_looping       有没有陷进反复说同样的话的圈子
 
 图例：L 层数，B 批次，T 词元数，K 键值头数，D 头宽，V 词表大小。
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -47,6 +48,7 @@ class Sampling:
 
 
 CALM = {"sft": {"temp": 0.3}}  # 接龙要活，回答要稳
+BLANK_LINES, SAME_LINES = 3, 4  # 空行连着几行、同样的一行写了几遍，就算在反复
 CHARACTERS_PER_TOKEN = 32  # 真的文字里，一个词元平均到不了这么多字
 
 
@@ -260,10 +262,21 @@ def make_speaker(model: Transformer, config: Config, tokenizer: Tokenizer, stage
     return Speaker(model, config, tokenizer, stage, banned, model.score, cache)
 
 
-def is_looping(ids: list[int], longest: int = 48) -> bool:
-    """末尾是不是同一段话在反复：一段（至多 longest 个词元）连说四遍以上，且总共不少于 24 个。"""
-    for period in range(1, min(longest, len(ids) // 4) + 1):
-        span = max(4 * period, 24)
+def is_looping(ids: list[int], tokenizer: Tokenizer, longest: int = 48) -> bool:
+    """写到这里，是不是只在反复了：末尾的一段连说几遍，空行一行接一行，或者同样的一行写了又写。
+
+    Args:
+        ids: 已经写出的编号。
+        longest: 反复的一段至多多少个词元。
+    """
+    for period in range(1, min(longest, len(ids) // 3) + 1):
+        span = max((4 if period < 8 else 3) * period, 24)  # 短的可能是语气（哈哈哈哈），要多几遍
         if span <= len(ids) and ids[-span:-period] == ids[-span + period :]:
             return True
-    return False
+    if not ids or tokenizer.decode(ids[-1:]) != "\n":
+        return False
+    *lines, _ = tokenizer.decode(ids).split("\n")  # 刚写完一行
+    if len(lines) > BLANK_LINES and not any(lines[-BLANK_LINES:]):
+        return True
+    words = [re.sub(r"^[\s\d.、)）*•-]+", "", line) for line in lines]  # 去掉开头的编号
+    return len(words[-1]) > 1 and words.count(words[-1]) >= SAME_LINES

@@ -3,6 +3,7 @@
     python sft_train.py                                   接着 pre_train.py 的结果
     python sft_train.py --sft_data data/my_chat.jsonl     用自己的对话
     python sft_train.py --resume                          接着上次中断的地方
+    python sft_train.py --replay 0.1                      掺一成预训练的文字，忘得少些
 
 循环与 pre_train.py 的一字不差；不同的只有三处，都标着「不同」：数据是问答，只学答；
 起点是预训练的检查点；学习率小得多，轻轻推一把。
@@ -11,9 +12,10 @@
 from settings.script import run_script
 
 import math
+from dataclasses import replace
 
 from corpus.token_file import tokenize_corpus
-from dataset import SIDES, SFTBatches
+from dataset import SIDES, Replay, pretrain_batches, sft_batches
 from engine.run import Run
 from generate import make_speaker
 from loss import Exam, Loss
@@ -28,15 +30,14 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
 
         # ---------- 1. 数据（不同）：几段对话拼成一行，互相看不见，只在助手的话上算损失 ----------
         data = tokenize_corpus(config.sft_data, "sft", run.tokenizer, config, wait=run.waits)
-        train, val = (
-            SFTBatches(
-                data.tokens[s], data.starts[s], config.seq_len, run.tokenizer, config.seed,
-                config.max_len, s,
-            )
-            for s in SIDES
-        )  # fmt: skip
+        run.make_room(data.starts["train"])  # 长的对话多，一行就长些
+        train, val = (sft_batches(data, side, config, run.tokenizer) for side in SIDES)
         for sentence in train.left_out():
             say(f"（{sentence}）")
+        if old := run.old_corpus(tokenize_corpus):  # --replay：掺一些预训练的文字，免得忘了
+            whole = replace(config, isolate_documents=True, whole_documents=True)
+            again, old_val = (pretrain_batches(old, side, whole, run.tokenizer) for side in SIDES)
+            train = Replay(train, again, config.replay, config.seed)
         run.plan(train, data.card)  # 定下走几步，与别的进程接上
 
         # ---------- 2. 模型、损失、优化器、检验 ----------
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
         speaker = make_speaker(model, config, run.tokenizer, "sft")
         optimizer = run.optimizer(build_optimizer, config.sft_lr)  # 不同：默认是 lr 的五分之一
         exam = Exam(loss, val, data.card, speaker, config.sft_prompt, device)
+        if old:
+            exam.also(old_val, old.card)  # 看忘了多少
         run.begin()  # 真要开始了：旧的盖掉，记录备好，先存一次
         if run.newborn:
             before, blind = run.first_check(exam, config.eval_tokens), math.log(config.vocab_size)

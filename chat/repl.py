@@ -167,7 +167,7 @@ class Chat:
                 new.append(choice.token)
                 if not options.probs:
                     say(speaker.tokenizer.decode([choice.token]), end="", flush=True)
-                if is_looping(new):
+                if is_looping(new, speaker.tokenizer):
                     notice = "（开始重复，停在这里；可以用 /penalty 1.3 加重惩罚）"
                     break
             else:

@@ -57,7 +57,7 @@ def check(run) -> None:
 
 
 def read_old(run, read: Callable):
-    """旧语料的词元文件；不是增量预训练，或者读不了，返回 None。
+    """旧语料的词元文件；用不着（从头练，微调又不回放），或者读不了，返回 None。
 
     Args:
         run: 这一次训练。
@@ -66,9 +66,10 @@ def read_old(run, read: Callable):
         UserError: 要回放，它却读不了，或者就是新语料。
     """
     config, source, wanted = run.config, run.config.replay_data, run.config.replay > 0
+    new = config.data if run.stage == "pretrain" else None  # 微调的是对话，不会是同一份
     if source is None or (run.checkpoint and "old_val_sha256" not in run.checkpoint["data"]):
         return None
-    if source == config.data or os.path.realpath(source) == os.path.realpath(config.data):
+    if new and (source == new or os.path.realpath(source) == os.path.realpath(new)):
         if wanted:
             raise UserError(
                 f"新旧语料都是 {source}，没有什么要回放；"

@@ -32,6 +32,7 @@ from engine.stepper import Stepper
 from engine.stop import Stop
 from model import Transformer
 from settings.defaults import eval_interval, fewer_steps
+from settings.lengths import make_room
 from settings.resolve import Origin, load_config, save_config
 from settings.say import say, say_above_bar
 from settings.stored import inherit
@@ -60,7 +61,7 @@ class Run(Stepper):
         if config.init_from and not self.checkpoint:  # 微调，或者增量预训练
             start_path = Path(config.init_from)
             _, source, self.start = load(start_path, tokenizer)
-            inherit(config, origins, source, config.init_from, stage)
+            inherit(config, origins, source, config.init_from, stage, self.start["stage"])
         self.start_path, self.resumed = start_path, self.checkpoint is not None
         super().__init__(stage, config, Device(config, world), tokenizer)
         self.progress, self.rng = Progress(), RandomNumbers()
@@ -81,6 +82,11 @@ class Run(Stepper):
             raise corpora.moved(self, error) from error
 
     # ---------- 1. 循环之前 ----------
+
+    def make_room(self, starts) -> None:
+        """微调的一行，要放得下长的对话；starts 是每段的起点，末尾多一个总长。"""
+        if changed := make_room(self.config, self.origins, starts[1:] - starts[:-1] - 1):
+            say(f"（{changed}）")
 
     def old_corpus(self, read):
         """增量预训练时，学过的那一份语料（词元文件）；没有、读不了是 None。"""

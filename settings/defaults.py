@@ -31,12 +31,8 @@ def sft_lr(config: Config) -> float | None:
 
 
 def continued_lr(source: Config) -> float:
-    """增量预训练的最高学习率：从头练的那一次的几分之一；起点已是增量的，与它相同。
-
-    Args:
-        source: 起点的检查点里的配置。
-    """
-    return source.lr if source.replay_data else source.lr / CONTINUED_GENTLER
+    """增量预训练的最高学习率：从头练的那一次（source）的几分之一。"""
+    return source.lr / CONTINUED_GENTLER
 
 
 def sft_start(config: Config) -> str:

@@ -1,6 +1,35 @@
-"""一段对话也放不进一行：说清多长，怎么办。"""
+"""微调的一行多长：长的对话多，就长些；一段也放不进，说清多长、怎么办。"""
 
 import numpy as np
+
+from config import Config
+from settings.resolve import Origin, Origins
+
+MOST_CUT = 0.01  # 长过一行、末尾要截掉的对话，至多占这么多
+
+
+def make_room(config: Config, origins: Origins, lengths: np.ndarray) -> str:
+    """行长若是预设的，长到放得下九成九的对话，或者模型最多看的；行数减少，每步的词元数不变。
+
+    Args:
+        config: 会被就地改写。
+        lengths: 每段对话占几格。
+    Returns:
+        改了什么；没有改是空的。
+    """
+    before, longer = config.seq_len, config.seq_len
+    if origins["seq_len"] is not Origin.PRESET:
+        return ""
+    while longer < config.max_len and (lengths > longer).mean() > MOST_CUT:
+        longer = min(2 * longer, config.max_len)
+    if longer == before:
+        return ""
+    config.seq_len, origins["seq_len"] = longer, Origin.AUTO
+    text = f"{(lengths > before).mean():.0%} 的对话长过 {before} 个词元：一行改为 {longer} 个"
+    if origins["batch_size"] in (Origin.PRESET, Origin.TRIED):
+        config.batch_size = max(1, config.batch_size * before // longer)
+        text += f"，一次 {config.batch_size} 行"
+    return text
 
 
 def nothing_fits(questions: np.ndarray, seq_len: int, max_len: int | None, side: str) -> str:

@@ -17,7 +17,10 @@ from config import Config, UserError
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 # 每个阶段真的要读、要写的；别的只是记着，从哪里来的。out_dir 从来不取自检查点。
-USED = {"pretrain": ("data", "data_dir", "replay_data"), "sft": ("sft_data", "data_dir")}
+USED = {
+    "pretrain": ("data", "data_dir", "replay_data"),
+    "sft": ("sft_data", "data_dir", "replay_data"),
+}
 
 
 def outside(value: str | None) -> bool:

@@ -42,7 +42,7 @@ class Origin(Enum):
 
 
 Origins = dict[str, Origin]  # {字段名: 来历}
-REPLAYING = ("replay", "replay_data")  # 只用于增量预训练
+REPLAYING = ("replay", "replay_data")  # 用于增量预训练与微调
 # download.py 下载的，有它就用它
 DOWNLOADED = {"data": "wiki_zh_texts_filtered.json", "sft_data": "sft_t2t_mini.jsonl"}
 
@@ -81,12 +81,12 @@ def load_config(
     wrong = check_types(config, problems)
     fill_in(config, origins)
     if stage == "sft":
-        config.replay, config.replay_data = 0.0, None
         if config.init_from is None:
             config.init_from, origins["init_from"] = sft_start(config), Origin.AUTO
     elif not (config.init_from or config.resume):
-        unused = [name for name in REPLAYING if getattr(config, name)]
-        problems += [f"{n} 只用于增量预训练，要同时用 --init_from 写明起点" for n in unused]
+        unused = [name for name in REPLAYING if name in flags]
+        problems += [f"预训练的 {n} 要同时用 --init_from 写明起点" for n in unused]
+        config.replay, config.replay_data = 0.0, None
     check_values(config, problems, wrong)
     report(problems)
     if config.until:
@@ -102,8 +102,6 @@ def for_this_stage(stage: str, flags: dict[str, Any], problems: list[str]) -> No
                 problems.append(f"--{name} 与 --sft_{name} 在这里是一回事，只能写一个")
             elif name in flags:
                 flags[f"sft_{name}"] = flags.pop(name)
-        ignored = [n for n in flags if n in REPLAYING]
-        problems += [f"--{n} 只用于增量预训练（pre_train.py），微调用不到它" for n in ignored]
     else:
         ignored = [n for n in flags if n.startswith("sft_") or n == "keep_reasoning"]
         problems += [f"--{n} 只用于微调（sft_train.py），预训练用不到它" for n in ignored]

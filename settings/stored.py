@@ -7,6 +7,7 @@ check_changes   接着练时改了的，能不能改
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from config import HOW_LONG, PER_PRESET, SHAPE, Config, UserError
 from settings.check import PLACES, check_values
@@ -16,7 +17,12 @@ from settings.say import say
 
 
 def inherit(
-    config: Config, origins: Origins, source: Config, path: str, stage: str = "sft"
+    config: Config,
+    origins: Origins,
+    source: Config,
+    path: str,
+    stage: str = "sft",
+    start: str = "pretrain",
 ) -> None:
     """从检查点开始时，形状取自它；明确指定过、又不相同的，一次报告。
 
@@ -24,6 +30,7 @@ def inherit(
         config: 会被就地改成与检查点一致。
         source: 检查点里的配置。
         stage: 要做的是微调（"sft"），还是增量预训练（"pretrain"）。
+        start: 检查点是哪个阶段的。
     Raises:
         UserError: 列出对不上的字段。
     """
@@ -49,19 +56,21 @@ def inherit(
         config.seq_len = min(config.seq_len, config.max_len)
     if config.seq_len > config.max_len:
         raise UserError(f"seq_len（{config.seq_len}）超过了 {path} 的 max_len（{config.max_len}）")
-    follow(config, origins, source, stage)
+    follow(config, origins, source, stage, again=start == "pretrain" and source.replay_data)
 
 
-def follow(config: Config, origins: Origins, source: Config, stage: str) -> None:
-    """没有写明的学习率与旧语料，由起点的来定；参数同 `inherit`。"""
+def follow(config: Config, origins: Origins, source: Config, stage: str, again: Any) -> None:
+    """没有写明的学习率与旧语料，由起点的来定；again：起点已经是增量的。其余同 `inherit`。"""
     if origins["sft_lr"] is Origin.AUTO:
         # 起点若是增量的，它的 lr 已经小了，不再除一次
-        config.sft_lr = source.sft_lr if source.replay_data else sft_lr(source)
+        config.sft_lr = source.sft_lr if again else sft_lr(source)
     if stage == "sft":  # 预训练读过什么，跟着模型走
         config.data, origins["data"] = source.data, Origin.CHECKPOINT
+        if config.replay and config.replay_data is None:
+            config.replay_data, origins["replay_data"] = source.data, Origin.CHECKPOINT
         return
     if origins["lr"] is Origin.PRESET:
-        config.lr, origins["lr"] = continued_lr(source), Origin.AUTO
+        config.lr, origins["lr"] = source.lr if again else continued_lr(source), Origin.AUTO
     if config.replay_data is None:
         config.replay_data, origins["replay_data"] = source.data, Origin.CHECKPOINT
 

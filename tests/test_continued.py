@@ -25,6 +25,7 @@ from dataset import PretrainBatches, Replay, rows_of_step
 from engine.checkpoint import read, write
 from settings import resolve
 from settings.defaults import CONTINUED_GENTLER, MOST_EPOCHS, fewer_steps
+from settings.lengths import make_room
 from settings.resolve import Origin, load_config
 from settings.stored import adopt, inherit
 
@@ -139,9 +140,9 @@ def test_the_shape_is_the_checkpoints_and_the_learning_rate_is_gentler(no_gpu):
 @pytest.mark.parametrize(
     ("stage", "flags", "part"),
     [
-        ("pretrain", ["--replay", "0.1"], "replay 只用于增量预训练，要同时用 --init_from"),
-        ("pretrain", ["--replay_data", "x"], "replay_data 只用于增量预训练"),
-        ("sft", ["--replay", "0.1"], "--replay 只用于增量预训练（pre_train.py），微调用不到它"),
+        ("pretrain", ["--replay", "0.1"], "预训练的 replay 要同时用 --init_from 写明起点"),
+        ("pretrain", ["--replay_data", "x"], "预训练的 replay_data 要同时用 --init_from"),
+        ("sft", ["--replay", "1"], "replay 不能小于 0，要小于 1"),
         ("pretrain", ["--init_from", "x", "--replay", "1"], "replay 不能小于 0，要小于 1"),
         ("pretrain", ["--init_from", "x", "--replay", "nan"], "replay 不能小于 0，要小于 1"),
         ("pretrain", ["--init_from", " "], "init_from 不能是空的"),
@@ -386,3 +387,74 @@ def test_a_handful_of_conversations_simply_works(folder):
     out, _ = run(folder, "sft_train.py", *flags)
     assert "（对话只有 " in out and "预设的 150 步要读 " in out and "、20 步）" in out
     assert read(folder / "out/mine/sft.pt")["config"]["sft_max_steps"] == 20
+
+
+# ---------- 微调时回放 ----------
+
+
+@pytest.fixture
+def chats(folder):
+    """二十段对话，四段长过一行。"""
+    talks = [
+        {"instruction": f"第 {n} 问？", "output": "答，" * (150 if n % 5 == 0 else 5) + "。"}
+        for n in range(20)
+    ]
+    lines = "".join(json.dumps(talk, ensure_ascii=False) + "\n" for talk in talks)
+    (folder / "chat.jsonl").write_text(lines, encoding="utf-8")
+    return ["--init_from", "start/pretrain.pt", "--sft_data", "chat.jsonl", "--no-compile",
+            "--dtype", "float32", "--val_fraction", "0.2", "--max_steps", "4"]  # fmt: skip
+
+
+def test_fine_tuning_can_replay_what_was_read_and_examines_both(folder, chats):
+    flags = [*chats, "--replay", "0.25", "--eval_every", "2", "--eval_tokens", "512"]
+    out, _ = run(folder, "sft_train.py", *flags, "--out_dir", "out/whole")
+    assert "行新的、" in out and out.count(" · 旧语料 ") == 3
+    saved = read(folder / "out/whole/sft.pt")
+    assert saved["config"]["replay_data"] == "builtin" and "old_val_sha256" in saved["data"]
+    short = [*flags, "--out_dir", "out/part", "--save_every", "0"]
+    script = Running(folder, "sft_train.py", *short)
+    assert script.until(lambda: last_step(folder / "out/part", "sft") >= 1)
+    assert script.end(signal.SIGKILL) == -signal.SIGKILL
+    run(folder, "sft_train.py", "--resume", "--out_dir", "out/part")
+    assert_same_run(folder / "out/whole", folder / "out/part", "sft")
+    # 回放过的微调，不是增量预训练：接着它预训练，学习率仍减半
+    run(folder, "pre_train.py", "--init_from", "out/whole/sft.pt", "--data", "new.jsonl",
+        "--max_steps", "1", "--out_dir", "out/after", *QUICK)  # fmt: skip
+    lr = read(folder / "out/after/pretrain.pt")["config"]["lr"]
+    assert lr == pytest.approx(PRESETS["tiny"]["lr"] / CONTINUED_GENTLER)
+
+
+def test_replaying_into_a_preset_that_does_not_isolate_documents(folder, chats):
+    """预训练首尾相接的（wide 那样），对话却是分段的：回放的也分段。"""
+    flags = [*chats, "--replay", "0.5", "--no-isolate_documents", "--no-whole_documents"]
+    out, _ = run(folder, "sft_train.py", *flags, "--out_dir", "out/joined")
+    assert "行新的、" in out
+
+
+def test_rows_grow_until_conversations_fit(folder, chats):
+    out, _ = run(folder, "sft_train.py", *chats, "--out_dir", "out/grown")
+    assert "的对话长过 256 个词元：一行改为 512 个，一次 4 行" in out and "截掉" not in out
+    config = read(folder / "out/grown/sft.pt")["config"]
+    assert (config["seq_len"], config["batch_size"]) == (512, 4)
+    out, _ = run(folder, "sft_train.py", *chats, "--seq_len", "256", "--out_dir", "out/cut")
+    assert "段对话超过 256 个词元，末尾截掉了" in out and "一行改为" not in out
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([255] * 100, (256, 8)),  # 都放得下
+        ([256] * 99 + [257], (256, 8)),  # 百里挑一的长，不为它改
+        ([256] * 98 + [257] * 2, (512, 4)),
+        ([500] * 10, (512, 4)),
+        ([5000] * 10, (512, 4)),  # 再长，也只到模型最多看的
+    ],
+)
+def test_the_length_of_a_row(no_gpu, lengths, expected):
+    config, origins = load_config("sft", ["--preset", "tiny"])
+    changed = make_room(config, origins, np.array(lengths))
+    assert (config.seq_len, config.batch_size) == expected
+    assert bool(changed) == (expected != (256, 8))
+    given, origins = load_config("sft", ["--preset", "tiny", "--batch_size", "3"])
+    make_room(given, origins, np.array(lengths))
+    assert given.batch_size == 3

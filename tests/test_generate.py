@@ -20,6 +20,7 @@ from generate import (
 from model import Transformer
 from tokenizer import Tokenizer
 
+TOKENIZER = Tokenizer()
 PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1])
 NONE = torch.tensor([], dtype=torch.long)
 PLAIN = Sampling(temp=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0)
@@ -141,13 +142,37 @@ def test_generation_fills_the_context_and_stops(speaker):
     assert len(list(speaker.generate(start, Sampling(temp=0, max=100)))) <= 64 - 60
 
 
-def test_loops_are_noticed_and_ordinary_text_is_not():
-    assert is_looping([1, 2, 3] * 8)
-    assert is_looping([9, 8, 7, *[5] * 24])
-    assert not is_looping([5] * 10)  # 「哈哈哈哈哈哈」是正常的
-    assert not is_looping(list(range(100)))
-    assert not is_looping([1, 2, 3] * 7 + [4])
-    assert not is_looping([])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "甲乙丙" * 8,
+        "起头的话" + "哦" * 24,
+        "保持健康很重要，要多喝水。" * 3,  # 长的，三遍就够
+        "床前明月光\n\n\n\n",
+        "1. 多喝水。\n2. 多运动。\n3. 多喝水。\n4. 多喝水。\n5. 多喝水。\n",
+        "要多喝水。\n好的。\n要多喝水。\n对。\n要多喝水。\n是。\n要多喝水。\n",
+    ],
+)
+def test_going_round_in_circles_is_noticed(text):
+    ids = TOKENIZER.encode(text)
+    assert is_looping(ids, TOKENIZER)
+    assert not is_looping(ids[: len(ids) // 2], TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "哈" * 10,  # 笑得久一点，是正常的
+        "".join(chr(0x4E00 + i) for i in range(100)),
+        "甲乙丙" * 7 + "丁",
+        "白日依山尽，\n黄河入海流。\n\n欲穷千里目，\n更上一层楼。\n\n",
+        "副歌在这里\n一段\n副歌在这里\n二段\n副歌在这里\n",  # 唱三遍
+        "1.\n2.\n3.\n4.\n5.\n",
+    ],
+)
+def test_what_only_looks_like_it_is_not(text):
+    assert not is_looping(TOKENIZER.encode(text), TOKENIZER)
 
 
 @pytest.mark.parametrize(("name", "value"), [("temp", -1), ("top_p", 0), ("max", 0), ("seed", -5)])

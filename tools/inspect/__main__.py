@@ -23,6 +23,7 @@ from pathlib import Path
 from config import PRESETS, Config, UserError, option
 from corpus.token_file import tokenize_corpus
 from settings.flags import read_options, words
+from settings.lengths import make_room
 from settings.resolve import Origin, Origins, load_config
 from settings.say import VISIBLE
 from tokenizer import Tokenizer
@@ -95,6 +96,10 @@ def examine(report: dict, config: Config, origins: Origins, with_time: bool) -> 
     with redirect_stdout(sys.stderr):  # 它说的，下面的一屏里都有
         data = tokenize_corpus(report["source"], stage, tokenizer, config)
     report |= facts.of_card(data.card)
+    if stage == "sft":  # 训练时也这样
+        starts = data.starts["train"]
+        make_room(config, origins, starts[1:] - starts[:-1] - 1)
+        report["seq_len"] = config.seq_len
     rows = facts.rows_of(data, stage, config, tokenizer)
     report |= facts.lengths(data, rows, config.seq_len)
     samples = facts.samples(data, rows, config.seq_len, tokenizer)

@@ -15,7 +15,7 @@ import numpy as np
 
 from config import Config, UserError
 from corpus.token_file import TokenFile
-from dataset import IGNORE, SIDES, SFTBatches
+from dataset import IGNORE, SIDES, SFTBatches, sft_batches
 from tokenizer import Tokenizer
 
 TITLE = "数据体检"
@@ -67,13 +67,7 @@ def rows_of(data: TokenFile, stage: str, config: Config, tokenizer: Tokenizer) -
     """
     if stage == "pretrain":
         return None
-    return {
-        s: SFTBatches(
-            data.tokens[s], data.starts[s], config.seq_len, tokenizer, config.seed,
-            config.max_len, s,
-        )
-        for s in SIDES
-    }  # fmt: skip
+    return {side: sft_batches(data, side, config, tokenizer) for side in SIDES}
 
 
 # ---------- 长短 ----------

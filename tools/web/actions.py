@@ -125,7 +125,7 @@ def reply(
             return
         new.append(choice.token)
         yield state()
-        if is_looping(new):
+        if is_looping(new, speaker.tokenizer):
             yield state("开始重复，停在这里")
             return
     full = len(ids) + len(new) >= speaker.config.max_len
