@@ -78,8 +78,11 @@ class Stepper:
 
     # ---------- 1. 循环之前 ----------
 
+    def make_room(self, starts) -> None:
+        """微调的一行要不要加长：`Run` 才改，这里照配置的。"""
+
     def old_corpus(self, read: Callable):
-        """增量预训练时，学过的那一份语料：`Run` 才有。"""
+        """增量预训练与微调时，学过的那一份语料：`Run` 才有。"""
 
     def plan(self, train, card: dict) -> None:
         """训练的一批批有了：定下走几步，与别的进程接上。

@@ -5,6 +5,7 @@
     python -m tools.bench train --preset tiny        只测一种大小
     python -m tools.bench --json docs/benchmarks.json
     python -m tools.bench gpu                        借到显卡的八分钟（见 gpu/__init__.py）
+    python -m tools.bench peers                      与别人练同样久，谁错得少（见 peers/）
 
 结果写进 --json 指的文件，旁边同名的 .md 是给人看的表；只测几节时，其余各节保留原来的。
 参赛的各方见 contestants.py，对照的实现见 yardsticks.py。
@@ -33,6 +34,7 @@ from tools.bench.growth import bench_memory, bench_scale
 from tools.bench.measuring import machine
 from tools.bench.neighbour import bench_neighbour
 from tools.bench.options import SECTIONS, Options
+from tools.bench.peers.racing import bench_peers
 from tools.bench.results import read_results, write_results
 from tools.bench.training import bench_race, bench_train
 
@@ -50,8 +52,8 @@ MEASURES = {
 def main(argv: list[str] | None = None) -> None:
     """读命令行，一节一节地测，每测完一节就写盘。"""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["gpu"]:
-        bench_gpu(argv[1:])
+    if argv[:1] in (["gpu"], ["peers"]):
+        {"gpu": bench_gpu, "peers": bench_peers}[argv[0]](argv[1:])
         return
     usage = f"用法：python -m tools.bench [{' | '.join(SECTIONS)}] [--参数 值 …]"
     options = read_options(Options, argv, usage)

@@ -1,0 +1,286 @@
+"""量回答、量文字、与别人比：量的正是它说的那样，算得出的数都与手算的相同。"""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scripts import run
+from torch import nn
+
+from config import Config, UserError
+from generate import Sampling, make_speaker
+from model import Transformer
+from tokenizer import Tokenizer
+from tools.bench.peers import others, racing
+from tools.lab import answers, prose
+from tools.lab.answers import Given, Reply, on_the_subject, ranks, ratio, share, surprise
+from tools.lab.prose import by_source, read_texts
+from tools.lab.talks import Turn, before, choose, held_out, in_file
+
+TOKENIZER = Tokenizer()
+VOCAB = 21248
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    """说话没有道理的小模型：考的是量法，不是它。"""
+    torch.manual_seed(0)
+    config = Config(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_len=64,
+                    n_experts=0, n_active=0, residual_lr_scale=1.0)  # fmt: skip
+    model = Transformer(config).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return make_speaker(model, config, TOKENIZER, "sft")
+
+
+def talk(*texts: str) -> list[Turn]:
+    """一问一答，轮着来。"""
+    roles = ("user", "assistant") * len(texts)
+    return [Turn(r, t, TOKENIZER.encode(t)) for r, t in zip(roles, texts, strict=False)]
+
+
+# ---------- 多意外 ----------
+
+
+def test_surprise_is_the_sum_over_the_answer_alone(speaker):
+    given = [
+        Given(TOKENIZER.question_ids(q), [*TOKENIZER.encode(a), TOKENIZER.eos_id])
+        for q, a in (("你好？", "你好。"), ("一", "二三四五六"), ("问得长一些吗？", "是"))
+    ]
+    for one, found in zip(given, surprise(speaker, given), strict=True):
+        logits = speaker.model(torch.tensor([one.context + one.answer]))[0].log_softmax(-1)
+        at = range(len(one.context) - 1, len(one.context) + len(one.answer) - 1)
+        by_hand = -sum(logits[i, t].item() for i, t in zip(at, one.answer, strict=True))
+        assert found == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_each_turn_is_counted_once_and_what_does_not_fit_is_left_out(speaker):
+    talks = [talk("一", "二三", "四", "五"), talk("六", "七"), talk("八", "九" * 80)]
+    found = answers.per_character(speaker, talks)
+    assert [n for _, n in found["第 1 轮"]] == [2, 1]  # 第三段装不进 64 个词元
+    assert [n for _, n in found["第 2 轮"]] == [1]
+    assert sum(nats for nats, _ in found["全部"]) == pytest.approx(
+        sum(nats for name in ("第 1 轮", "第 2 轮") for nats, _ in found[name])
+    )
+
+
+def test_the_error_of_a_ratio_and_of_a_share():
+    rng = np.random.default_rng(0)
+    ratios, claimed = [], []
+    for _ in range(400):
+        n = rng.integers(5, 50, 100)
+        value, error = ratio([(x, int(y)) for x, y in zip(2 * n + rng.normal(0, 5, 100), n,
+                                                          strict=True)])  # fmt: skip
+        ratios.append(value)
+        claimed.append(error)
+    assert np.mean(ratios) == pytest.approx(2, abs=0.01)
+    assert np.mean(claimed) == pytest.approx(np.std(ratios), rel=0.15)
+    assert share([True] * 3 + [False])[0] == 0.75
+    assert 0 < share([True] * 150)[1] < 0.02  # 全对，也不是一点误差没有
+
+
+# ---------- 认得出 ----------
+
+
+def test_a_model_that_knows_the_answers_recognises_them(speaker, monkeypatch):
+    talks = [talk(f"问{c}", f"{c}" * 6) for c in "一二三四五六七八九十百千"]
+
+    def knows(_, given):
+        """提问里的字，回答里也有的，更可能。"""
+        return [(1.0 if set(g.context) & set(g.answer[:1]) else 3.0) * len(g.answer) for g in given]
+
+    monkeypatch.setattr(answers, "surprise", knows)
+    assert set(ranks(speaker, talks, 1)["平均概率"]) == {1}
+    assert set(ranks(speaker, talks, 1)["提问添的"]) == {1}
+
+    def fluent(_, given):
+        """只看顺不顺，不看提问。"""
+        return [float(g.answer[0] % 97) * len(g.answer) for g in given]
+
+    monkeypatch.setattr(answers, "surprise", fluent)
+    found = ranks(speaker, talks, 1)
+    assert len(set(found["平均概率"])) > 3
+    assert set(found["提问添的"]) == {10}  # 提问什么也没有添：都一样，不算认出
+
+
+def test_chance_is_one_in_ten(speaker, monkeypatch):
+    rng = np.random.default_rng(3)
+    monkeypatch.setattr(answers, "surprise", lambda _, given: rng.random(len(given)).tolist())
+    talks = [talk(f"第{n}问", f"第{n}答") for n in range(600)]
+    for places in ranks(speaker, talks, 1).values():
+        assert sum(place == 1 for place in places) / 600 == pytest.approx(0.1, abs=0.04)
+
+
+# ---------- 自己答 ----------
+
+
+def test_what_a_reply_is_called():
+    assert Reply("", "今天天气很好", True, False).chinese
+    assert Reply("", "用 Python 写：你好世界，一二三四五六", True, False).chinese
+    assert not Reply("", "Hello world", True, False).chinese
+    assert not Reply("", "", True, False).chinese and not Reply("", "123。", True, False).chinese
+
+
+def test_words_shared_with_the_question_and_with_another():
+    written = [
+        Reply("北京烤鸭怎么做", "烤鸭要挂炉", True, False),
+        Reply("怎么养猫", "养花要浇水", True, False),
+        Reply("怎么浇水", "浇水不要多", True, False),
+    ]
+    own, other = on_the_subject(written)
+    assert own == [True, False, True]
+    assert other == [False, True, False]  # 第二个答的是第三个问的
+    assert "怎么" not in "".join(r.text for r in written)
+
+
+def test_a_reply_that_goes_round_is_stopped(speaker, monkeypatch):
+    ids = TOKENIZER.encode("要多喝水。")
+    choices = [SimpleNamespace(token=i) for i in ids * 20]
+    monkeypatch.setattr(type(speaker), "choices", lambda *_: iter(choices))
+    one = answers.reply(speaker, [1], "问", Sampling())
+    assert one.loops and not one.ended and len(one.text) < 30
+    choices[3].token = TOKENIZER.eos_id
+    one = answers.reply(speaker, [1], "问", Sampling())
+    assert (one.text, one.ended, one.loops) == ("要多喝", True, False)
+
+
+def test_the_program_measures_its_own_held_out_conversations_and_a_file(little, tmp_path):
+    (tmp_path / "data").symlink_to(little / "data")
+    checkpoint = str(little / "out/tiny/sft.pt")
+    flags = ["--checkpoint", checkpoint, "--n", "12", "--max", "8", "--show", "2"]
+    out, _ = run(tmp_path, "tools.lab.answers", *flags, "--json", "a.json")
+    assert "12 段对话" in out and out.count("问：") == 2
+    report = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    numbers = report["numbers"]
+    assert numbers["多意外（全部）"][0] > 1 and len(report["replies"]) == 12
+    for name in ("写得完", "不反复", "是中文", "认得出（平均概率）", "认得出（提问添的）"):
+        assert 0 <= numbers[name][0] <= 1 and numbers[name][1] > 0
+    rows = [{"instruction": f"第{n}问？", "output": f"第{n}答。"} for n in range(11)]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "my.jsonl").write_text(lines, encoding="utf-8")
+    again = [*flags, "--data", "my.jsonl"]
+    out, _ = run(tmp_path, "tools.lab.answers", *again)
+    assert "11 段对话" in out
+    assert run(tmp_path, "tools.lab.answers", *again)[0] == out  # 同样的种子，一字不差
+    (tmp_path / "my.jsonl").write_text("\n".join(lines.split("\n")[:5]), encoding="utf-8")
+    _, err = run(tmp_path, "tools.lab.answers", *again, code=2)
+    assert "先问后答的对话只有 5 段，至少要 10 段" in err
+    _, err = run(tmp_path, "tools.lab.answers", "--n", "0", code=2)
+    assert "--n 要是正数" in err
+
+
+def test_turns_come_back_from_the_token_file_as_they_went_in(little, speaker):
+    config = Config(sft_data="builtin", val_fraction=0.03)
+    there = SimpleNamespace(tokenizer=TOKENIZER, config=config)
+    first = next(held_out(there, str(little / "data")))
+    assert [turn.role for turn in first][:2] == ["user", "assistant"]
+    assert all(TOKENIZER.encode(turn.text) == turn.ids for turn in first)
+    assert before(first, 1, there) == TOKENIZER.question_ids(first[0].text)
+
+
+def test_choosing_is_the_same_for_the_same_seed(tmp_path, speaker):
+    talks = [talk(f"第{n}问", f"第{n}答") for n in range(30)] + [talk("没有答")]
+    assert choose(talks, 10, 10, 1) == choose(talks, 10, 10, 1) != choose(talks, 10, 10, 2)
+    assert len(choose(talks, 99, 10, 1)) == 30
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"instruction": "问", "output": "答"}\n{"x": 1}\n', encoding="utf-8")
+    assert [[t.text for t in one] for one in in_file(speaker, str(path))] == [["问", "答"]]
+
+
+# ---------- 文字 ----------
+
+
+def test_bits_count_every_character_even_lost_ones(speaker):
+    (plain,), (lost,) = (prose.bits_of(speaker)([text]) for text in ("天气很好", "天气很好\u200b"))
+    assert lost == pytest.approx(plain + math.log2(0x110000), rel=1e-6)
+
+
+def test_texts_are_read_cut_and_grouped(tmp_path):
+    rows = [{"text": "长" * 500, "source": "甲"}, {"text": "短", "source": "乙"}, {"text": " "}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in rows), encoding="utf-8")
+    texts = read_texts(str(path))
+    assert [(len(t.text), t.source) for t in texts] == [(300, "甲"), (1, "乙")]
+    assert len(read_texts(str(path), 1)) == 1
+    grouped = by_source([("乙", 3.0, 1), ("甲", 600.0, 300)])
+    assert list(grouped) == ["全部", "甲", "乙"] and len(grouped["全部"]) == 2
+    path.write_text('{"x": 1}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="没有文字"):
+        read_texts(str(path))
+
+
+def test_the_prose_program(little, tmp_path):
+    rows = [{"text": f"第{n}篇，天气很好。", "source": "甲乙"[n % 2]} for n in range(6)]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "held.jsonl").write_text(lines, encoding="utf-8")
+    checkpoint = ["--checkpoint", str(little / "out/tiny/pretrain.pt")]
+    out, _ = run(tmp_path, "tools.lab.prose", "--data", "held.jsonl", *checkpoint)
+    assert "6 篇的开头" in out and "甲（3 篇）" in out and "比特" in out
+    _, err = run(tmp_path, "tools.lab.prose", *checkpoint, code=2)
+    assert "--data" in err
+
+
+# ---------- 别人 ----------
+
+
+class Flat(others.Peer):
+    """对谁都一视同仁的一方。"""
+
+    def __init__(self):
+        self.tokenizer, self.module = TOKENIZER, nn.Linear(1, 1)
+        self.device = SimpleNamespace(place=torch.device("cpu"))
+
+    def logits(self, ids):
+        return torch.zeros(1, ids.size(1), VOCAB)
+
+
+def test_an_even_handed_peer_needs_the_bits_of_the_vocabulary():
+    found = Flat().bits(["天气很好", "天气很好\u200b"])
+    assert found[0] == pytest.approx(4 * math.log2(VOCAB))
+    assert found[1] == pytest.approx(found[0] + math.log2(0x110000))
+
+
+def test_their_code_must_be_there(tmp_path):
+    with pytest.raises(UserError, match=r"找不到 .*model\.py"):
+        others.their_module(tmp_path / "model.py")
+    (tmp_path / "model.py").write_text("ANSWER = 42\n")
+    assert others.their_module(tmp_path / "model.py").ANSWER == 42
+
+
+def test_rows_of_the_padded_way_are_cut_and_filled():
+    peer = others.MiniMind.__new__(others.MiniMind)
+    peer.tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    peer.encode = lambda text: ([1, *range(10, 10 + len(text))], 0)
+    ids, targets = next(peer.rows(["短", "长" * 400], 2, seed=0))
+    for row, target in zip(ids.tolist(), targets.tolist(), strict=True):
+        n = sum(t >= 0 for t in target)
+        assert row[:n] == target[:n] and row[0] == 1 and row[n - 1] == 2
+        assert n in (3, others.MiniMind.LENGTH) and set(row[n:]) <= {0}
+
+
+def test_peers_of_our_own_learn_and_are_measured(little, tmp_path):
+    """Qwen3 真的练几秒；我们的走真的脚本。"""
+    rows = [{"text": f"第{n}天，天气{'晴雨阴'[n % 3]}，读了{n % 7}页书。"} for n in range(60)]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for name in ("corpus.jsonl", "held.jsonl"):
+        (tmp_path / name).write_text(lines, encoding="utf-8")
+    options = racing.Options(data=str(tmp_path / "corpus.jsonl"), minutes=0.05,
+                             held_out=str(tmp_path / "held.jsonl"),
+                             data_dir=str(tmp_path / "data"))  # fmt: skip
+    config = racing.settings_of(options)
+    config.dim, config.n_layers, config.n_heads, config.n_kv_heads = 32, 1, 2, 1
+    config.hidden_dim, config.compile, config.dtype = 48, False, "float32"
+    peer = others.PlainQwen3(config, 0.03)
+    texts = read_texts(options.held_out)
+    before_ = racing.exam(texts, peer.bits)["bits"]
+    steps, tokens = peer.train(5.0)
+    assert steps > 1 and tokens <= steps * config.batch_size * config.seq_len
+    assert racing.exam(texts, peer.bits)["bits"] < before_ - 0.3
+    assert [name for name, _ in racing.turns(options)] == [
+        "ours", "qwen3, lr 0.001", "qwen3, lr 0.002", "qwen3, lr 0.004",
+    ]  # fmt: skip
+    _, err = run(tmp_path, "tools.bench", "peers", code=2)
+    assert "--data" in err and "--held_out" in err

@@ -1,0 +1,267 @@
+"""回答得怎样：不用裁判，只用留出的对话量一量。
+
+    python -m tools.lab.answers                        默认的检查点，它自己留出的对话
+    python -m tools.lab.answers --data 留出的.jsonl    一个文件里的对话，整个都用
+
+    多意外      真的回答，每个字多少奈特；头一轮、第二轮……各是多少
+    认得出      真的回答混在九个答别的问题的中间，它给谁的概率最高；全凭瞎猜是 10%
+    写得怎样    让它自己答：写得完，不反复，是中文，与提问说的是一件事
+
+「认得出」有两种算法：每个词元的平均概率；或者再除以不看提问时的（提问让它变得更可能的，才算）：
+前一种看回答顺不顺，后一种看它对不对题。都只看开头的 128 个词元。
+每个数后面的 ± 是一个标准误差：换一批对话，多半还在这个范围里。
+"""
+
+import os
+import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
+from settings.script import run_script
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from config import Config, option
+from engine.device import Device
+from engine.speed import load_for_chat
+from generate import CALM, Sampling, Speaker, is_looping
+from settings.files import write_text
+from settings.flags import read_options
+from settings.resolve import default_checkpoint
+from settings.say import say
+from tools.lab.talks import Talk, before, choose, first_answer, held_out, in_file
+
+OTHERS = 9  # 真的回答混在几个别的中间
+HEAD = 128  # 认的时候，只看回答的开头这么多个词元：长短不同的，才好比
+ROWS = 10  # 一次算几行
+CHINESE = 0.6  # 字母里汉字占到这么多，就算中文
+A_WORD = re.compile(r"(?=([一-鿿]{2}))")  # 相邻的两个汉字
+COMMON = 0.05  # 这么多的提问里都有的两个字（「什么」「如何」），说明不了什么
+
+
+@dataclass
+class Options:
+    """命令行参数。"""
+
+    checkpoint: str | None = option(None, "哪个检查点；默认是微调写下的那一个")
+    data: str | None = option(None, "对话的文件，整个都用；默认是它微调时留出的那些")
+    data_dir: str = option("data", "词元文件放在哪里")
+    n: int = option(150, "至多用多少段对话", "段")
+    max: int = option(200, "自己答的，一次最多写多少", "词元")
+    temp: float = option(CALM["sft"]["temp"], "自己答的，温度")
+    penalty: float = option(Sampling.penalty, "自己答的，重复惩罚")
+    seed: int = option(1, "抽哪些对话、怎样混、怎样写，都由它决定")
+    show: int = option(5, "印出前几个回答", "个")
+    json: str | None = option(None, "结果与全部回答另写成 JSON，写在哪里")
+    device: str = option("auto", "设备", choices=("auto", "cuda", "mps", "cpu"))
+
+    def problems(self) -> list[str]:
+        """不能用的值，一条一句。"""
+        wrong = [f"--{n} 要是正数" for n in ("n", "max", "seed") if getattr(self, n) < 1]
+        return wrong or self.sampling(self.seed).problems()
+
+    def sampling(self, seed: int) -> Sampling:
+        """怎样写。"""
+        return Sampling(temp=self.temp, penalty=self.penalty, max=self.max, seed=seed)
+
+
+# ---------- 1. 真的回答有多意外 ----------
+
+
+class Given(NamedTuple):
+    """在 context 之后说出 answer。"""
+
+    context: list[int]
+    answer: list[int]  # 连同结束标记
+
+
+@torch.inference_mode()
+def surprise(speaker: Speaker, given: Sequence[Given]) -> list[float]:
+    """各个回答的负对数概率之和（奈特）。装不进上下文的，只算装得下的部分。"""
+    limit, found = speaker.config.max_len, [0.0] * len(given)
+    order = sorted(range(len(given)), key=lambda i: len(given[i].context) + len(given[i].answer))
+    for at in range(0, len(order), ROWS):  # 差不多长的一起算
+        some = [given[i] for i in order[at : at + ROWS]]
+        rows = [(context + answer)[:limit] for context, answer in some]
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        for row, line in zip(ids, rows, strict=True):
+            row[: len(line)] = torch.tensor(line)
+        hidden = speaker.model.hidden(ids.to(speaker.banned.device))
+        for i, row, (context, _), states in zip(order[at:], rows, some, hidden, strict=False):
+            scores = speaker.head(states[len(context) - 1 : len(row) - 1]).float()
+            targets = torch.tensor(row[len(context) :], device=scores.device)
+            found[i] = torch.nn.functional.cross_entropy(scores, targets, reduction="sum").item()
+    return found
+
+
+def per_character(speaker: Speaker, talks: list[Talk]) -> dict[str, list[tuple[float, int]]]:
+    """{第几轮: [(奈特, 多少字), …]}，"全部" 是每段对话的合计；装不进上下文的那几轮不算。"""
+    where, given = [], []
+    for number, talk in enumerate(talks):
+        answers = [n for n, turn in enumerate(talk) if turn.role == "assistant" and turn.text]
+        for nth, n in enumerate(answers, start=1):
+            one = Given(before(talk, n, speaker), [*talk[n].ids, speaker.tokenizer.eos_id])
+            if len(one.context) + len(one.answer) <= speaker.config.max_len:
+                where.append((number, nth, len(talk[n].text)))
+                given.append(one)
+    turns, whole = defaultdict(list), defaultdict(lambda: (0.0, 0))
+    for (number, nth, n), nats in zip(where, surprise(speaker, given), strict=True):
+        turns[f"第 {nth} 轮" if nth < 4 else "第 4 轮起"].append((nats, n))
+        whole[number] = (whole[number][0] + nats, whole[number][1] + n)
+    return {"全部": list(whole.values()), **dict(sorted(turns.items()))}
+
+
+# ---------- 2. 认不认得出 ----------
+
+
+def ranks(speaker: Speaker, talks: list[Talk], seed: int) -> dict[str, list[int]]:
+    """每一问，真的回答排在第几（1 是最前）：{算法: [名次, …]}。"""
+    rng, eos = np.random.default_rng(seed), speaker.tokenizer.eos_id
+    first = [first_answer(talk) for talk in talks]
+    answers = [[*talk[n].ids, eos][:HEAD] for talk, n in zip(talks, first, strict=True)]
+    alone = surprise(speaker, [Given(speaker.tokenizer.reply_prefix(), a) for a in answers])
+    mixed = []
+    for i in range(len(talks)):
+        others = rng.choice(len(talks) - 1, OTHERS, replace=False)
+        mixed.append([i, *(int(j) + (j >= i) for j in others)])
+    room = speaker.config.max_len - HEAD
+    contexts = [before(talk, n, speaker)[-room:] for talk, n in zip(talks, first, strict=True)]
+    given = [Given(contexts[i], answers[j]) for i, row in enumerate(mixed) for j in row]
+    nats = np.array(surprise(speaker, given)).reshape(len(talks), OTHERS + 1)
+    lengths = np.array([[len(answers[j]) for j in row] for row in mixed])
+    gained = np.array([[alone[j] for j in row] for row in mixed]) - nats
+    scores = {"平均概率": -nats / lengths, "提问添的": gained / lengths}
+    return {name: (1 + (s[:, 1:] >= s[:, :1]).sum(1)).tolist() for name, s in scores.items()}
+
+
+# ---------- 3. 自己答 ----------
+
+
+@dataclass
+class Reply:
+    """自己答的一次。"""
+
+    question: str
+    text: str
+    ended: bool  # 写完了，不是写满了
+    loops: bool
+    chinese: bool = field(init=False)
+
+    def __post_init__(self):
+        letters = [c for c in self.text if c.isalpha()]
+        han = sum("一" <= c <= "鿿" for c in letters)
+        self.chinese = bool(letters) and han >= CHINESE * len(letters)
+
+
+def reply(speaker: Speaker, ids: list[int], question: str, sampling: Sampling) -> Reply:
+    """在 ids 之后写一个回答，照聊天时那样：反复了就停。"""
+    new: list[int] = []
+    for choice in speaker.choices(ids, sampling):
+        if choice.token == speaker.tokenizer.eos_id:
+            return Reply(question, speaker.tokenizer.decode(new), True, False)
+        new.append(choice.token)
+        if is_looping(new, speaker.tokenizer):
+            return Reply(question, speaker.tokenizer.decode(new), False, True)
+    return Reply(question, speaker.tokenizer.decode(new), False, False)
+
+
+def replies(speaker: Speaker, talks: list[Talk], options: Options) -> list[Reply]:
+    """每段对话的头一问，各答一次；太长的提问不答。"""
+    found = []
+    for number, talk in enumerate(talks):
+        n = first_answer(talk)
+        ids = before(talk, n, speaker)
+        if len(ids) <= speaker.config.max_len * 3 // 4:
+            sampling = options.sampling(options.seed + number)
+            found.append(reply(speaker, ids, talk[n - 1].text, sampling))
+    return found
+
+
+def on_the_subject(written: list[Reply]) -> tuple[list[bool], list[bool]]:
+    """回答里有没有提问里的词（相邻的两个汉字，到处都有的除外）；以及配上下一个提问，有没有。"""
+    asked = [set(A_WORD.findall(r.question)) for r in written]
+    often = [word for words in asked for word in words]
+    common = {w for w in set(often) if often.count(w) > max(1, COMMON * len(asked))}
+    said = [set(A_WORD.findall(r.text)) for r in written]
+    own = [bool((a - common) & s) for a, s in zip(asked, said, strict=True)]
+    other = [bool((a - common) & s) for a, s in zip(asked[1:] + asked[:1], said, strict=True)]
+    return own, other
+
+
+# ---------- 4. 说 ----------
+
+
+def ratio(pairs: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """总和之比，与它的标准误差。"""
+    x, y = np.array(pairs, float).T
+    r, n = x.sum() / y.sum(), len(x)
+    error = math.sqrt(((x - r * y) ** 2).sum() * n / max(1, n - 1)) / y.sum()
+    return float(r), float(error)
+
+
+def share(holds: Sequence[bool]) -> tuple[float, float]:
+    """占几成，与它的标准误差（全对全错时也不是零：Agresti–Coull）。"""
+    n = len(holds)
+    p = (sum(holds) + 2) / (n + 4)
+    return sum(holds) / n, math.sqrt(p * (1 - p) / (n + 4))
+
+
+def measure(speaker: Speaker, talks: list[Talk], options: Options) -> dict:
+    """全部的数：{名字: (值, 标准误差)}，连同写出的回答。"""
+    found = {f"多意外（{k}）": ratio(v) for k, v in per_character(speaker, talks).items()}
+    for name, places in ranks(speaker, talks, options.seed).items():
+        found[f"认得出（{name}）"] = share([place == 1 for place in places])
+    written = replies(speaker, talks, options)
+    own, other = on_the_subject(written)
+    found |= {
+        "写得完": share([r.ended for r in written]),
+        "不反复": share([not r.loops for r in written]),
+        "是中文": share([r.chinese for r in written]),
+        "与提问有共同的词": share(own),
+        "配错了提问，也有共同的词": share(other),
+    }
+    return {"numbers": found, "replies": written}
+
+
+def sentences(numbers: dict) -> Iterator[str]:
+    """一行一个数。"""
+    for name, (value, error) in numbers.items():
+        if name.startswith("多意外"):
+            yield f"  {name}：每个字 {value:.3f} ± {error:.3f} 奈特"
+        else:
+            yield f"  {name}：{value:.1%} ± {error:.1%}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """读检查点与对话，量，说。"""
+    usage = "用法：python -m tools.lab.answers [--参数 值 …]"
+    options = read_options(Options, sys.argv[1:] if argv is None else argv, usage)
+    path = Path(options.checkpoint or default_checkpoint("sft"))
+    speaker = load_for_chat(path, Device(Config(device=options.device, compile=False)))
+    source = in_file(speaker, options.data) if options.data else held_out(speaker, options.data_dir)
+    talks = choose(list(source), options.n, OTHERS + 1, options.seed)
+    say(f"{path}，{len(talks)} 段对话：")
+    found = measure(speaker, talks, options)
+    for sentence in sentences(found["numbers"]):
+        say(sentence)
+    for one in found["replies"][: options.show]:
+        say(f"问：{one.question}\n答：{one.text}\n")
+    if options.json:
+        report = {"checkpoint": str(path), "conversations": len(talks)} | found
+        report["replies"] = [vars(r) for r in found["replies"]]
+        write_text(Path(options.json), json.dumps(report, ensure_ascii=False, indent=1))
+
+
+if __name__ == "__main__":
+    run_script(main)
