@@ -128,14 +128,15 @@ def per_character(speaker: Speaker, talks: list[Talk]) -> dict[str, list[tuple[f
 def ranks(speaker: Speaker, talks: list[Talk], seed: int) -> dict[str, list[int]]:
     """每一问，真的回答排在第几（1 是最前）：{算法: [名次, …]}。"""
     rng, eos = np.random.default_rng(seed), speaker.tokenizer.eos_id
+    head = min(HEAD, speaker.config.max_len // 2)
+    room = speaker.config.max_len - head
     first = [first_answer(talk) for talk in talks]
-    answers = [[*talk[n].ids, eos][:HEAD] for talk, n in zip(talks, first, strict=True)]
+    answers = [[*talk[n].ids, eos][:head] for talk, n in zip(talks, first, strict=True)]
     alone = surprise(speaker, [Given(speaker.tokenizer.reply_prefix(), a) for a in answers])
     mixed = []
     for i in range(len(talks)):
         others = rng.choice(len(talks) - 1, OTHERS, replace=False)
         mixed.append([i, *(int(j) + (j >= i) for j in others)])
-    room = speaker.config.max_len - HEAD
     contexts = [before(talk, n, speaker)[-room:] for talk, n in zip(talks, first, strict=True)]
     given = [Given(contexts[i], answers[j]) for i, row in enumerate(mixed) for j in row]
     nats = np.array(surprise(speaker, given)).reshape(len(talks), OTHERS + 1)
