@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scripts import run
+from scripts import LITTLE, QUICK, run
 from torch import nn
 
 from config import Config, UserError
@@ -15,7 +15,7 @@ from generate import Sampling, make_speaker
 from model import Transformer
 from tokenizer import Tokenizer
 from tools.bench.peers import others, racing
-from tools.lab import answers, prose
+from tools.lab import answers, gallery, night, prose
 from tools.lab.answers import Given, Reply, on_the_subject, ranks, ratio, share, surprise
 from tools.lab.prose import by_source, read_texts
 from tools.lab.talks import Turn, before, choose, held_out, in_file
@@ -284,3 +284,56 @@ def test_peers_of_our_own_learn_and_are_measured(little, tmp_path):
     ]  # fmt: skip
     _, err = run(tmp_path, "tools.bench", "peers", code=2)
     assert "--data" in err and "--held_out" in err
+
+
+# ---------- 画廊，一个晚上 ----------
+
+
+def test_the_gallery_answers_everything_once_and_the_same_again(little, tmp_path):
+    flags = ["--checkpoint", str(little / "out/tiny/sft.pt"), "--max", "5", "--out", "g.md"]
+    run(tmp_path, "tools.lab.gallery", *flags)
+    text = (tmp_path / "g.md").read_text(encoding="utf-8")
+    assert all(f"**{prompt}**" in text for prompt in gallery.PROMPTS)
+    assert len(set(gallery.PROMPTS)) == 20 and "微调 12 步" in text
+    run(tmp_path, "tools.lab.gallery", *flags)
+    assert (tmp_path / "g.md").read_text(encoding="utf-8") == text
+    flags[1] = str(little / "out/tiny/pretrain.pt")  # 只预训练过的，接着写
+    out, _ = run(tmp_path, "tools.lab.gallery", *flags[:4])
+    assert "预训练 24 步" in out
+
+
+def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(little / "data")
+    monkeypatch.setattr(gallery.Options, "max", 5)
+    asked = []
+    real = night.subprocess.run
+
+    def quickly(command):
+        """真的脚本，但只走两步。"""
+        asked.append(command[1:])
+        hours = command.index("--hours") if "--hours" in command else len(command)
+        steps = [] if hours == len(command) else ["--max_steps", "2"]
+        return real([*command[:hours], *steps, *command[hours + 2 :]], capture_output=True)
+
+    monkeypatch.setattr(night.subprocess, "run", quickly)
+    held = '{"text": "天气很好。"}\n{"text": "读书。"}\n'
+    (tmp_path / "held.jsonl").write_text(held, encoding="utf-8")
+    flags = ["--preset", "tiny", "--data", "builtin", "--sft_data", "builtin", "--n", "10",
+             "--held_out", "held.jsonl", "--", *QUICK, *LITTLE]  # fmt: skip
+    run(tmp_path, "tools.lab.night", *flags)
+    page = (tmp_path / "out/tiny-night/night.md").read_text(encoding="utf-8")
+    for part in (
+        "pretrain.pt：没有学过的文字",
+        "多意外（全部）",
+        "预训练 2 步",
+        "微调 2 步",
+        "**你好**",
+    ):
+        assert part in page
+    assert "--replay" in asked[1] and "--replay_data" in asked[1]
+    run(tmp_path, "tools.lab.night", *flags)  # 练完了的不重做
+    assert all("--resume" in command and "--hours" not in command for command in asked[2:])
+    with pytest.raises(SystemExit) as left:
+        monkeypatch.setattr(night.subprocess, "run", lambda _: SimpleNamespace(returncode=130))
+        night.main(flags)
+    assert left.value.code == 130

@@ -1,0 +1,115 @@
+"""一个晚上：预训练几小时，微调几小时，然后量一量，把画廊写好。
+
+    python -m tools.lab.night --data 语料 --sft_data 对话 --hours 6 --sft_hours 1
+    python -m tools.lab.night … --held_out 留出的.jsonl --talks 留出的对话.jsonl
+
+走的就是两个训练脚本，它们的别的参数写在 -- 之后（例如 -- --batch_size auto）。中断了，再运行同样的一条，
+从停下的地方接着；练完了的不重做。结果是输出目录里的 night.md：用了多久，没学过的文字上多少比特，
+回答得怎样，二十句话各答了什么。
+"""
+
+import os
+import sys
+
+if not __package__:  # 当作文件运行的：其余的到仓库里找
+    sys.path[0] = os.path.abspath(__file__).rpartition(f"{os.sep}tools{os.sep}")[0]
+
+from settings.script import run_script
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import PRESETS, Config, option
+from engine.checkpoint import read
+from engine.device import Device
+from engine.speed import load_for_chat
+from settings.files import write_text
+from settings.flags import read_options
+from settings.say import say
+from tools.lab import answers, gallery, prose
+from tools.lab.answers import ratio
+from tools.lab.talks import choose, held_out, in_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Options:
+    """命令行参数；两个训练脚本的别的参数，写在 -- 之后。"""
+
+    preset: str = option("wide", "预设", choices=tuple(PRESETS))
+    data: str = option("auto", "预训练的语料")
+    sft_data: str = option("auto", "微调的对话")
+    hours: float = option(6.0, "预训练几小时", "小时")
+    sft_hours: float = option(1.0, "微调几小时", "小时")
+    replay: float = option(0.1, "微调时，预训练的文字占几成")
+    held_out: str | None = option(None, "没有学过的文字，一行一篇；不写就不量")
+    talks: str | None = option(None, "没有学过的对话；不写就用它自己留出的")
+    data_dir: str = option("data", "词元文件放在哪里")
+    out_dir: str | None = option(None, "放在哪里；默认 out/预设名-night")
+    n: int = option(150, "量回答时，至多用多少段对话", "段")
+
+    def problems(self) -> list[str]:
+        """不能用的值，一条一句。"""
+        return [f"--{n} 要是正数" for n in ("hours", "sft_hours", "n") if not getattr(self, n) > 0]
+
+
+def train(script: str, stage: str, folder: Path, places: list[str], flags: list[str]) -> None:
+    """练一个阶段；已经有的，接着它，练完了的一步也不多走。
+
+    Args:
+        places: 数据在哪里；接着练时也写上，项目之外的才算数。
+        flags: 从头练时另外写的。
+    Raises:
+        SystemExit: 没有练完：中断了，或者出了错；它自己已经说了为什么。
+    """
+    command = [sys.executable, str(ROOT / script), "--out_dir", str(folder), *places]
+    begun = (folder / f"{stage}.pt").exists()
+    if code := subprocess.run([*command, *(["--resume"] if begun else flags)]).returncode:
+        raise SystemExit(code)
+
+
+def report(options: Options, folder: Path) -> str:
+    """量一量，写成一页。"""
+    device = Device(Config(compile=False))
+    stages = [folder / f"{stage}.pt" for stage in ("pretrain", "sft")]
+    lines = [f"# {options.preset}，一个晚上", ""]
+    if options.held_out:
+        texts = prose.read_texts(options.held_out)
+        for path in stages:
+            measured = prose.bits(texts, prose.bits_of(load_for_chat(path, device)))
+            value, error = ratio([pair[1:] for pair in measured])
+            lines.append(f"- {path.name}：没有学过的文字，每个字 {value:.3f} ± {error:.3f} 比特")
+    speaker = load_for_chat(stages[-1], device)
+    source = (
+        in_file(speaker, options.talks) if options.talks else held_out(speaker, options.data_dir)
+    )
+    asked = answers.Options(n=options.n)
+    talks = choose(list(source), options.n, answers.OTHERS + 1, asked.seed)
+    found = answers.measure(speaker, talks, asked)["numbers"]
+    lines += [f"-{sentence[1:]}" for sentence in answers.sentences(found)]
+    checkpoints = [read(path, mmap=True) for path in stages]
+    return "\n".join([*lines, "", *gallery.page(speaker, checkpoints, gallery.Options())])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """预训练，微调，量，写。"""
+    argv = sys.argv[1:] if argv is None else argv
+    at = argv.index("--") if "--" in argv else len(argv)
+    usage = "用法：python -m tools.lab.night [--参数 值 …] [-- 训练脚本的别的参数]"
+    options, more = read_options(Options, argv[:at], usage), argv[at + 1 :]
+    folder = Path(options.out_dir or f"out/{options.preset}-night")
+    place, both = ["--data_dir", options.data_dir], ["--preset", options.preset, *more]
+    read_before = [] if options.data == "auto" else ["--replay_data", options.data]
+    train("pre_train.py", "pretrain", folder, [*place, "--data", options.data],
+          [*both, "--hours", str(options.hours)])  # fmt: skip
+    train("sft_train.py", "sft", folder, [*place, "--sft_data", options.sft_data, *read_before],
+          [*both, "--hours", str(options.sft_hours), "--replay", str(options.replay)])  # fmt: skip
+    path = folder / "night.md"
+    write_text(path, report(options, folder))
+    say(f"写好 {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)
