@@ -63,8 +63,8 @@ def cost(checkpoint: dict) -> str:
     """练了多久，读了多少，练到多好。"""
     progress, config = checkpoint["progress"], checkpoint["config"]
     return (
-        f"{NAMES[checkpoint['stage']]} {progress['step']} 步，{progress['tokens'] / 1e6:.1f} M 词元，"
-        f"{progress['seconds'] / 60:.1f} 分钟（{checkpoint['device']}），"
+        f"{NAMES[checkpoint['stage']]} {progress['step']} 步，"
+        f"{progress['tokens'] / 1e6:.1f} M 词元，{progress['seconds'] / 60:.1f} 分钟（{checkpoint['device']}），"
         f"检验 {progress['val_bpc']:.3f} 比特每字；预设 {config['preset']}"
     )
 

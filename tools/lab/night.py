@@ -3,8 +3,8 @@
     python -m tools.lab.night --data 语料 --sft_data 对话 --hours 6 --sft_hours 1
     python -m tools.lab.night … --held_out 留出的.jsonl --talks 留出的对话.jsonl
 
-走的就是两个训练脚本，它们的别的参数写在 -- 之后（例如 -- --batch_size auto）。中断了，再运行同样的一条，
-从停下的地方接着；练完了的不重做。结果是输出目录里的 night.md：用了多久，没学过的文字上多少比特，
+走的就是两个训练脚本，它们的别的参数写在 -- 之后（例如 -- --batch_size auto）。中断了，再运行同样的
+一条，从停下的地方接着；练完了的不重做。结果是输出目录里的 night.md：用了多久，没学过的文字上多少比特，
 回答得怎样，二十句话各答了什么。
 """
 
