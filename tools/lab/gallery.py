@@ -64,7 +64,8 @@ def cost(checkpoint: dict) -> str:
     progress, config = checkpoint["progress"], checkpoint["config"]
     return (
         f"{NAMES[checkpoint['stage']]} {progress['step']} 步，"
-        f"{progress['tokens'] / 1e6:.1f} M 词元，{progress['seconds'] / 60:.1f} 分钟（{checkpoint['device']}），"
+        f"{progress['tokens'] / 1e6:.1f} M 词元，{progress['seconds'] / 60:.1f} 分钟"
+        f"（{checkpoint['device']}），"
         f"检验 {progress['val_bpc']:.3f} 比特每字；预设 {config['preset']}"
     )
 
