@@ -143,6 +143,11 @@ class Config:
     replay_data: str | None = option(
         None, "旧语料：builtin 或文件路径；读得到就总在它上面也检验，看忘了多少"
     )
+    replay_stage: str | None = option(
+        None,
+        "微调时回放什么：pretrain 预训练的文字，sft 微调过的对话；默认看起点是哪个阶段的",
+        choices=("pretrain", "sft"),
+    )
     resume: bool = option(False, "接着 out_dir 里最新的检查点练；其余设置取自检查点，不必再写")
     allow_changes: bool = option(
         False, "接着练时允许改学习率、步数等；结果与不中断的那一次不再相同"

@@ -4,7 +4,8 @@
     PackedBatches     几段拼成一行，互相看不见，一段也不切开；下面两种都是
     DocumentBatches   整篇的文档
     SFTBatches        整段的对话，只在助手的话上算损失
-    pretrain_batches  预训练用哪一种，由配置决定；sft_batches：微调的
+    pretrain_batches  预训练用哪一种，由配置决定；sft_batches：微调的；
+                      replayed_batches：微调时回放的
     Replay            新的行里掺一些旧语料的：增量预训练，微调
     rows_of_step      第几步用哪几行：只由种子与步数决定，随时接得上
 
@@ -14,6 +15,7 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -240,6 +242,14 @@ def sft_batches(data, side: str, config: Config, tokenizer: Tokenizer) -> SFTBat
         data.tokens[side], data.starts[side], config.seq_len, tokenizer, config.seed,
         config.max_len, side,
     )  # fmt: skip
+
+
+def replayed_batches(data, side: str, config: Config, tokenizer: Tokenizer):
+    """微调时回放的：学过的对话，或者预训练的文字；文字也整篇地装，与对话一样分段。"""
+    if config.replay_stage == "sft":
+        return sft_batches(data, side, config, tokenizer)
+    whole = replace(config, isolate_documents=True, whole_documents=True)
+    return pretrain_batches(data, side, whole, tokenizer)
 
 
 def pack(

@@ -3,7 +3,7 @@
     python sft_train.py                                   接着 pre_train.py 的结果
     python sft_train.py --sft_data data/my_chat.jsonl     用自己的对话
     python sft_train.py --resume                          接着上次中断的地方
-    python sft_train.py --replay 0.1                      掺一成预训练的文字，忘得少些
+    python sft_train.py --replay 0.1                      掺一成学过的，忘得少些
 
 循环与 pre_train.py 的一字不差；不同的只有三处，都标着「不同」：数据是问答，只学答；
 起点是预训练的检查点；学习率小得多，轻轻推一把。
@@ -12,10 +12,9 @@
 from settings.script import run_script
 
 import math
-from dataclasses import replace
 
 from corpus.token_file import tokenize_corpus
-from dataset import SIDES, Replay, pretrain_batches, sft_batches
+from dataset import SIDES, Replay, replayed_batches, sft_batches
 from engine.run import Run
 from generate import make_speaker
 from loss import Exam, Loss
@@ -34,9 +33,8 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> None:
         train, val = (sft_batches(data, side, config, run.tokenizer) for side in SIDES)
         for sentence in train.left_out():
             say(f"（{sentence}）")
-        if old := run.old_corpus(tokenize_corpus):  # --replay：掺一些预训练的文字，免得忘了
-            whole = replace(config, isolate_documents=True, whole_documents=True)
-            again, old_val = (pretrain_batches(old, side, whole, run.tokenizer) for side in SIDES)
+        if old := run.old_corpus(tokenize_corpus):  # --replay：掺一些学过的，免得忘了
+            again, old_val = (replayed_batches(old, side, config, run.tokenizer) for side in SIDES)
             train = Replay(train, again, config.replay, config.seed)
         run.plan(train, data.card)  # 定下走几步，与别的进程接上
 

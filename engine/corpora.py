@@ -66,10 +66,12 @@ def read_old(run, read: Callable):
         UserError: 要回放，它却读不了，或者就是新语料。
     """
     config, source, wanted = run.config, run.config.replay_data, run.config.replay > 0
-    new = config.data if run.stage == "pretrain" else None  # 微调的是对话，不会是同一份
+    stage = config.replay_stage or "pretrain"  # 旧的是文字，还是对话
+    new = {"pretrain": config.data, "sft": config.sft_data}[run.stage]
     if source is None or (run.checkpoint and "old_val_sha256" not in run.checkpoint["data"]):
         return None
-    if new and (source == new or os.path.realpath(source) == os.path.realpath(new)):
+    same = source == new or os.path.realpath(source) == os.path.realpath(new)
+    if same and stage == run.stage:
         if wanted:
             raise UserError(
                 f"新旧语料都是 {source}，没有什么要回放；"
@@ -86,7 +88,7 @@ def read_old(run, read: Callable):
         )
         return None
     try:
-        old = read(source, "pretrain", run.tokenizer, config, wait=run.waits)
+        old = read(source, stage, run.tokenizer, config, wait=run.waits)
     except UserError as error:
         if wanted and isinstance(error, MissingData):
             raise UserError(
@@ -105,8 +107,9 @@ def read_old(run, read: Callable):
 
 def warn_if_split_anew(run, card: dict) -> None:
     """旧语料留出的若不是起点训练时留出的那些，检验的题里便有学过的。"""
-    if run.resumed or run.start["stage"] != "pretrain" or imported(run.start):
-        return  # 接着练的已经说过；微调的、导入的，没有记下预训练留出了哪些
+    stage = run.config.replay_stage or "pretrain"
+    if run.resumed or run.start["stage"] != stage or imported(run.start):
+        return  # 接着练的已经说过；别的阶段的、导入的，没有记下那一份留出了哪些
     if run.start["data"].get("val_sha256") != card["val_sha256"]:
         say(
             f"（旧语料现在留出的，与 {run.start_path} 训练时留出的不同："

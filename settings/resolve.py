@@ -42,7 +42,7 @@ class Origin(Enum):
 
 
 Origins = dict[str, Origin]  # {字段名: 来历}
-REPLAYING = ("replay", "replay_data")  # 用于增量预训练与微调
+REPLAYING = ("replay", "replay_data", "replay_stage")  # 用于增量预训练与微调
 # download.py 下载的，有它就用它
 DOWNLOADED = {"data": "wiki_zh_texts_filtered.json", "sft_data": "sft_t2t_mini.jsonl"}
 
@@ -87,6 +87,10 @@ def load_config(
         unused = [name for name in REPLAYING if name in flags]
         problems += [f"预训练的 {n} 要同时用 --init_from 写明起点" for n in unused]
         config.replay, config.replay_data = 0.0, None
+    if stage == "pretrain":
+        if "replay_stage" in flags:
+            problems.append("--replay_stage 只用于微调（sft_train.py）；预训练回放的总是文字")
+        config.replay_stage = None
     check_values(config, problems, wrong)
     report(problems)
     if config.until:

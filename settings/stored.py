@@ -7,7 +7,6 @@ check_changes   接着练时改了的，能不能改
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from config import HOW_LONG, PER_PRESET, SHAPE, Config, UserError
 from settings.check import PLACES, check_values
@@ -56,18 +55,22 @@ def inherit(
         config.seq_len = min(config.seq_len, config.max_len)
     if config.seq_len > config.max_len:
         raise UserError(f"seq_len（{config.seq_len}）超过了 {path} 的 max_len（{config.max_len}）")
-    follow(config, origins, source, stage, again=start == "pretrain" and source.replay_data)
+    follow(config, origins, source, stage, start)
 
 
-def follow(config: Config, origins: Origins, source: Config, stage: str, again: Any) -> None:
-    """没有写明的学习率与旧语料，由起点的来定；again：起点已经是增量的。其余同 `inherit`。"""
+def follow(config: Config, origins: Origins, source: Config, stage: str, start: str) -> None:
+    """没有写明的学习率与旧语料，由起点的来定；参数同 `inherit`。"""
+    again = start == "pretrain" and source.replay_data  # 起点已经是增量的
     if origins["sft_lr"] is Origin.AUTO:
         # 起点若是增量的，它的 lr 已经小了，不再除一次
         config.sft_lr = source.sft_lr if again else sft_lr(source)
     if stage == "sft":  # 预训练读过什么，跟着模型走
         config.data, origins["data"] = source.data, Origin.CHECKPOINT
-        if config.replay and config.replay_data is None:
-            config.replay_data, origins["replay_data"] = source.data, Origin.CHECKPOINT
+        if config.replay:
+            config.replay_stage = config.replay_stage or start
+            learned = source.sft_data if config.replay_stage == "sft" else source.data
+            if config.replay_data is None:
+                config.replay_data, origins["replay_data"] = learned, Origin.CHECKPOINT
         return
     if origins["lr"] is Origin.PRESET:
         config.lr, origins["lr"] = source.lr if again else continued_lr(source), Origin.AUTO
@@ -84,7 +87,8 @@ HARMLESS = {"data_dir", "data", "sft_data", "replay_data", "init_from", "eval_ev
 ROUNDING = {"device", "dtype", "compile", "parallel", "batch_size", "grad_accum"}
 # 这些绝不可以：参数或优化器的状态装不下，或者读到哪里就说不清了。
 FIXED = {"preset", *SHAPE, "seq_len", "seed", "isolate_documents", "whole_documents",
-         "val_fraction", "replay", "keep_reasoning", "muon_heads", "muon_beta2"}  # fmt: skip
+         "val_fraction", "replay", "replay_stage", "keep_reasoning",
+         "muon_heads", "muon_beta2"}  # fmt: skip
 
 
 def adopt(config: Config, origins: Origins, source: Config, path: Path) -> None:

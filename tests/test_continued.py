@@ -458,3 +458,36 @@ def test_the_length_of_a_row(no_gpu, lengths, expected):
     given, origins = load_config("sft", ["--preset", "tiny", "--batch_size", "3"])
     make_room(given, origins, np.array(lengths))
     assert given.batch_size == 3
+
+
+def test_own_conversations_on_top_of_the_general_ones(folder, chats, little):
+    """起点是微调过的：回放的就是它学过的对话。"""
+    shutil.copy(little / "out/tiny/sft.pt", folder / "start/sft.pt")
+    flags = [
+        *chats[2:7],
+        "--max_steps",
+        "4",
+        "--init_from",
+        "start/sft.pt",
+        "--replay",
+        "0.5",
+        "--eval_tokens",
+        "512",
+    ]
+    out, _ = run(folder, "sft_train.py", *flags, "--out_dir", "out/shop")
+    saved = read(folder / "out/shop/sft.pt")
+    assert (saved["config"]["replay_stage"], saved["config"]["replay_data"]) == ("sft", "builtin")
+    assert " · 旧语料 " in out and "留出的不同" not in out
+    learned = read(little / "out/tiny/sft.pt")["data"]
+    assert saved["data"]["old_val_sha256"] == learned["val_sha256"]  # 检验的正是它没学过的对话
+    run(folder, "sft_train.py", "--resume", "--out_dir", "out/shop")
+    flags += ["--replay_stage", "pretrain", "--out_dir", "out/text"]
+    run(folder, "sft_train.py", *flags)
+    saved = read(folder / "out/text/sft.pt")
+    learned = read(little / "out/tiny/pretrain.pt")["data"]
+    assert saved["data"]["old_val_sha256"] == learned["val_sha256"]
+    _, err = run(folder, "sft_train.py", "--init_from", "start/sft.pt", "--replay", "0.5",
+                 "--sft_data", "builtin", "--out_dir", "out/x", code=2)  # fmt: skip
+    assert "新旧语料都是 builtin" in err
+    _, err = run(folder, "pre_train.py", *MORE, "--replay_stage", "sft", code=2)
+    assert "--replay_stage 只用于微调" in err

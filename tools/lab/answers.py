@@ -5,7 +5,7 @@
 
     多意外      真的回答，每个字多少奈特；头一轮、第二轮……各是多少
     认得出      真的回答混在九个答别的问题的中间，它给谁的概率最高；全凭瞎猜是 10%
-    写得怎样    让它自己答：写得完，不反复，是中文，与提问说的是一件事
+    写得怎样    让它自己答：写得完，不反复，是中文，与提问说的是一件事；多轮的，再看第三轮
 
 「认得出」有两种算法：每个词元的平均概率；或者再除以不看提问时的（提问让它变得更可能的，才算）：
 前一种看回答顺不顺，后一种看它对不对题。都只看开头的 128 个词元。
@@ -23,7 +23,7 @@ from settings.script import run_script
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,7 @@ from tools.lab.talks import Talk, before, choose, first_answer, held_out, in_fil
 OTHERS = 9  # 真的回答混在几个别的中间
 HEAD = 128  # 认的时候，只看回答的开头这么多个词元：长短不同的，才好比
 ROWS = 10  # 一次算几行
+TURNS = 3  # 多轮的，问到第几轮
 CHINESE = 0.6  # 字母里汉字占到这么多，就算中文
 A_WORD = re.compile(r"(?=([一-鿿]{2}))")  # 相邻的两个汉字
 COMMON = 0.05  # 这么多的提问里都有的两个字（「什么」「如何」），说明不了什么
@@ -189,11 +190,31 @@ def replies(speaker: Speaker, talks: list[Talk], options: Options) -> list[Reply
     return found
 
 
+def third_replies(speaker: Speaker, talks: list[Talk], options: Options) -> list[Reply]:
+    """多轮的：照原来的三问问下去，前两次答的是它自己的；给出第三次答的，提问是三问合起来。"""
+    tokenizer, found = speaker.tokenizer, []
+    for number, talk in enumerate(talks):
+        asked = [turn for turn in talk if turn.role == "user"][:TURNS]
+        if len(asked) < TURNS:
+            continue
+        ids: list[int] = []
+        for turn in asked:
+            ids += [*tokenizer.turn_ids("user", turn.ids), *tokenizer.reply_prefix()]
+            if len(ids) > speaker.config.max_len * 3 // 4:
+                break
+            question = "".join(one.text for one in asked)
+            one = reply(speaker, ids, question, options.sampling(options.seed + number))
+            ids += [*tokenizer.encode(one.text), tokenizer.eos_id]
+        else:
+            found.append(one)
+    return found
+
+
 def on_the_subject(written: list[Reply]) -> tuple[list[bool], list[bool]]:
     """回答里有没有提问里的词（相邻的两个汉字，到处都有的除外）；以及配上下一个提问，有没有。"""
     asked = [set(A_WORD.findall(r.question)) for r in written]
-    often = [word for words in asked for word in words]
-    common = {w for w in set(often) if often.count(w) > max(1, COMMON * len(asked))}
+    often = Counter(word for words in asked for word in words)
+    common = {word for word, n in often.items() if n > max(1, COMMON * len(asked))}
     said = [set(A_WORD.findall(r.text)) for r in written]
     own = [bool((a - common) & s) for a, s in zip(asked, said, strict=True)]
     other = [bool((a - common) & s) for a, s in zip(asked[1:] + asked[:1], said, strict=True)]
@@ -223,16 +244,18 @@ def measure(speaker: Speaker, talks: list[Talk], options: Options) -> dict:
     found = {f"多意外（{k}）": ratio(v) for k, v in per_character(speaker, talks).items()}
     for name, places in ranks(speaker, talks, options.seed).items():
         found[f"认得出（{name}）"] = share([place == 1 for place in places])
-    written = replies(speaker, talks, options)
-    own, other = on_the_subject(written)
-    found |= {
-        "写得完": share([r.ended for r in written]),
-        "不反复": share([not r.loops for r in written]),
-        "是中文": share([r.chinese for r in written]),
-        "与提问有共同的词": share(own),
-        "配错了提问，也有共同的词": share(other),
-    }
-    return {"numbers": found, "replies": written}
+    written, third = replies(speaker, talks, options), third_replies(speaker, talks, options)
+    for which, some in (("", written), (f"，第 {TURNS} 轮（{len(third)} 段）", third)):
+        if some:
+            own, other = on_the_subject(some)
+            found |= {
+                f"写得完{which}": share([r.ended for r in some]),
+                f"不反复{which}": share([not r.loops for r in some]),
+                f"是中文{which}": share([r.chinese for r in some]),
+                f"与提问有共同的词{which}": share(own),
+                f"配错了提问，也有共同的词{which}": share(other),
+            }
+    return {"numbers": found, "replies": written + third}
 
 
 def sentences(numbers: dict) -> Iterator[str]:
