@@ -157,6 +157,11 @@ def check_module(module: str, args: list[str]) -> None:
             parse_flags(gpu.Options, args, problems)
             assert not problems and set(subjects[1:]) <= {"list", *gpu.PARTS}
             return
+        if (tool, subjects) == ("bench", ["peers"]):
+            peers = importlib.import_module("tools.bench.peers.racing")
+            parse_flags(peers.Options, args, problems)
+            assert not problems
+            return
         parse_flags(options_of(tool), args, problems)
         assert not problems
         if tool == "bench":
