@@ -164,7 +164,8 @@ def test_an_old_corpus_outside_is_left_out_or_asked_for(capsys):
                 "pretrain")  # fmt: skip
         asked = []
         run = SimpleNamespace(config=config, origins=origins, checkpoint=None, start_path="x.pt",
-                              resumed=True, world=World(), waits=False, tokenizer=None)  # fmt: skip
+                              stage="pretrain", resumed=True, world=World(), waits=False,
+                              tokenizer=None)  # fmt: skip
         read = lambda source, *_, **__: asked.append(source) or SimpleNamespace(card={})  # noqa: E731
         corpora.read_old(run, read)
         return origins["replay_data"], asked
@@ -175,6 +176,31 @@ def test_an_old_corpus_outside_is_left_out_or_asked_for(capsys):
         read_old("--preset", "tiny", "--replay", "0.1")
     named = ("--preset", "tiny", "--replay_data", "/etc/passwd")
     assert read_old(*named) == (Origin.FLAG, ["/etc/passwd"])
+
+
+@pytest.mark.parametrize("start", ["pretrain", "sft"])
+def test_what_fine_tuning_replays_is_asked_for_too(start):
+    """微调：起点里记着的文字或对话在外面，要回放就问；写明了才读。"""
+
+    def read_old(*flags):
+        config, origins = load_config("sft", ["--preset", "tiny", "--replay", "0.1", *flags])
+        source = replace(SMALL, data="/etc/passwd", sft_data="/etc/shadow")
+        inherit(config, origins, source, "x.pt", "sft", start)
+        asked = []
+        run = SimpleNamespace(config=config, origins=origins, checkpoint=None, start_path="x.pt",
+                              stage="sft", resumed=True, world=World(), waits=False,
+                              tokenizer=None)  # fmt: skip
+        read = lambda *where, **_: asked.append(where[:2]) or SimpleNamespace(card={})  # noqa: E731
+        corpora.read_old(run, read)
+        return asked
+
+    found = {"pretrain": "/etc/passwd", "sft": "/etc/shadow"}[start]
+    with pytest.raises(UserError, match=rf"记着的 replay_data 是 {found}.*--replay_data {found}"):
+        read_old()
+    assert read_old("--replay_data", found) == [(found, start)]
+    assert read_old("--replay_data", "mine.jsonl", "--replay_stage", "pretrain") == [
+        ("mine.jsonl", "pretrain")
+    ]
 
 
 def test_pictures_do_not_read_what_a_checkpoint_names_either():
