@@ -5,11 +5,11 @@ import numpy as np
 from config import Config
 from settings.resolve import Origin, Origins
 
-MOST_CUT = 0.01  # 长过一行、末尾要截掉的对话，至多占这么多
+MOST_CUT = 0.05  # 长过一行、末尾要截掉的对话，至多占这么多
 
 
 def make_room(config: Config, origins: Origins, lengths: np.ndarray) -> str:
-    """行长若是预设的，长到放得下九成九的对话，或者模型最多看的；行数减少，每步的词元数不变。
+    """行长若是预设的，长到放得下九成五的对话，或者模型最多看的；行数减少，每步的词元数不变。
 
     Args:
         config: 会被就地改写。

@@ -283,6 +283,10 @@ TOKENISE = {  # 谁可以直接分词，为什么
     "tools/draw/of_tokens.py": "自己写的例子",
     "tools/lab/laboratory.py": "prompt_ids：先数字",
     "tools/lab/check_answers.py": "内置词典里的题",
+    "tools/lab/talks.py": "一段段对话，读数据时已经限制了大小",
+    "tools/lab/answers.py": "模型自己写的回答",
+    "tools/lab/prose.py": "每篇只取开头的三百个字",
+    "tools/bench/peers/others.py": "同上；练的每篇也先截短",
 }
 
 

@@ -182,7 +182,7 @@ class MiniMind(Peer):
                 ids = torch.full((n, self.LENGTH), self.tokenizer.pad_token_id)
                 targets = torch.full((n, self.LENGTH), IGNORE)
                 for row, target, i in zip(ids, targets, order[at : at + n], strict=True):
-                    found, _ = self.encode(texts[i])
+                    found, _ = self.encode(texts[i][: 16 * self.LENGTH])
                     found = [*found[: self.LENGTH - 1], self.tokenizer.eos_token_id]
                     row[: len(found)] = target[: len(found)] = torch.tensor(found)
                 yield ids, targets
