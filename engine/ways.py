@@ -128,7 +128,7 @@ def other_size(run, startup: float, smaller: bool) -> Way | None:
     loss = expected_loss(run, run.n_steps)
     if config.data == "builtin":
         loss = of_preset(row[at], tokens)
-    command = typed(run, {"preset", "epochs", "max_steps", *PRESETS[row[at]]})
+    command = typed(run, {"preset", *HOW_LONG[0], *PRESETS[row[at]]})  # 走它自己的步数
     return Way(f"{command} --preset {row[at]}", seconds, loss)
 
 

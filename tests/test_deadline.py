@@ -191,6 +191,16 @@ def test_a_real_run_stops_by_the_clock_and_leaves_a_finished_checkpoint(
     assert read(tmp_path / "out/tiny/pretrain.pt")["progress"]["step"] > rows[-1]["step"]
 
 
+def test_planning_by_the_clock_gives_the_other_ways_their_own_length(little, tmp_path):
+    """换一套大小、换一个步数，走的都不是这几个小时：命令里便不能再写它。"""
+    (tmp_path / "data").symlink_to(little / "data")
+    out, _ = run(tmp_path, "pre_train.py", "--plan", "--hours", "0.01", *SMALL)
+    fewer, other, mine = [line for line in out.splitlines() if "  python pre_train.py" in line][-3:]
+    assert "--max_steps" in fewer and "--hours" not in fewer
+    assert "--preset wide" in other and "--hours" not in other
+    assert "--hours 0.01" in mine
+
+
 def test_a_past_time_is_refused(little, tmp_path):
     (tmp_path / "data").symlink_to(little / "data")
     _, err = run(tmp_path, "pre_train.py", "--until", "2020-01-01 07:30", *SMALL, code=2)
