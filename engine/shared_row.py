@@ -90,7 +90,7 @@ class SharedRow:
 
 @torch.no_grad()
 def tie_unused_rows(model: Transformer, tokens: np.ndarray, newborn: bool) -> SharedRow | None:
-    """找出可以合用一行的词元；语料用到了一大半的词表时不值得，返回 None。
+    """找出可以合用一行的词元；省不下四分之一的打分就不值得，返回 None。
 
     Args:
         model: 合用的各行会就地改成相同的。
@@ -104,7 +104,7 @@ def tie_unused_rows(model: Transformer, tokens: np.ndarray, newborn: bool) -> Sh
         unused &= (weight == weight[-1]).all(dim=1)  # 末尾是补齐词表用的，哪份语料里都没有
     order = unused.int().argsort(stable=True)  # 单独一行的在前
     n_rows = -(-(len(weight) - int(unused.sum()) + 1) // 128) * 128  # 128 的倍数，GPU 算得快
-    if n_rows > len(weight) // 2:
+    if n_rows > len(weight) * 3 // 4:
         return None
     bias = torch.zeros(n_rows, device=weight.device)
     bias[-1] = math.log(len(weight) - n_rows + 1)
