@@ -40,7 +40,7 @@ class Config:
     preset: str = option(
         "auto",
         "预设；auto：有 NVIDIA 显卡用 wide，否则用 tiny",
-        choices=("auto", "tiny", "wide", "deep", "tiny-moe", "moe"),
+        choices=("auto", "tiny", "small", "wide", "deep", "tiny-moe", "moe"),
     )
     data: str = option(
         "auto",
@@ -177,6 +177,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=8, seq_len=256, grad_accum=1, lr=0.02, muon_momentum=0.9,
         residual_lr_scale=0.25, isolate_documents=True, whole_documents=True,
         max_steps=1000, sft_max_steps=150,
+    ),
+    "small": dict(  # 没有显卡的一个晚上：预训练 --hours 1，微调 --hours 0.25
+        dim=256, n_layers=6, n_heads=4, n_kv_heads=1, hidden_dim=768, n_experts=0, n_active=0,
+        max_len=1024,
+        batch_size=16, seq_len=256, grad_accum=1, lr=0.015, muon_momentum=0.9,
+        residual_lr_scale=0.25, isolate_documents=True, whole_documents=True,
     ),
     "wide": dict(  # 矮胖
         dim=512, n_layers=8, n_heads=8, n_kv_heads=2, hidden_dim=1664, n_experts=0, n_active=0,

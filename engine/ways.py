@@ -17,7 +17,7 @@ from settings.resolve import Origin, load_config
 from settings.stored import HARMLESS, LOCAL, ROUNDING
 
 EVENING = 3600  # 秒：一个晚上留给它多久
-SIZES = (("tiny", "wide", "deep"), ("tiny-moe", "moe"))  # 嫌慢换左边的，嫌小换右边的
+SIZES = (("tiny", "small", "wide", "deep"), ("tiny-moe", "moe"))  # 嫌慢换左边的，嫌小换右边的
 STEPS = {"pretrain": "max_steps", "sft": "sft_max_steps"}
 # 改了也不影响损失的（只差一点舍入、种子的运气），以及步数：它正是线的横坐标。
 FREE = HARMLESS | ROUNDING | LOCAL | {"seed", "keep_reasoning", "sft_lr"} | {

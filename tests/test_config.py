@@ -90,7 +90,7 @@ def test_unknown_flag_names_the_nearest():
         (["--seq_len", "1024"], "seq_len（1024）不能超过 max_len（512）"),
         (["--vocab_size", "70000"], "uint16"),
         (["--vocab_size", "100"], "vocab_size（100）"),
-        (["--preset", "huge"], "preset 只能是 auto、tiny、wide、deep"),
+        (["--preset", "huge"], "preset 只能是 auto、tiny、small、wide、deep"),
         (["--max_steps", "5", "--epochs", "2"], "max_steps 与 epochs 只能指定一个"),
         (["--warmup", "0.8", "--decay", "0.8"], "之和不能超过 1"),
         (["--lr", "nan"], "lr 必须是正数"),
@@ -165,7 +165,7 @@ def test_asking_for_the_cpu_gives_the_cpu_preset(monkeypatch):
 
 
 def test_help_names_the_value_of_every_preset():
-    assert "tiny 192、wide 512、deep 512" in help_text(Config, "用法")
+    assert "tiny 192、small 256、wide 512、deep 512" in help_text(Config, "用法")
 
 
 def test_out_of_memory_and_full_disks_are_one_line(capsys):

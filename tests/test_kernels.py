@@ -103,7 +103,7 @@ CASES = ("dense", "segments", "prefill", "decode")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("preset", ["tiny", "wide", "deep"])
+@pytest.mark.parametrize("preset", ["tiny", "small", "wide", "deep"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_use_has_a_fused_kernel_on_every_card(calls_of, preset, case, dtype):
     kind = getattr(torch, dtype)

@@ -359,7 +359,7 @@ BAD = [
     ("try_residual", "--steps 0", "--steps 必须是正数，得到的是 0"),
     ("try_shapes", "--lrs 大", "--lrs 要的是用逗号隔开的几个正数"),
     ("try_sampling", "--temps 1,2", "--temps 要的是三个数"),
-    ("try_sft", "--preset 大", "--preset 只能是 tiny、wide、deep"),
+    ("try_sft", "--preset 大", "--preset 只能是 tiny、small、wide、deep"),
     ("try_without", "--step 3", "没有参数 --step；最接近的是 --steps"),
     ("try_experts", "--seeds 0", "--seeds 必须是正数，得到的是 0"),
 ]

@@ -141,7 +141,7 @@ def test_the_hooks_are_gone_afterwards(model):
     assert torch.equal(forward(model, IDS), before)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "wide", "deep"])
+@pytest.mark.parametrize("preset", ["tiny", "small", "wide", "deep"])
 def test_parameters_and_operations_add_up(preset):
     """逐项相加等于整个模型；矩阵乘法是 2 × 行 × 入 × 出，注意力是 2 × 2 × H × T × T × D。"""
     config, T = Config(**PRESETS[preset]), 10

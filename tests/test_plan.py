@@ -255,7 +255,7 @@ def test_a_long_run_is_cut_to_an_hour_or_made_smaller_or_split():
     less, smaller, split = ways.ways(invented(10, "--preset", "wide", "--lr", "0.02"), 100)
     assert less.command.endswith("--preset wide --lr 0.02 --max_steps 350")
     assert less.seconds == 3600
-    assert smaller.command == "python x.py --preset tiny"  # 学习率随预设
+    assert smaller.command == "python x.py --preset small"  # 学习率随预设
     assert smaller.seconds < 3600
     assert "--max_steps 1000" in split.command and "分 3 个晚上" in split.note
 
@@ -263,7 +263,7 @@ def test_a_long_run_is_cut_to_an_hour_or_made_smaller_or_split():
 def test_a_short_run_may_be_halved_or_be_larger():
     half, larger, whole = ways.ways(invented(0.2, "--dim", "96", "--data_dir", "d e"), 100)
     assert "--dim 96 --data_dir 'd e' --max_steps 500" in half.command
-    assert larger.command == "python x.py --data_dir 'd e' --preset wide"
+    assert larger.command == "python x.py --data_dir 'd e' --preset small"
     assert larger.seconds > whole.seconds == 300
     gpu = SimpleNamespace(place=SimpleNamespace(type="cuda"))
     assert ways.ways(invented(0.2, device=gpu), 1)[1].seconds is None  # 显卡上折算不准

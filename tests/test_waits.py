@@ -195,7 +195,7 @@ def count(act) -> Counter:
     return Counter(story)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "wide", "deep", "tiny-moe", "moe"])
+@pytest.mark.parametrize("preset", ["tiny", "small", "wide", "deep", "tiny-moe", "moe"])
 @pytest.mark.parametrize("heads", [True, False])
 @pytest.mark.parametrize("beta2", [0.95, 0.0])
 def test_an_update_is_a_few_dozen_operations_however_deep(preset, heads, beta2):
