@@ -120,6 +120,8 @@ def test_chance_is_one_in_ten(speaker, monkeypatch):
 def test_what_a_reply_is_called():
     assert Reply("", "今天天气很好", True, False).chinese
     assert Reply("", "用 Python 写：你好世界，一二三四五六", True, False).chinese
+    assert Reply("", "boolean块可以直接与非boolean变量进行比较。", True, False).chinese
+    assert not Reply("", "ありがとうございます", True, False).chinese
     assert not Reply("", "Hello world", True, False).chinese
     assert not Reply("", "", True, False).chinese and not Reply("", "123。", True, False).chinese
 

@@ -87,7 +87,7 @@ def test_fine_tuning_shares_only_the_rows_that_are_already_equal(model):
 
 
 def test_a_corpus_of_a_hundred_thousand_articles_still_saves_half_the_scoring(model):
-    """十一万篇、四千多万字的真语料只用到 11,009 个词元，比半张词表多一点：从前一半是界线，就白算了。"""
+    """十一万篇的真语料只用到 11,009 个词元，比半张词表多一点；从前半张是界线，就白算了。"""
     shared = tie_unused_rows(model, np.arange(11009, dtype=np.uint16), newborn=True)
     assert len(shared.rows) == 11136
 

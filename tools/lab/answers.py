@@ -46,7 +46,8 @@ OTHERS = 9  # 真的回答混在几个别的中间
 HEAD = 128  # 认的时候，只看回答的开头这么多个词元：长短不同的，才好比
 ROWS = 10  # 一次算几行
 TURNS = 3  # 多轮的，问到第几轮
-CHINESE = 0.6  # 字母里汉字占到这么多，就算中文
+CHINESE = 0.6  # 汉字占到这么多，就算中文
+WORD = re.compile(r"[A-Za-z]+|[^\W\d_]")  # 一个英文的词算一个，别的一个字算一个
 A_WORD = re.compile(r"(?=([一-鿿]{2}))")  # 相邻的两个汉字
 COMMON = 0.05  # 这么多的提问里都有的两个字（「什么」「如何」），说明不了什么
 
@@ -59,9 +60,9 @@ class Options:
     data: str | None = option(None, "对话的文件，整个都用；默认是它微调时留出的那些")
     data_dir: str = option("data", "词元文件放在哪里")
     n: int = option(150, "至多用多少段对话", "段")
-    max: int = option(200, "自己答的，一次最多写多少", "词元")
+    max: int = option(CALM["sft"]["max"], "自己答的，一次最多写多少", "词元")
     temp: float = option(CALM["sft"]["temp"], "自己答的，温度")
-    penalty: float = option(Sampling.penalty, "自己答的，重复惩罚")
+    penalty: float = option(CALM["sft"]["penalty"], "自己答的，重复惩罚")
     seed: int = option(1, "抽哪些对话、怎样混、怎样写，都由它决定")
     show: int = option(5, "印出前几个回答", "个")
     json: str | None = option(None, "结果与全部回答另写成 JSON，写在哪里")
@@ -161,9 +162,9 @@ class Reply:
     chinese: bool = field(init=False)
 
     def __post_init__(self):
-        letters = [c for c in self.text if c.isalpha()]
-        han = sum("一" <= c <= "鿿" for c in letters)
-        self.chinese = bool(letters) and han >= CHINESE * len(letters)
+        words = WORD.findall(self.text)
+        han = sum("一" <= word <= "鿿" for word in words)
+        self.chinese = bool(words) and han >= CHINESE * len(words)
 
 
 def reply(speaker: Speaker, ids: list[int], question: str, sampling: Sampling) -> Reply:

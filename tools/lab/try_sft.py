@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import Config, option
+from config import PRESETS, Config, option
 from corpus.token_file import tokenize_corpus
 from dataset import DocumentBatches, SFTBatches
 from engine.device import Device
@@ -50,7 +50,7 @@ PROMPTS = {  # 话: 当作提问，还是当作一篇文档的开头
 class Options(DataOptions):
     """命令行参数。"""
 
-    preset: str = option("tiny", "比 out/预设名 里的两个检查点", choices=("tiny", "small", "wide", "deep"))
+    preset: str = option("tiny", "比 out/预设名 里的两个检查点", choices=tuple(PRESETS))
     n: int = option(20, "数一数多少个没见过的成语，回答的样子对不对", "个")
     prompt: str = option("画蛇添足是什么意思？", "画下一个词元的分布时，问的是哪一句")
 

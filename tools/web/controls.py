@@ -6,7 +6,7 @@ from dataclasses import fields
 import gradio as gr
 
 from config import UserError
-from generate import Sampling
+from generate import CALM, Sampling
 
 
 def status(words: str) -> str:
@@ -17,13 +17,13 @@ def status(words: str) -> str:
 def sampling_controls() -> list:
     """采样的各项，说明取自 `Sampling`。"""
     ranges = {"temp": (0, 2), "top_k": (0, 200), "top_p": (0.05, 1), "min_p": (0, 0.5),
-              "penalty": (1, 2), "max": (1, 500)}  # fmt: skip
+              "penalty": (1, 2), "max": (1, 1000)}  # fmt: skip
     controls = []
     with gr.Accordion("采样", open=False):
         for f in fields(Sampling):
             if f.name in ranges:
                 whole = isinstance(f.default, int)
-                value = 0.3 if f.name == "temp" else f.default  # 打开时多半选着微调过的模型
+                value = CALM["sft"].get(f.name, f.default)  # 打开时多半选着微调过的
                 controls.append(
                     gr.Slider(
                         *ranges[f.name], value, step=1 if whole else 0.05, label=f.name,
