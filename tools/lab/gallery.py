@@ -55,7 +55,8 @@ class Options:
 
 def replies(speaker: Speaker, options: Options) -> list[Reply]:
     """二十句话，各答一次。"""
-    sampling = Sampling(**CALM.get(speaker.stage, {}), max=options.max, seed=options.seed)
+    given = {"max": options.max, "seed": options.seed}
+    sampling = Sampling(**CALM.get(speaker.stage, {}) | given)
     return [reply(speaker, speaker.prompt(text), text, sampling) for text in PROMPTS]
 
 
