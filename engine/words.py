@@ -15,8 +15,8 @@ def introduction(run) -> str:
         lines.append(f"起点：{config.init_from}（{summary(run.start)}）")
     if run.stage == "pretrain" and run.origins["preset"] is Origin.AUTO:
         lines.append(
-            "（想换一种大小：--preset wide 矮胖，--preset deep 瘦高，--preset tiny 小而快，"
-            "--preset small 在两者之间）"
+            "（想换一种大小：--preset tiny 小而快，--preset small 大一号，没有显卡也练得动，"
+            "--preset wide 矮胖，--preset deep 瘦高）"
         )
     if run.stage == "pretrain" and config.data == "builtin":
         lines.append("（用的是内置成语词典；想用维基百科：python download.py wiki）")
