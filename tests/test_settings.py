@@ -101,7 +101,8 @@ def test_only_experts_have_a_router_scale():
     ]:  # fmt: skip
         config, origins = load_config("pretrain", ["--preset", preset])
         assert (config.router_scale, origins["router_scale"]) == (scale, origin)
-    for preset, scale in [("tiny", 1.0), ("small", 1.0), ("wide", 0.2), ("deep", 0.2)]:  # 用参数分的专家
+    # 用参数分的专家
+    for preset, scale in [("tiny", 1.0), ("small", 1.0), ("wide", 0.2), ("deep", 0.2)]:
         config, origins = load_config("pretrain", ["--preset", preset, *MOE])
         assert (config.router_scale, origins["router_scale"]) == (scale, Origin.AUTO)
     dense = ["--preset", "moe", "--n_experts", "0", "--n_active", "0"]
