@@ -197,7 +197,7 @@ def test_planning_by_the_clock_gives_the_other_ways_their_own_length(little, tmp
     out, _ = run(tmp_path, "pre_train.py", "--plan", "--hours", "0.01", *SMALL)
     fewer, other, mine = [line for line in out.splitlines() if "  python pre_train.py" in line][-3:]
     assert "--max_steps" in fewer and "--hours" not in fewer
-    assert "--preset wide" in other and "--hours" not in other
+    assert "--preset small" in other and "--hours" not in other
     assert "--hours 0.01" in mine
 
 
