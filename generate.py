@@ -47,7 +47,7 @@ class Sampling:
         ]
 
 
-CALM = {"sft": {"temp": 0.3, "penalty": 1.2, "max": 400}}  # 接龙要活，回答要稳；写得完才停
+CALM = {"sft": {"temp": 0.3, "penalty": 1.2, "max": 400}}  # 接龙要活，回答要稳，也要写得完
 BLANK_LINES, SAME_LINES = 3, 4  # 空行连着几行、同样的一行写了几遍，就算在反复
 CHARACTERS_PER_TOKEN = 32  # 真的文字里，一个词元平均到不了这么多字
 
