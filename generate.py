@@ -276,7 +276,8 @@ def is_looping(ids: list[int], tokenizer: Tokenizer, longest: int = 48) -> bool:
     if not ids or tokenizer.decode(ids[-1:]) != "\n":
         return False
     *lines, _ = tokenizer.decode(ids).split("\n")  # 刚写完一行
-    if len(lines) > BLANK_LINES and not any(lines[-BLANK_LINES:]):
+    if len(lines) > BLANK_LINES and not any(line.strip() for line in lines[-BLANK_LINES:]):
         return True
     words = [re.sub(r"^[\s\d.、)）*•-]+", "", line) for line in lines]  # 去掉开头的编号
-    return len(words[-1]) > 1 and words.count(words[-1]) >= SAME_LINES
+    # 没有汉字的不算：程序里的 }、else:、``` 本来就一行行地重现，真的反复上面认得出
+    return sum("一" <= c <= "鿿" for c in words[-1]) > 1 and words.count(words[-1]) >= SAME_LINES

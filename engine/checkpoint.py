@@ -34,6 +34,7 @@ from engine.claims import (
     room_for_context,
 )
 from engine.distributed import whole
+from engine.progress import UNKNOWN
 from engine.unpickle import unpack
 from model import Transformer
 from settings.check import check_types, check_values
@@ -193,7 +194,8 @@ def summary(checkpoint: dict[str, Any]) -> str:
     result = f"检验 {bpc:.3f} 比特每字"
     if step < checkpoint["max_steps"]:
         result = f"最近一次{result}" if math.isfinite(bpc) else "还没有检验过"
-        return f"{stage}只练了 {step}/{checkpoint['max_steps']} 步，{result}"
+        total = f"/{n}" if (n := checkpoint["max_steps"]) < UNKNOWN else ""
+        return f"{stage}只练了 {step}{total} 步，{result}"
     return f"{stage} {step} 步，{result}"
 
 

@@ -1,15 +1,16 @@
 """检验：说出结果，留下最好的，连着变差时提醒。
 
 check       检验一次，再写一段给人看
-keep_best   读第二遍起，留出的文字上最好的那一刻另存一份：再练下去，也许只是在背书
+keep_best   要读第二遍的，留出的文字上最好的那一刻另存一份：再练下去，也许只是在背书
 warn        检验损失连着升了三次，说一声
-settle      练完了：最好的就是最后的，不留两份
+settle      练完了：最后的不比它差，不留两份
 """
 
 import math
 from itertools import pairwise
 
 from engine import words
+from engine.checkpoint import read
 from engine.expert_load import expert_loads
 from settings.say import say, say_above_bar
 
@@ -41,14 +42,14 @@ def check(run, exam, max_tokens: int, everything: bool = False) -> dict:
     return {"val_loss": loss, "val_bpc": bpc, "sample": sample, **more}
 
 
-def rereading(run) -> bool:
-    """是不是已经从第二遍读起了。"""
-    return run.progress.step * run.rows_per_step > run.train.n_rows
+def rereads(run) -> bool:
+    """照现在的步数，会不会读到第二遍。"""
+    return words.epochs(run, run.n_steps) > 1
 
 
 def keep_best(run) -> None:
-    """刚才的检验若是最好的，另存一份；头一遍里读的都是新的，背不了书，不必存。"""
-    if rereading(run) and run.progress.best_step == run.progress.step:
+    """刚才的检验若是最好的，另存一份；不读第二遍的，每一步读的都是新的，背不了书，不必存。"""
+    if rereads(run) and run.progress.best_step == run.progress.step:
         run.saver.save_best(run.state)
 
 
@@ -57,13 +58,12 @@ def warn(run) -> None:
     losses = [row["val_loss"] for row in run.metrics.rows if row.get("val_loss") is not None]
     rises = [later > sooner for sooner, later in pairwise(losses)]
     if all(rises[-RISES:]) and len(rises) >= RISES and not any(rises[-RISES - 1 : -RISES]):
-        say_above_bar(words.rising(run, rereading(run)))
+        say_above_bar(words.rising(run))
 
 
-def settle(run) -> None:
-    """练完了：平时的最后一次检验就是最好的，另存的那一份不要了；不是的，说它在哪里。"""
-    checked = [row["step"] for row in run.metrics.rows[:-1] if row.get("val_loss") is not None]
-    if run.progress.best_step == max(checked, default=0):
+def settle(run, exam) -> None:
+    """练完了：用平时的量法，最后的不比另存的差，就不留两份；比它差的，说最好的在哪里。"""
+    if rereads(run) and exam.measure(run.config.eval_tokens)[0] <= run.progress.best_val_loss:
         run.saver.forget_best()
     elif run.folder.best.exists():
-        say(words.best(run))
+        say(words.best(run, read(run.folder.best, mmap=True)["progress"]))

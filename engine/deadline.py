@@ -10,11 +10,12 @@ from bisect import bisect_right
 from datetime import datetime
 
 from config import Config, UserError
-from engine.progress import Pace
+from engine.progress import UNKNOWN, Pace
 from settings.clock import SHOWN
 from settings.defaults import eval_interval
+from settings.say import say_above_bar
 
-UNKNOWN = 10**6  # 速度还没有量到（头两步）时，当作要走这么多步：学习率因此从很小起
+FEWEST = 20  # 一共还走不到这么多步，学不到什么，说一声
 LATER = 2  # 秒：存好之后还要画图、说再见
 
 
@@ -23,7 +24,7 @@ class Deadline:
 
     Args:
         config: 用到 hours 或 until。
-        began: 这个程序从什么时候开始，`time.monotonic()`。
+        began: hours 从什么时候算起，`time.monotonic()`。
         checkpoint: 接着练的，上次的检查点。
     Fields:
         n_steps: 上次定下的步数；还没有定过，或者时间改了，是 UNKNOWN。
@@ -62,6 +63,12 @@ class Deadline:
         """一共该走几步；n_steps 是原来定的，还合适就仍是它。正在走的这一步总要走完。"""
         if pace.step_seconds is None:
             return n_steps
+        planned = self._fitting(pace, n_steps)
+        if n_steps == UNKNOWN and planned < FEWEST:
+            say_above_bar(f"（{self}：备好之后只够走 {planned} 步，学不到什么；请把时间给足）")
+        return planned
+
+    def _fitting(self, pace: Pace, n_steps: int) -> int:
         left = self.left() - pace.saver.cost - LATER
         if left <= 0:
             return pace.step + 1

@@ -1,5 +1,6 @@
 """训练走到了哪里，还要走多久。
 
+out_of                    一共几步，说给人看
 Progress, RandomNumbers   步数、用时、检验的结果，以及随机数：它们自己存，自己取回
 Pace                      走得多快，还要多久：编译不算，检验与保存算在内
 Bar                       进度条；多快、还要多久，听 Pace 的
@@ -14,6 +15,14 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+# 练到几点的，速度还没有量到（头两步）时，当作一共要走这么多步：学习率因此从很小起。
+UNKNOWN = 10**6
+
+
+def out_of(n_steps: int) -> str:
+    """一共几步，接在「走了几步」后面说。"""
+    return f"，共 {n_steps} 步" if n_steps < UNKNOWN else "，一共几步还没有定"
 
 
 @dataclass
@@ -95,6 +104,8 @@ class Pace:
         config, held_out = run.config, exam.batches.n_rows * exam.batches.seq_len
         per_step = run.rows_per_step * config.seq_len
         usual, last = (min(n * config.eval_tokens, held_out) / per_step for n in (1, 10))
+        if run.n_steps * run.rows_per_step > run.train.n_rows:  # 末了还要与最好的比（checks.py）
+            last += usual
         compiled = run.newborn or not run.device.compile  # 刚出生的，第 0 步检验过
         return cls(
             range(run.first_step, run.n_steps), run.eval_every, (usual, last), run.saver, compiled

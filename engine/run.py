@@ -98,7 +98,8 @@ class Run(Stepper):
         """同 `Stepper.plan`；步数是预设的，数据又太少，就少走几步。"""
         super().plan(train, card)
         if self.config.hours or self.config.until:
-            self.deadline = Deadline(self.config, self.began, self.checkpoint)
+            now = time.monotonic()  # 从备好数据算起：头一回分词也许就要十几分钟
+            self.deadline = Deadline(self.config, now, self.checkpoint)
             self.n_steps = self.deadline.n_steps
             return
         name = {"pretrain": "max_steps", "sft": "sft_max_steps"}[self.stage]
@@ -217,7 +218,7 @@ class Run(Stepper):
             self._save_or_leave(last=step == self.n_steps)
         self.bar.close()
         self.metrics.draw()
-        checks.settle(self)
+        checks.settle(self, exam)
         say(words.farewell(self))
 
     def ask(self) -> tuple[float, ...]:

@@ -25,6 +25,7 @@ from engine.checkpoint import (
     read,
 )
 from engine.distributed import World
+from engine.progress import out_of
 from settings.files import write_text
 from settings.places import USED, as_flags, ask, must_ask, outside
 from settings.resolve import Origins
@@ -207,7 +208,7 @@ class RunFolder:
             newest = path == existing[0]
             if step == 0 and newest and not imported(checkpoint):
                 return
-            done, again = f"练了 {step} 步，共 {total} 步", f"接着练：{self.how_to_resume}；"
+            done, again = f"练了 {step} 步{out_of(total)}", f"接着练：{self.how_to_resume}；"
             if step == 0 and newest:
                 done, again = "是导入的", ""
             raise UserError(

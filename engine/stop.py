@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from engine.distributed import World
-from engine.progress import Progress
+from engine.progress import Progress, out_of
 from engine.saver import Saver
 from settings.say import say
 
@@ -97,7 +97,7 @@ class Stop:
         saved = saver.step == progress.step
         where = "已经存进" if saved else f"没有存下，走到第 {saver.step} 步的检查点还在"
         say(
-            f"停在第 {progress.step} 步，共 {max_steps} 步；{where} {folder.path}。\n"
+            f"停在第 {progress.step} 步{out_of(max_steps)}；{where} {folder.path}。\n"
             f"接着练：{folder.how_to_resume}"
         )
         self.world.disconnect()

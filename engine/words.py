@@ -66,31 +66,30 @@ def few_data(run, before: int, after: int) -> str:
     )
 
 
-def rising(run, rereading: bool) -> str:
-    """检验损失连着升了三次。
-
-    Args:
-        rereading: 语料已经读了不止一遍。
-    """
-    progress = run.progress
+def rising(run) -> str:
+    """检验损失连着升了三次。"""
+    progress, read = run.progress, epochs(run, run.progress.step)
     text = (
         f"检验损失连着升了三次：最低是 {progress.best_val_loss:.3f}，在第 {progress.best_step} 步"
     )
-    if not rereading:
+    if read <= 1:
         return f"（{text}；语料一遍还没有读完，多半是学习率太大）"
-    read = epochs(run, progress.step)
+    kept = f"最好的另存在 {run.folder.best}；" if run.folder.best.exists() else ""
     return (
-        f"（{text}；语料已经读了 {read:.1f} 遍，它多半是在背书。最好的另存在 {run.folder.best}；"
+        f"（{text}；语料已经读了 {read:.1f} 遍，它多半是在背书。{kept}"
         f"可以就停在这里（Ctrl-C），换多些的语料，或者少读几遍）"
     )
 
 
-def best(run) -> str:
-    """最后的不是最好的：最好的在哪里。"""
-    progress = run.progress
+def best(run, kept: dict) -> str:
+    """最后的不是最好的：最好的在哪里。
+
+    Args:
+        kept: 另存的检查点里的 progress。
+    """
     return (
-        f"（留出的文字上，最好的不是最后的，是第 {progress.best_step} 步，检验损失 "
-        f"{progress.best_val_loss:.3f}：另存在 {run.folder.best}，用 --checkpoint 或 --init_from "
+        f"（留出的文字上，最好的不是最后的，是第 {kept['step']} 步，检验损失 "
+        f"{kept['val_loss']:.3f}：另存在 {run.folder.best}，用 --checkpoint 或 --init_from "
         f"写明就能用它）"
     )
 

@@ -1,7 +1,14 @@
 """量回答、量文字、与别人比：量的正是它说的那样，算得出的数都与手算的相同。"""
 
+import contextlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -184,8 +191,8 @@ def test_the_program_measures_its_own_held_out_conversations_and_a_file(little, 
     (tmp_path / "my.jsonl").write_text("\n".join(lines.split("\n")[:5]), encoding="utf-8")
     _, err = run(tmp_path, "tools.lab.answers", *again, code=2)
     assert "先问后答的对话只有 5 段，至少要 10 段" in err
-    _, err = run(tmp_path, "tools.lab.answers", "--n", "0", code=2)
-    assert "--n 要是正数" in err
+    _, err = run(tmp_path, "tools.lab.answers", "--n", "9", code=2)
+    assert "--n 至少是 10" in err
 
 
 def test_turns_come_back_from_the_token_file_as_they_went_in(little, speaker):
@@ -203,7 +210,7 @@ def test_choosing_is_the_same_for_the_same_seed(tmp_path, speaker):
     assert len(choose(talks, 99, 10, 1)) == 30
     path = tmp_path / "a.jsonl"
     path.write_text('{"instruction": "问", "output": "答"}\n{"x": 1}\n', encoding="utf-8")
-    assert [[t.text for t in one] for one in in_file(speaker, str(path))] == [["问", "答"]]
+    assert [[t.text for t in one] for one in in_file(TOKENIZER, str(path))] == [["问", "答"]]
 
 
 # ---------- 文字 ----------
@@ -214,11 +221,18 @@ def test_bits_count_every_character_even_lost_ones(speaker):
     assert lost == pytest.approx(plain + math.log2(0x110000), rel=1e-6)
 
 
-def test_texts_are_read_cut_and_grouped(tmp_path):
+def test_a_text_longer_than_the_context_is_refused(speaker):
+    """只算装得下的，却除以全部的字数，会显得好。"""
+    with pytest.raises(UserError, match="装得下 63 个"):
+        prose.bits_of(speaker)(["".join(chr(0x4E00 + n) for n in range(64))])
+
+
+def test_texts_are_read_cut_and_grouped(tmp_path, capsys):
     rows = [{"text": "长" * 500, "source": "甲"}, {"text": "短", "source": "乙"}, {"text": " "}]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps(r) for r in rows), encoding="utf-8")
     texts = read_texts(str(path))
+    assert "1 行没有文字" in capsys.readouterr().out
     assert [(len(t.text), t.source) for t in texts] == [(300, "甲"), (1, "乙")]
     assert len(read_texts(str(path), 1)) == 1
     grouped = by_source([("乙", 3.0, 1), ("甲", 600.0, 300)])
@@ -260,8 +274,9 @@ def test_an_even_handed_peer_needs_the_bits_of_the_vocabulary():
 
 
 def test_their_code_must_be_there(tmp_path):
-    with pytest.raises(UserError, match=r"找不到 .*model\.py"):
-        others.their_module(tmp_path / "model.py")
+    options = racing.Options(data="a", held_out="b", nanogpt=str(tmp_path), minimind="不在")
+    nano, mini = options.problems()  # 都在开始练之前说
+    assert f"找不到 {tmp_path / 'model.py'}" in nano and "model_minimind.py" in mini
     (tmp_path / "model.py").write_text("ANSWER = 42\n")
     assert others.their_module(tmp_path / "model.py").ANSWER == 42
 
@@ -270,6 +285,8 @@ def test_rows_of_the_padded_way_are_cut_and_filled():
     peer = others.MiniMind.__new__(others.MiniMind)
     peer.tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
     peer.encode = lambda text: ([1, *range(10, 10 + len(text))], 0)
+    with pytest.raises(UserError, match="语料只有 2 篇，一批要 3 篇"):
+        next(peer.rows(["短", "长"], 3, seed=0))
     ids, targets = next(peer.rows(["短", "长" * 400], 2, seed=0))
     for row, target in zip(ids.tolist(), targets.tolist(), strict=True):
         n = sum(t >= 0 for t in target)
@@ -298,6 +315,24 @@ def test_peers_of_our_own_learn_and_are_measured(little, tmp_path):
     assert [name for name, _ in racing.turns(options)] == [
         "ours", "qwen3, lr 0.001", "qwen3, lr 0.002", "qwen3, lr 0.004",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("rates", "快"), ("size", "256"), ("size", "0x4"), ("minutes", "0")]
+)
+def test_a_race_that_could_not_be_run_does_not_start(flag, value):
+    options = racing.Options(data="a", held_out="b", **{flag: value})
+    if flag == "minutes":
+        options.minutes = 0.0
+    (problem,) = options.problems()
+    assert f"--{flag}" in problem
+
+
+def test_results_of_other_settings_are_not_shown_as_these(little, tmp_path):
+    (tmp_path / "peers.json").write_text('{"settings": {"preset": "wide"}}', encoding="utf-8")
+    flags = ["--data", "a.jsonl", "--held_out", "b.jsonl", "--json", "peers.json"]
+    _, err = run(tmp_path, "tools.bench", "peers", *flags, code=2)
+    assert "照别的设置练的（preset 是 wide）" in err and "--json" in err
     _, err = run(tmp_path, "tools.bench", "peers", code=2)
     assert "--data" in err and "--held_out" in err
 
@@ -322,16 +357,16 @@ def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path
     (tmp_path / "data").symlink_to(little / "data")
     monkeypatch.setattr(gallery.Options, "max", 5)
     asked = []
-    real = night.subprocess.run
 
     def quickly(command):
         """真的脚本，但只走两步。"""
         asked.append(command[1:])
-        hours = command.index("--hours") if "--hours" in command else len(command)
-        steps = [] if hours == len(command) else ["--max_steps", "2"]
-        return real([*command[:hours], *steps, *command[hours + 2 :]], capture_output=True)
+        hours = command.index("--hours")
+        steps = ["--max_steps", "2"] if "--resume" not in command else []
+        command = [*command[:hours], *steps, *command[hours + 2 :]]
+        return subprocess.run(command, capture_output=True).returncode
 
-    monkeypatch.setattr(night.subprocess, "run", quickly)
+    monkeypatch.setattr(night, "finish", quickly)
     held = '{"text": "天气很好。"}\n{"text": "读书。"}\n'
     (tmp_path / "held.jsonl").write_text(held, encoding="utf-8")
     flags = ["--preset", "tiny", "--data", "builtin", "--sft_data", "builtin", "--n", "10",
@@ -348,12 +383,64 @@ def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path
     assert [part for part in parts if part not in page] == []
     assert "--replay" in asked[1] and "--replay_data" in asked[1]
 
+    page_of_before = (tmp_path / "out/tiny-night/night.md").stat().st_mtime_ns
+    run(tmp_path, "tools.lab.night", *flags)  # 再来一次：两个都练完了，一步也不多走，只再量一遍
+    assert (tmp_path / "out/tiny-night/night.md").stat().st_mtime_ns > page_of_before
+    assert all("--resume" in command for command in asked[2:]) and len(asked) == 4
+
     def interrupted(command):
         """微调到一半，按了 Ctrl-C。"""
         asked.append(command[1:])
-        return SimpleNamespace(returncode=130 if "sft_train" in command[1] else 0)
+        return 130 if "sft_train" in command[1] else 0
 
-    monkeypatch.setattr(night.subprocess, "run", interrupted)
-    run(tmp_path, "tools.lab.night", *flags, code=130)
-    for command in asked[2:]:  # 已经有的，接着练；练完了的脚本自己知道
-        assert "--resume" in command and "--hours" not in command
+    monkeypatch.setattr(night, "finish", interrupted)
+    run(tmp_path, "tools.lab.night", *flags, "--batch_size", "4", code=130)
+    for command in asked[4:]:  # 写在 -- 之后的，接着练时也作数
+        assert "--resume" in command and "--batch_size" in command
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_night_waits_until_the_script_has_saved(tmp_path, number):
+    """Ctrl-C 终端给了两个程序，kill 只给了外面的：都要等里面的存好。"""
+    script = (
+        "import pathlib, os, signal, sys, time\n"
+        "def stop(number, frame):\n"
+        "    time.sleep(0.6)  # 做完这一步，存好\n"
+        "    pathlib.Path('saved').touch()\n"
+        "    sys.exit(128 + number)\n"
+        "signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)\n"
+        "pathlib.Path('ready.part').write_text(str(os.getpid()))\n"
+        "os.rename('ready.part', 'ready')\n"
+        "time.sleep(60)\n"
+    )
+
+    def press():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        if number == signal.SIGINT:
+            os.kill(int((tmp_path / "ready").read_text()), number)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    with contextlib.chdir(tmp_path):
+        code = night.finish([sys.executable, "-c", script])
+    thread.join()
+    assert code == 128 + number and (tmp_path / "saved").exists()
+
+
+def test_a_night_opens_at_once_what_it_needs_hours_later(little, tmp_path, monkeypatch):
+    """一夜练完了，才说文件不在，就白等了。"""
+    (tmp_path / "data").symlink_to(little / "data")
+    monkeypatch.setattr(night, "finish", lambda command: pytest.fail("不该开始练"))
+    (tmp_path / "few.jsonl").write_text('{"text": "好"}\n', encoding="utf-8")
+    for flags in (
+        ["--sft_data", "gone.jsonl"],
+        ["--data", "gone.json"],
+        ["--held_out", "gone.jsonl"],
+        ["--talks", "gone.jsonl"],
+        ["--talks", "few.jsonl"],
+        ["--n", "5"],
+    ):
+        _, err = run(tmp_path, "tools.lab.night", "--preset", "tiny", *flags, code=2)
+        assert err.startswith("错误：")

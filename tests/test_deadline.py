@@ -6,15 +6,18 @@ import time
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 from scripts import LITTLE, QUICK, metrics, run
 
+import engine.run
+import pre_train
 from config import Config, UserError
 from engine import checks, deadline
 from engine.checkpoint import read
 from engine.deadline import UNKNOWN, Deadline
-from engine.progress import Pace, Progress
+from engine.progress import Pace, Progress, out_of
 from optimizer import learning_rate
 from settings.clock import moment
 from settings.defaults import eval_interval
@@ -127,6 +130,19 @@ def test_time_that_is_up_is_said_and_more_time_can_be_given(monkeypatch):
     Deadline(Config(hours=1.0), clock.now, saved)
 
 
+def test_time_for_only_a_few_steps_is_said_once(monkeypatch, capsys):
+    """照一百万步的升温走三步，什么也没学：不能只说「完成」。"""
+    clock = Clock(monkeypatch)
+    walk(clock, 65 / 3600, lambda step: 1.0)
+    assert capsys.readouterr().out.count("学不到什么") == 1
+    walk(clock, 0.1, lambda step: 1.0)
+    assert "学不到什么" not in capsys.readouterr().out
+
+
+def test_a_total_not_yet_known_is_not_a_million():
+    assert out_of(10) == "，共 10 步" and "1000000" not in out_of(UNKNOWN)
+
+
 # ---------- 几点 ----------
 
 NOW = datetime(2026, 11, 29, 22, 15, 30)
@@ -191,6 +207,26 @@ def test_a_real_run_stops_by_the_clock_and_leaves_a_finished_checkpoint(
     assert read(tmp_path / "out/tiny/pretrain.pt")["progress"]["step"] > rows[-1]["step"]
 
 
+def test_making_the_token_file_is_not_training_time(little, tmp_path, monkeypatch):
+    """头一回分词比 --hours 还久，也照样练满那么久。"""
+    (tmp_path / "data").symlink_to(little / "data")
+    real, starts = pre_train.tokenize_corpus, []
+
+    def slowly(*args, **named):
+        time.sleep(2.5)
+        return real(*args, **named)
+
+    class Noted(Deadline):
+        def __init__(self, config, began, checkpoint=None):
+            starts.append(time.monotonic() - began)
+            super().__init__(config, began, checkpoint)
+
+    monkeypatch.setattr(pre_train, "tokenize_corpus", slowly)
+    monkeypatch.setattr(engine.run, "Deadline", Noted)
+    run(tmp_path, "pre_train.py", "--hours", "0.0006", *SMALL)  # 两秒
+    assert starts[0] < 0.5 and metrics(tmp_path / "out/tiny", "pretrain")[-1]["step"] > 0
+
+
 def test_planning_by_the_clock_gives_the_other_ways_their_own_length(little, tmp_path):
     """换一套大小、换一个步数，走的都不是这几个小时：命令里便不能再写它。"""
     (tmp_path / "data").symlink_to(little / "data")
@@ -217,35 +253,37 @@ class Saved:
         self.best, self.steps = best, []
 
     def save_best(self, make):
-        self.steps.append(make())
+        self.kept = make()
+        self.steps.append(self.kept["progress"]["step"])
         self.best.touch()
 
     def forget_best(self):
         self.best.unlink(missing_ok=True)
 
 
-def course(tmp_path, losses: list[float], n_rows: int = 20) -> SimpleNamespace:
-    """每十步检验一次，依次是这些损失；每步一行，一遍 n_rows 行。"""
+def course(tmp_path, losses: list[float], n_rows: int = 20, last=9.0) -> SimpleNamespace:
+    """每十步检验一次，依次是这些损失，练完了照平时的量法是 last；每步一行，一遍 n_rows 行。"""
     folder = SimpleNamespace(best=tmp_path / "pretrain.best.pt")
     run = SimpleNamespace(
         progress=Progress(), rows_per_step=1, train=SimpleNamespace(n_rows=n_rows),
+        n_steps=10 * len(losses) + 10, config=Config(),
         metrics=SimpleNamespace(rows=[]), folder=folder, saver=Saved(folder.best),
     )  # fmt: skip
-    run.state = lambda: run.progress.step
+    run.state = lambda: {"progress": run.progress.state_dict()}
     for n, loss in enumerate(losses, 1):
         run.progress.step = 10 * n
         run.progress.checked(loss, loss, everything=False)
         run.metrics.rows += [{"step": 10 * n - 5}, {"step": 10 * n, "val_loss": loss}]
         checks.keep_best(run)
         checks.warn(run)
-    run.metrics.rows.append({"step": 10 * len(losses) + 10, "val_loss": 9.0})  # 最后的那一次
-    checks.settle(run)
+    with patch.object(checks, "read", lambda path, mmap: run.saver.kept):
+        checks.settle(run, SimpleNamespace(measure=lambda max_tokens: (last, last)))
     return run
 
 
 def test_the_best_moment_is_kept_and_three_rises_are_said_once(tmp_path, capsys):
     run = course(tmp_path, [5.0, 4.0, 3.5, 3.0, 3.1, 3.2, 3.3, 3.4])
-    assert run.saver.steps == [30, 40]  # 头一遍里的不存
+    assert run.saver.steps == [10, 20, 30, 40]
     said = capsys.readouterr().out + capsys.readouterr().err
     assert said.count("检验损失连着升了三次：最低是 3.000，在第 40 步；语料已经读了 3.5 遍") == 1
     assert f"另存在 {run.folder.best}" in said
@@ -254,9 +292,27 @@ def test_the_best_moment_is_kept_and_three_rises_are_said_once(tmp_path, capsys)
 
 
 def test_a_run_that_only_gets_better_keeps_no_second_copy(tmp_path, capsys):
-    run = course(tmp_path, [5.0, 4.0, 3.5, 3.0, 2.9])
-    assert run.saver.steps == [30, 40, 50] and not run.folder.best.exists()
+    run = course(tmp_path, [5.0, 4.0, 3.5, 3.0, 2.9], last=2.8)
+    assert run.saver.steps == [10, 20, 30, 40, 50] and not run.folder.best.exists()
     assert capsys.readouterr().out == ""
+
+
+def test_a_last_step_better_than_the_best_check_keeps_no_second_copy(tmp_path, capsys):
+    """平时的检验里，最好的不是末一次的；可是再走几步，最后的比它还好。"""
+    run = course(tmp_path, [5.0, 4.0, 3.5, 3.0, 3.1], last=2.9)
+    assert not run.folder.best.exists() and capsys.readouterr().out == ""
+
+
+def test_the_best_moment_of_the_first_reading_is_kept_too(tmp_path, capsys):
+    """微调常常这样：头一遍没有读完就最好了，后来越背越差。"""
+    run = course(tmp_path, [5.0, 3.0, 3.1, 3.2, 3.3])
+    assert run.saver.steps == [10, 20] and run.folder.best.exists()
+    assert f"另存在 {run.folder.best}；可以就停" in capsys.readouterr().out
+
+
+def test_what_is_read_once_is_never_kept_twice(tmp_path):
+    run = course(tmp_path, [5.0, 3.0, 3.1], n_rows=1000)
+    assert run.saver.steps == [] and not run.folder.best.exists()
 
 
 def test_rises_within_the_first_reading_are_not_called_memorising(tmp_path, capsys):

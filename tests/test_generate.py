@@ -149,6 +149,7 @@ def test_generation_fills_the_context_and_stops(speaker):
         "起头的话" + "哦" * 24,
         "保持健康很重要，要多喝水。" * 3,  # 长的，三遍就够
         "床前明月光\n\n\n\n",
+        "床前明月光\n \n　\n \n",
         "1. 多喝水。\n2. 多运动。\n3. 多喝水。\n4. 多喝水。\n5. 多喝水。\n",
         "要多喝水。\n好的。\n要多喝水。\n对。\n要多喝水。\n是。\n要多喝水。\n",
     ],
@@ -169,6 +170,8 @@ def test_going_round_in_circles_is_noticed(text):
         "白日依山尽，\n黄河入海流。\n\n欲穷千里目，\n更上一层楼。\n\n",
         "副歌在这里\n一段\n副歌在这里\n二段\n副歌在这里\n",  # 唱三遍
         "1.\n2.\n3.\n4.\n5.\n",
+        "先写：\n```\na = 1\n```\n再写：\n```\nb = 2\n```\n",  # 两段程序
+        '[{\n"a": 1\n},\n{\n"b": 2\n},\n{\n"c": 3\n},\n{\n"d": 4\n},\n',
     ],
 )
 def test_what_only_looks_like_it_is_not(text):

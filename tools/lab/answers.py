@@ -58,6 +58,7 @@ class Options:
 
     checkpoint: str | None = option(None, "哪个检查点；默认是微调写下的那一个")
     data: str | None = option(None, "对话的文件，整个都用；默认是它微调时留出的那些")
+    sft_data: str | None = option(None, "它微调用的对话在哪里；默认照检查点里记着的")
     data_dir: str = option("data", "词元文件放在哪里")
     n: int = option(150, "至多用多少段对话", "段")
     max: int = option(CALM["sft"]["max"], "自己答的，一次最多写多少", "词元")
@@ -70,7 +71,9 @@ class Options:
 
     def problems(self) -> list[str]:
         """不能用的值，一条一句。"""
-        wrong = [f"--{n} 要是正数" for n in ("n", "max", "seed") if getattr(self, n) < 1]
+        wrong = [f"--{n} 要是正数" for n in ("max", "seed") if getattr(self, n) < 1]
+        if self.n <= OTHERS:
+            wrong.append(f"--n 至少是 {OTHERS + 1}：真的回答要混在 {OTHERS} 个别的中间")
         return wrong or self.sampling(self.seed).problems()
 
     def sampling(self, seed: int) -> Sampling:
@@ -198,7 +201,8 @@ def third_replies(speaker: Speaker, talks: list[Talk], options: Options) -> list
         asked = [turn for turn in talk if turn.role == "user"][:TURNS]
         if len(asked) < TURNS:
             continue
-        ids: list[int] = []
+        system = talk[: talk.index(asked[0])]
+        ids = [i for turn in system for i in tokenizer.turn_ids(turn.role, turn.ids)]
         for turn in asked:
             ids += [*tokenizer.turn_ids("user", turn.ids), *tokenizer.reply_prefix()]
             if len(ids) > speaker.config.max_len * 3 // 4:
@@ -241,8 +245,11 @@ def share(holds: Sequence[bool]) -> tuple[float, float]:
 
 
 def measure(speaker: Speaker, talks: list[Talk], options: Options) -> dict:
-    """全部的数：{名字: (值, 标准误差)}，连同写出的回答。"""
-    found = {f"多意外（{k}）": ratio(v) for k, v in per_character(speaker, talks).items()}
+    """全部的数：{名字: (值, 标准误差)}，写出的回答，装不进上下文、没有量的有几个。"""
+    by_turn = per_character(speaker, talks)
+    found = {f"多意外（{k}）": ratio(v) for k, v in by_turn.items() if v}
+    n_said = sum(turn.role == "assistant" and turn.text != "" for talk in talks for turn in talk)
+    too_long = n_said - sum(len(v) for k, v in by_turn.items() if k != "全部")
     for name, places in ranks(speaker, talks, options.seed).items():
         found[f"认得出（{name}）"] = share([place == 1 for place in places])
     written, third = replies(speaker, talks, options), third_replies(speaker, talks, options)
@@ -256,16 +263,19 @@ def measure(speaker: Speaker, talks: list[Talk], options: Options) -> dict:
                 f"与提问有共同的词{which}": share(own),
                 f"配错了提问，也有共同的词{which}": share(other),
             }
-    return {"numbers": found, "replies": written + third}
+    left_out = {"轮回答的多意外": too_long, "个提问的回答": len(talks) - len(written)}
+    return {"numbers": found, "replies": written + third, "left_out": left_out}
 
 
-def sentences(numbers: dict) -> Iterator[str]:
-    """一行一个数。"""
-    for name, (value, error) in numbers.items():
+def sentences(found: dict) -> Iterator[str]:
+    """量到的，一行一个数；没有量的，说有几个。"""
+    for name, (value, error) in found["numbers"].items():
         if name.startswith("多意外"):
             yield f"  {name}：每个字 {value:.3f} ± {error:.3f} 奈特"
         else:
             yield f"  {name}：{value:.1%} ± {error:.1%}"
+    if some := "，".join(f"{n} {what}" for what, n in found["left_out"].items() if n):
+        yield f"  （装不进上下文，没有量：{some}）"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -274,11 +284,15 @@ def main(argv: list[str] | None = None) -> None:
     options = read_options(Options, sys.argv[1:] if argv is None else argv, usage)
     path = Path(options.checkpoint or default_checkpoint("sft"))
     speaker = load_for_chat(path, Device(Config(device=options.device, compile=False)))
-    source = in_file(speaker, options.data) if options.data else held_out(speaker, options.data_dir)
+    source = (
+        in_file(speaker.tokenizer, options.data)
+        if options.data
+        else held_out(speaker, options.data_dir, options.sft_data)
+    )
     talks = choose(list(source), options.n, OTHERS + 1, options.seed)
     say(f"{path}，{len(talks)} 段对话：")
     found = measure(speaker, talks, options)
-    for sentence in sentences(found["numbers"]):
+    for sentence in sentences(found):
         say(sentence)
     for one in found["replies"][: options.show]:
         say(f"问：{one.question}\n答：{one.text}\n")

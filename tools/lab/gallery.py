@@ -3,7 +3,7 @@
     python -m tools.lab.gallery                                        默认的检查点，印出来
     python -m tools.lab.gallery --checkpoint out/small/sft.pt --out gallery.md
 
-种子固定，谁跑都一样；只预训练过的检查点，接着同样的话往下写。练了多久、读了多少，取自检查点自己的记录。
+种子固定，同样的机器与版本，谁跑都一样；只预训练过的检查点，接着同样的话往下写。练了多久、读了多少，取自检查点自己的记录。
 """
 
 import os
@@ -82,7 +82,8 @@ def page(speaker: Speaker, checkpoints: list[dict], options: Options) -> Iterato
     for checkpoint in checkpoints:
         yield f"- {cost(checkpoint)}"
     yield ""
-    yield f"种子 {options.seed}，每句只答一次，原样照录；写满 {options.max} 个词元的末尾是省略号。"
+    yield f"种子 {options.seed}，每句只答一次，原样照录；"
+    yield f"写满 {options.max} 个词元的、开始反复而停下的，末尾是省略号。"
     yield ""
     for one in replies(speaker, options):
         text = one.text.strip().replace("\n", "  \n> ") or "（一个字也没写）"

@@ -4,8 +4,9 @@
     python -m tools.lab.night … --held_out 留出的.jsonl --talks 留出的对话.jsonl
 
 走的就是两个训练脚本，它们的别的参数写在 -- 之后（例如 -- --batch_size auto）。中断了，再运行同样的
-一条，从停下的地方接着；练完了的不重做。结果是输出目录里的 night.md：用了多久，没学过的文字上多少
-比特，回答得怎样，二十句话各答了什么。
+一条，从停下的地方接着；练完了的不重做。要改的（例如显存不够，换小的 batch_size）也写上：与直接接着
+练一样，会影响结果的，加上 -- --allow_changes 才改。结果是输出目录里的 night.md：用了多久，没学过的
+文字上多少比特，回答得怎样，二十句话各答了什么。
 """
 
 import os
@@ -16,20 +17,25 @@ if not __package__:  # 当作文件运行的：其余的到仓库里找
 
 from settings.script import run_script
 
+import signal
 import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import PRESETS, Config, option
+from corpus.find import find_files
 from engine.checkpoint import read
 from engine.device import Device
 from engine.speed import load_for_chat
 from settings.files import write_text
 from settings.flags import read_options
 from settings.say import say
+from tokenizer import Tokenizer
 from tools.lab import answers, gallery, prose
 from tools.lab.answers import ratio
-from tools.lab.talks import choose, held_out, in_file
+from tools.lab.talks import Talk, choose, held_out, in_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,42 +58,56 @@ class Options:
 
     def problems(self) -> list[str]:
         """不能用的值，一条一句。"""
-        return [f"--{n} 要是正数" for n in ("hours", "sft_hours", "n") if not getattr(self, n) > 0]
+        wrong = [f"--{n} 要是正数" for n in ("hours", "sft_hours") if not getattr(self, n) > 0]
+        return wrong + answers.Options(n=self.n).problems()
 
 
-def train(script: str, stage: str, folder: Path, places: list[str], flags: list[str]) -> None:
+def finish(command: list[str]) -> int:
+    """运行一个脚本，等它收尾，返回它的退出码。
+
+    Ctrl-C 终端也给了它，kill 由我们转给它：它做完这一步、存好才走，这里只管等。
+    """
+    with subprocess.Popen(command) as child:
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            while True:
+                with suppress(KeyboardInterrupt):
+                    return child.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def train(script: str, stage: str, folder: Path, flags: list[str]) -> None:
     """练一个阶段；已经有的，接着它，练完了的一步也不多走。
 
-    Args:
-        places: 数据在哪里；接着练时也写上，项目之外的才算数。
-        flags: 从头练时另外写的。
     Raises:
         SystemExit: 没有练完：中断了，或者出了错；它自己已经说了为什么。
     """
-    command = [sys.executable, str(ROOT / script), "--out_dir", str(folder), *places]
-    begun = (folder / f"{stage}.pt").exists()
-    if code := subprocess.run([*command, *(["--resume"] if begun else flags)]).returncode:
+    command = [sys.executable, str(ROOT / script), "--out_dir", str(folder), *flags]
+    if (folder / f"{stage}.pt").exists():
+        command.append("--resume")
+    if code := finish(command):
         raise SystemExit(code)
 
 
-def report(options: Options, folder: Path) -> str:
-    """量一量，写成一页。"""
+def drawn(source: Iterable[Talk], options: Options) -> list[Talk]:
+    """从中抽几段来量。Raises UserError：太少。"""
+    return choose(list(source), options.n, answers.OTHERS + 1, answers.Options().seed)
+
+
+def report(options: Options, folder: Path, texts: list[prose.Text], talks: list[Talk]) -> str:
+    """量一量，写成一页；texts 与 talks 没有就是空的。"""
     device = Device(Config(compile=False))
     stages = [folder / f"{stage}.pt" for stage in ("pretrain", "sft")]
     lines = [f"# {options.preset}，一个晚上", ""]
-    if options.held_out:
-        texts = prose.read_texts(options.held_out)
-        for path in stages:
-            measured = prose.bits(texts, prose.bits_of(load_for_chat(path, device)))
-            value, error = ratio([pair[1:] for pair in measured])
-            lines.append(f"- {path.name}：没有学过的文字，每个字 {value:.3f} ± {error:.3f} 比特")
-    speaker = load_for_chat(stages[-1], device)
-    source = (
-        in_file(speaker, options.talks) if options.talks else held_out(speaker, options.data_dir)
-    )
-    asked = answers.Options(n=options.n)
-    talks = choose(list(source), options.n, answers.OTHERS + 1, asked.seed)
-    found = answers.measure(speaker, talks, asked)["numbers"]
+    for path in stages if texts else []:
+        measured = prose.bits(texts, prose.bits_of(load_for_chat(path, device)))
+        value, error = ratio([pair[1:] for pair in measured])
+        lines.append(f"- {path.name}：没有学过的文字，每个字 {value:.3f} ± {error:.3f} 比特")
+    speaker, asked = load_for_chat(stages[-1], device), answers.Options(n=options.n)
+    if not talks:
+        talks = drawn(held_out(speaker, options.data_dir, speaker.config.sft_data), options)
+    found = answers.measure(speaker, talks, asked)
     lines += [f"-{sentence[1:]}" for sentence in answers.sentences(found)]
     checkpoints = [read(path, mmap=True) for path in stages]
     return "\n".join([*lines, "", *gallery.page(speaker, checkpoints, gallery.Options())])
@@ -100,14 +120,20 @@ def main(argv: list[str] | None = None) -> None:
     usage = "用法：python -m tools.lab.night [--参数 值 …] [-- 训练脚本的别的参数]"
     options, more = read_options(Options, argv[:at], usage), argv[at + 1 :]
     folder = Path(options.out_dir or f"out/{options.preset}-night")
-    place, both = ["--data_dir", options.data_dir], ["--preset", options.preset, *more]
-    read_before = [] if options.data == "auto" else ["--replay_data", options.data]
-    train("pre_train.py", "pretrain", folder, [*place, "--data", options.data],
-          [*both, "--hours", str(options.hours)])  # fmt: skip
-    train("sft_train.py", "sft", folder, [*place, "--sft_data", options.sft_data, *read_before],
-          [*both, "--hours", str(options.sft_hours), "--replay", str(options.replay)])  # fmt: skip
+    # 几个小时之后才用到的，现在就打开看看
+    for path in {options.data, options.sft_data} - {"auto", "builtin"}:
+        find_files(path)
+    texts = prose.read_texts(options.held_out) if options.held_out else []
+    talks = drawn(in_file(Tokenizer(), options.talks), options) if options.talks else []
+    both = ["--preset", options.preset, "--data_dir", options.data_dir, *more]
+    flags = ["--data", options.data, "--hours", str(options.hours)]
+    train("pre_train.py", "pretrain", folder, [*both, *flags])
+    flags = ["--sft_data", options.sft_data, "--hours", str(options.sft_hours)]
+    flags += ["--replay", str(options.replay)]
+    flags += [] if options.data == "auto" else ["--replay_data", options.data]
+    train("sft_train.py", "sft", folder, [*both, *flags])
     path = folder / "night.md"
-    write_text(path, report(options, folder))
+    write_text(path, report(options, folder, texts, talks))
     say(f"写好 {path}")
 
 

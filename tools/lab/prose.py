@@ -64,14 +64,18 @@ class Text(NamedTuple):
 
 def read_texts(path: str, n: int = 0) -> list[Text]:
     """一个文件里的文字，每篇只留开头；n 大于 0 时，均匀地取 n 篇。Raises UserError：一篇也没有。"""
-    found = []
+    found, n_empty = [], 0
     for _, row in read_rows(path, ReadLog(path)):
         text = row.get("text") if isinstance(row, dict) else row
         if isinstance(text, str) and text.strip():
             source = row.get("source", "") if isinstance(row, dict) else ""
             found.append(Text(text[:LONGEST], str(source)))
+        else:
+            n_empty += 1
     if not found:
         raise UserError(f'{path} 里没有文字；要的是一行一篇，{{"text": …}}')
+    if n_empty:
+        say(f"（{path} 里有 {n_empty} 行没有文字，没有用）")
     return found[:: max(1, len(found) // n)][:n] if n else found
 
 
@@ -92,6 +96,12 @@ def bits_of(speaker: Speaker) -> Callable[[list[str]], list[float]]:
 
     def measure(texts: list[str]) -> list[float]:
         encoded = tokenizer.encode_and_lose(texts)
+        longest, limit = max(len(ids) for ids, _ in encoded), speaker.config.max_len - 1
+        if longest > limit:  # 只算装得下的，却除以全部的字数，会显得好
+            raise UserError(
+                f"有一篇的开头是 {longest} 个词元，这个模型的上下文只装得下 {limit} 个；"
+                f"请换一个 max_len 大些的"
+            )
         given = [Given([tokenizer.bos_id], ids.tolist()) for ids, _ in encoded]
         nats = surprise(speaker, given)
         lost = [BITS_OF_A_LOST_CHARACTER * len(gone) for _, gone in encoded]

@@ -5,6 +5,7 @@ choose              从中抽几段
 before              一轮之前的全部，轮到助手开口
 """
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
@@ -19,7 +20,9 @@ from corpus.conversations import read_conversations
 from corpus.log import ReadLog
 from corpus.token_file import tokenize_corpus
 from generate import Speaker
+from settings.places import outside
 from settings.say import say
+from tokenizer import Tokenizer
 
 
 class Turn(NamedTuple):
@@ -33,10 +36,22 @@ class Turn(NamedTuple):
 Talk = list[Turn]
 
 
-def held_out(speaker: Speaker, data_dir: str) -> Iterator[Talk]:
-    """它微调时留出的对话：从词元文件里读回来。"""
+def held_out(speaker: Speaker, data_dir: str, source: str | None = None) -> Iterator[Talk]:
+    """它微调时留出的对话：从词元文件里读回来。
+
+    Args:
+        source: 它微调用的对话在哪里；None：照检查点里记着的。
+    Raises:
+        UserError: 检查点里记着的在项目与现在的目录之外：不照办。
+    """
     tokenizer, config = speaker.tokenizer, speaker.config
-    config = replace(config, data_dir=data_dir)
+    if source is None and outside(config.sft_data):
+        where = shlex.quote(config.sft_data)
+        raise UserError(
+            f"检查点里记着的对话 {where} 在项目与现在的目录之外，没有读；"
+            f"若确实是你的数据，请写明 --sft_data {where}"
+        )
+    config = replace(config, data_dir=data_dir, sft_data=source or config.sft_data)
     with redirect_stdout(sys.stderr):
         data = tokenize_corpus(config.sft_data, "sft", tokenizer, config)
     names = {number: role for role, number in tokenizer.role_ids.items()}
@@ -48,11 +63,11 @@ def held_out(speaker: Speaker, data_dir: str) -> Iterator[Talk]:
         yield [Turn(names[t[1]], tokenizer.decode(t[2:-1]), t[2:-1]) for t in turns]
 
 
-def in_file(speaker: Speaker, path: str) -> Iterator[Talk]:
+def in_file(tokenizer: Tokenizer, path: str) -> Iterator[Talk]:
     """一个文件里的全部对话；不能用的说出来。"""
     log = ReadLog(path)
     for record in read_conversations(path, log):
-        yield [Turn(role, text, speaker.tokenizer.encode(text)) for role, text in record.content]
+        yield [Turn(role, text, tokenizer.encode(text)) for role, text in record.content]
     if log.refused:
         say(f"（{path} 里有 {log.refused.total()} 段不能用）")
 

@@ -7,7 +7,7 @@
 要比 minimind 与 nanoGPT，先把它们检出到别处。谁用谁的分词器；比的是原文的每个字，怎样算见
 tools/lab/prose.py。
 
-    ours       python pre_train.py --hours …：读词元文件、编译、检验与保存都算在这几分钟里
+    ours       python pre_train.py --hours …：编译、检验与保存都算在这几分钟里
     qwen3      transformers 的 Qwen3，同样的形状，我们的词元，AdamW，编译
     nanogpt    它的 GPT 与 AdamW，同样的层数与宽度，我们的词元，编译
     minimind   它的模型、分词器、补齐的一行一篇与学习率的曲线；shipped 照它的默认（一次 32 行，

@@ -123,9 +123,11 @@ class PlainQwen3(OnOurTokens):
 class NanoGPT(OnOurTokens):
     """nanoGPT 的 model.py：它的 GPT 与它的 configure_optimizers；曲线也照它的 train.py。"""
 
+    FILE = "model.py"
+
     def __init__(self, config: Config, lr: float, folder: str):
         super().__init__(config, lr)
-        theirs = their_module(Path(folder) / "model.py")
+        theirs = their_module(Path(folder) / self.FILE)
         self.module = theirs.GPT(theirs.GPTConfig(
             block_size=config.max_len, vocab_size=config.vocab_size, n_layer=config.n_layers,
             n_head=config.n_heads, n_embd=config.dim, dropout=0.0, bias=False,
@@ -152,12 +154,12 @@ class NanoGPT(OnOurTokens):
 class MiniMind(Peer):
     """minimind 的模型与分词器；一行一篇，长的截断，短的补齐。"""
 
-    LENGTH = 340  # 它的 max_seq_len
+    FILE, LENGTH = "model/model_minimind.py", 340  # 后者是它的 max_seq_len
 
     def __init__(self, config: Config, lr: float, folder: str, size: str, helped: bool):
         from transformers import AutoTokenizer
 
-        theirs = their_module(Path(folder) / "model/model_minimind.py")
+        theirs = their_module(Path(folder) / self.FILE)
         self.tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "model")
         config.compile &= helped
         if not helped:
@@ -175,6 +177,8 @@ class MiniMind(Peer):
 
     def rows(self, texts: list[str], n: int, seed: int):
         """每批 n 行，每遍打乱一次。"""
+        if len(texts) < n:
+            raise UserError(f"语料只有 {len(texts)} 篇，一批要 {n} 篇")
         rng = np.random.default_rng(seed)
         while True:
             order = rng.permutation(len(texts))
@@ -206,9 +210,7 @@ class MiniMind(Peer):
 
 
 def their_module(path: Path):
-    """别人的一个 Python 文件。Raises UserError：不在那里。"""
-    if not path.is_file():
-        raise UserError(f"找不到 {path}；请写它检出的目录")
+    """别人的一个 Python 文件。"""
     spec = importlib.util.spec_from_file_location(f"theirs_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -1,6 +1,7 @@
 """一个接一个地练，各练同样久，写好的不重做。"""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -43,12 +44,24 @@ class Options:
     out: str = option("out/peers", "我们的检查点放在哪里")
     json: str = option("out/peers.json", "结果写在哪里")
 
+    def decides(self) -> dict[str, str]:
+        """结果由什么决定：一个文件里的，都是同样地练、同样地量的，才好比。"""
+        names = ("data", "held_out", "minutes", "preset", "size", "seed")
+        return {name: str(getattr(self, name)) for name in names}
+
     def problems(self) -> list[str]:
-        """不能用的值，一条一句。"""
+        """不能用的值，一条一句；别人的代码不在那里，也现在就说，不等练到它。"""
         missing = [n for n in ("data", "held_out") if not getattr(self, n)]
         found = [f"请用 --{name} 写明文件" for name in missing]
         if not 0 < self.minutes < 1e5:
             found.append("--minutes 要是正数，不超过十万")
+        if not numbers_in(self.rates):
+            found.append(f"--rates 要是用逗号隔开的几个数，例如 0.001,0.002，不能是 {self.rates}")
+        if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,2}", self.size):
+            found.append(f"--size 要写成宽x层，例如 256x4，不能是 {self.size}")
+        for folder, file in ((self.nanogpt, NanoGPT.FILE), (self.minimind, MiniMind.FILE)):
+            if folder and not (Path(folder) / file).is_file():
+                found.append(f"找不到 {Path(folder) / file}；请写它检出的目录")
         return found
 
 
@@ -121,17 +134,19 @@ def bench_peers(argv: list[str]) -> None:
     path = Path(options.json)
     path.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if done.setdefault("settings", options.decides()) != options.decides():
+        before = "，".join(f"{k} 是 {v}" for k, v in done["settings"].items())
+        raise UserError(f"{path} 里的是照别的设置练的（{before}）；请用 --json 换一个文件")
     for given, name in ((options.minimind, "minimind"), (options.nanogpt, "nanoGPT")):
         if not given:
             say(f"（没有写 --{name.lower()}，不比 {name}）")
     for name, launch in turns(options):
-        key = f"{name}, {options.minutes:g} min"
-        if key not in done:
+        if name not in done:
             if launch is None:
                 found = our_turn(options)
             else:
                 with launch() as peer:
                     found = peer.work()[0] | {"memory": peer.peak_memory()}
-            done[key] = found | {"preset": options.preset, "machine": machine()}
+            done[name] = found | {"machine": machine()}
             write_text(path, json.dumps(done, ensure_ascii=False, indent=1))
-        say(f"{key}：每个字 {done[key]['bits']:.3f} ± {done[key]['error']:.3f} 比特")
+        say(f"{name}：每个字 {done[name]['bits']:.3f} ± {done[name]['error']:.3f} 比特")
