@@ -95,11 +95,10 @@ class Run(Stepper):
         return old
 
     def plan(self, train, card: dict) -> None:
-        """同 `Stepper.plan`；步数是预设的，数据又太少，就少走几步。"""
+        """同 `Stepper.plan`；步数是预设的，数据又太少，就少走几步。hours 从这里算起。"""
         super().plan(train, card)
         if self.config.hours or self.config.until:
-            now = time.monotonic()  # 从备好数据算起：头一回分词也许就要十几分钟
-            self.deadline = Deadline(self.config, now, self.checkpoint)
+            self.deadline = Deadline(self.config, time.monotonic(), self.checkpoint)
             self.n_steps = self.deadline.n_steps
             return
         name = {"pretrain": "max_steps", "sft": "sft_max_steps"}[self.stage]

@@ -22,7 +22,7 @@ from generate import Sampling, make_speaker
 from model import Transformer
 from tokenizer import Tokenizer
 from tools.bench.peers import others, racing
-from tools.lab import answers, gallery, night, prose
+from tools.lab import answers, gallery, night, prose, talks
 from tools.lab.answers import Given, Reply, on_the_subject, ranks, ratio, share, surprise
 from tools.lab.prose import by_source, read_texts
 from tools.lab.talks import Turn, before, choose, held_out, in_file
@@ -168,6 +168,29 @@ def test_the_third_turn_follows_its_own_two_answers(speaker, monkeypatch):
     (one,) = answers.third_replies(speaker, talks, answers.Options())
     assert asked == ["甲？", "甲？答1丙？", "甲？答1丙？答2戊？"]
     assert (one.question, one.text) == ("甲？丙？戊？", "答3")
+    told = [Turn("system", "你是店员", TOKENIZER.encode("你是店员")), *talks[0]]
+    answers.third_replies(speaker, [told], answers.Options())
+    assert asked[3] == "你是店员甲？"  # 开头的那一段，三问之前都有
+
+
+def test_what_does_not_fit_is_said_not_silently_left_out(speaker, monkeypatch):
+    """两轮回答、一个提问装不进 64 个词元；全都装不进，也不出错。"""
+    monkeypatch.setattr(answers, "reply", lambda *_: Reply("问", "答", True, False))
+    talks = [talk(f"第{n}问", f"第{n}答") for n in range(8)]
+    talks += [talk("一", "二" * 80), talk("三" * 80, "四")]
+    found = answers.measure(speaker, talks, answers.Options())
+    *_, last = answers.sentences(found)
+    assert last == "  （装不进上下文，没有量：2 轮回答的多意外，1 个提问的回答）"
+    found = answers.measure(speaker, [talk("问", "长" * 80)] * 10, answers.Options())
+    assert not any(name.startswith("多意外") for name in found["numbers"])
+
+
+def test_conversations_named_by_a_stranger_are_not_read(speaker, monkeypatch, tmp_path):
+    """检查点里记着的路径在外面：不照办，说怎样才算答应。"""
+    theirs = SimpleNamespace(tokenizer=TOKENIZER, config=Config(sft_data="/etc/passwd"))
+    monkeypatch.setattr(talks, "tokenize_corpus", lambda *_: pytest.fail("读了"))
+    with pytest.raises(UserError, match=r"/etc/passwd 在项目.*--sft_data /etc/passwd"):
+        next(held_out(theirs, "data"))
 
 
 def test_the_program_measures_its_own_held_out_conversations_and_a_file(little, tmp_path):
