@@ -387,9 +387,10 @@ def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path
         hours = command.index("--hours")
         steps = ["--max_steps", "2"] if "--resume" not in command else []
         command = [*command[:hours], *steps, *command[hours + 2 :]]
-        return subprocess.run(command, capture_output=True).returncode
+        return real(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    monkeypatch.setattr(night, "finish", quickly)
+    real = subprocess.Popen  # 程序是另外载入的一份，换得了的是它用的标准库
+    monkeypatch.setattr(subprocess, "Popen", quickly)
     held = '{"text": "天气很好。"}\n{"text": "读书。"}\n'
     (tmp_path / "held.jsonl").write_text(held, encoding="utf-8")
     flags = ["--preset", "tiny", "--data", "builtin", "--sft_data", "builtin", "--n", "10",
@@ -414,9 +415,10 @@ def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path
     def interrupted(command):
         """微调到一半，按了 Ctrl-C。"""
         asked.append(command[1:])
-        return 130 if "sft_train" in command[1] else 0
+        code = 130 if "sft_train" in command[1] else 0
+        return contextlib.nullcontext(SimpleNamespace(wait=lambda: code))
 
-    monkeypatch.setattr(night, "finish", interrupted)
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
     run(tmp_path, "tools.lab.night", *flags, "--batch_size", "4", code=130)
     for command in asked[4:]:  # 写在 -- 之后的，接着练时也作数
         assert "--resume" in command and "--batch_size" in command
@@ -455,7 +457,7 @@ def test_a_night_waits_until_the_script_has_saved(tmp_path, number):
 def test_a_night_opens_at_once_what_it_needs_hours_later(little, tmp_path, monkeypatch):
     """一夜练完了，才说文件不在，就白等了。"""
     (tmp_path / "data").symlink_to(little / "data")
-    monkeypatch.setattr(night, "finish", lambda command: pytest.fail("不该开始练"))
+    monkeypatch.setattr(subprocess, "Popen", lambda command: pytest.fail("不该开始练"))
     (tmp_path / "few.jsonl").write_text('{"text": "好"}\n', encoding="utf-8")
     for flags in (
         ["--sft_data", "gone.jsonl"],
