@@ -12,8 +12,8 @@ import pytest
 from scripts import LITTLE, QUICK, metrics, run
 
 import engine.run
-import pre_train
 from config import Config, UserError
+from corpus import token_file
 from engine import checks, deadline
 from engine.checkpoint import read
 from engine.deadline import UNKNOWN, Deadline
@@ -210,7 +210,7 @@ def test_a_real_run_stops_by_the_clock_and_leaves_a_finished_checkpoint(
 def test_making_the_token_file_is_not_training_time(little, tmp_path, monkeypatch):
     """头一回分词比 --hours 还久，也照样练满那么久。"""
     (tmp_path / "data").symlink_to(little / "data")
-    real, starts = pre_train.tokenize_corpus, []
+    real, starts = token_file.tokenize_corpus, []
 
     def slowly(*args, **named):
         time.sleep(2.5)
@@ -221,7 +221,7 @@ def test_making_the_token_file_is_not_training_time(little, tmp_path, monkeypatc
             starts.append(time.monotonic() - began)
             super().__init__(config, began, checkpoint)
 
-    monkeypatch.setattr(pre_train, "tokenize_corpus", slowly)
+    monkeypatch.setattr(token_file, "tokenize_corpus", slowly)
     monkeypatch.setattr(engine.run, "Deadline", Noted)
     run(tmp_path, "pre_train.py", "--hours", "0.0006", *SMALL)  # 两秒
     assert starts[0] < 0.5 and metrics(tmp_path / "out/tiny", "pretrain")[-1]["step"] > 0
