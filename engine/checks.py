@@ -12,6 +12,7 @@ from itertools import pairwise
 from engine import words
 from engine.checkpoint import read
 from engine.expert_load import expert_loads
+from engine.progress import rereads
 from settings.say import say, say_above_bar
 
 RISES = 3
@@ -40,11 +41,6 @@ def check(run, exam, max_tokens: int, everything: bool = False) -> dict:
     if old:
         more |= {"val_loss_old": old[0], "val_bpc_old": old[1]}
     return {"val_loss": loss, "val_bpc": bpc, "sample": sample, **more}
-
-
-def rereads(run) -> bool:
-    """照现在的步数，会不会读到第二遍。"""
-    return words.epochs(run, run.n_steps) > 1
 
 
 def keep_best(run) -> None:

@@ -1,6 +1,6 @@
 """训练走到了哪里，还要走多久。
 
-out_of                    一共几步，说给人看
+rereads, out_of           会不会读到第二遍；一共几步，说给人看
 Progress, RandomNumbers   步数、用时、检验的结果，以及随机数：它们自己存，自己取回
 Pace                      走得多快，还要多久：编译不算，检验与保存算在内
 Bar                       进度条；多快、还要多久，听 Pace 的
@@ -18,6 +18,11 @@ from tqdm import tqdm
 
 # 练到几点的，速度还没有量到（头两步）时，当作一共要走这么多步：学习率因此从很小起。
 UNKNOWN = 10**6
+
+
+def rereads(run) -> bool:
+    """照现在的步数，会不会读到第二遍。"""
+    return run.n_steps * run.rows_per_step > run.train.n_rows
 
 
 def out_of(n_steps: int) -> str:
@@ -104,7 +109,7 @@ class Pace:
         config, held_out = run.config, exam.batches.n_rows * exam.batches.seq_len
         per_step = run.rows_per_step * config.seq_len
         usual, last = (min(n * config.eval_tokens, held_out) / per_step for n in (1, 10))
-        if run.n_steps * run.rows_per_step > run.train.n_rows:  # 末了还要与最好的比（checks.py）
+        if rereads(run):  # 末了还要与最好的比（checks.py）
             last += usual
         compiled = run.newborn or not run.device.compile  # 刚出生的，第 0 步检验过
         return cls(
