@@ -64,7 +64,7 @@ class Deadline:
         if pace.step_seconds is None:
             return n_steps
         planned = self._fitting(pace, n_steps)
-        if n_steps == UNKNOWN and planned < FEWEST:
+        if planned < FEWEST <= n_steps:  # 头一回定时，或者检验比想的慢、后来改少了
             say_above_bar(f"（{self}：备好之后只够走 {planned} 步，学不到什么；请把时间给足）")
         return planned
 

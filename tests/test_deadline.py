@@ -137,6 +137,8 @@ def test_time_for_only_a_few_steps_is_said_once(monkeypatch, capsys):
     assert capsys.readouterr().out.count("学不到什么") == 1
     walk(clock, 0.1, lambda step: 1.0)
     assert "学不到什么" not in capsys.readouterr().out
+    walk(clock, 0.04, lambda step: 1.0 if step < 5 else 90.0)  # 先定了几十步，后来慢了
+    assert capsys.readouterr().out.count("学不到什么") == 1
 
 
 def test_a_total_not_yet_known_is_not_a_million():
