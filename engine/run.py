@@ -211,7 +211,7 @@ class Run(Stepper):
             self._replan(int(self.votes[2]))
             seconds = time.monotonic() - started
             if self.pace.stepped(seconds):
-                say_above_bar(words.remaining(self.pace))
+                say_above_bar(words.remaining(self))
             self._record(step, self.n_targets / seconds, exam)
             step += 1
             self._save_or_leave(last=step == self.n_steps)

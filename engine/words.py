@@ -3,6 +3,7 @@
 import shlex
 
 from engine.checkpoint import NAMES, summary
+from settings.defaults import MOST_EPOCHS
 from settings.resolve import Origin, describe, repeat_flags
 
 
@@ -103,9 +104,16 @@ def duration(seconds: float) -> str:
     return f"约 {seconds / 3600:.1f} 小时"
 
 
-def remaining(pace) -> str:
-    """量够了步数，说一次还要多久。"""
-    return f"照前 {pace.timed} 步的速度，还要{duration(pace.remaining())}"
+def remaining(run) -> str:
+    """量够了步数，说一次还要多久；练到几点的，说走得了几步、读几遍，读得太多的，提醒一声。"""
+    measured = f"照前 {run.pace.timed} 步的速度，"
+    if not run.deadline:
+        return f"{measured}还要{duration(run.pace.remaining())}"
+    read = epochs(run, run.n_steps)
+    text = f"{measured}约走 {run.n_steps} 步，读 {read:.2g} 遍"
+    if read <= MOST_EPOCHS:
+        return text
+    return f"{text}：{MOST_EPOCHS} 遍以上多半是在背书；换多些的数据，或者少练些时间"
 
 
 def size(n_bytes: int) -> str:

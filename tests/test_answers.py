@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -411,6 +412,7 @@ def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path
     run(tmp_path, "tools.lab.night", *flags)  # 再来一次：两个都练完了，一步也不多走，只再量一遍
     assert (tmp_path / "out/tiny-night/night.md").stat().st_mtime_ns > page_of_before
     assert all("--resume" in command for command in asked[2:]) and len(asked) == 4
+    assert asked[3][asked[3].index("--init_from") + 1].endswith("pretrain.pt")
 
     def interrupted(command):
         """微调到一半，按了 Ctrl-C。"""
@@ -422,6 +424,16 @@ def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path
     run(tmp_path, "tools.lab.night", *flags, "--batch_size", "4", code=130)
     for command in asked[4:]:  # 写在 -- 之后的，接着练时也作数
         assert "--resume" in command and "--batch_size" in command
+
+    folder = tmp_path / "out/tiny-night"  # 背了书的：最好的一刻另存着，最后的比它差
+    shutil.copy(folder / "pretrain.pt", folder / "pretrain.best.pt")
+    for path in folder.glob("sft*.pt"):
+        path.unlink()
+    asked.clear()
+    monkeypatch.setattr(subprocess, "Popen", quickly)
+    run(tmp_path, "tools.lab.night", *flags)
+    assert asked[1][asked[1].index("--init_from") + 1].endswith("pretrain.best.pt")
+    assert "pretrain.best.pt：没有学过的文字" in (folder / "night.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -14,7 +14,7 @@ from scripts import LITTLE, QUICK, metrics, run
 import engine.run
 from config import Config, UserError
 from corpus import token_file
-from engine import checks, deadline
+from engine import checks, deadline, words
 from engine.checkpoint import read
 from engine.deadline import UNKNOWN, Deadline
 from engine.progress import Pace, Progress, out_of
@@ -207,6 +207,17 @@ def test_a_real_run_stops_by_the_clock_and_leaves_a_finished_checkpoint(
     looked.clear()
     run(tmp_path, "pre_train.py", *flags)
     assert read(tmp_path / "out/tiny/pretrain.pt")["progress"]["step"] > rows[-1]["step"]
+
+
+@pytest.mark.parametrize(
+    "n_rows, said",
+    [(4000, "约走 1000 步，读 2 遍"), (100, "约走 1000 步，读 80 遍：20 遍以上多半是在背书")],
+)
+def test_how_often_the_corpus_will_be_read_is_said_at_the_start(n_rows, said):
+    run = SimpleNamespace(pace=SimpleNamespace(timed=50), deadline=object(), n_steps=1000,
+                          rows_per_step=8, train=SimpleNamespace(n_rows=n_rows))  # fmt: skip
+    text = words.remaining(run)
+    assert said in text and ("背书" in text) == ("背书" in said)
 
 
 def test_making_the_token_file_is_not_training_time(little, tmp_path, monkeypatch):
