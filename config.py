@@ -169,7 +169,7 @@ N_TOKENS = 21146  # 分词器的词元数：bert-base-chinese 的 21128 个，�
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "n_experts", "n_active",
          "max_len", "vocab_size", "rope_theta", "norm_eps")  # fmt: skip
 
-# 每套预设：形状，以及随形状而定的批次与学习率（扫描的记录见 docs/lab-notes.md；small 只与 tiny 比过）。
+# 每套预设：形状，以及随形状而定的批次与学习率（扫描见 docs/lab-notes.md；small 只与 tiny 比过）。
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         dim=192, n_layers=4, n_heads=3, n_kv_heads=1, hidden_dim=576, n_experts=0, n_active=0,
