@@ -91,7 +91,9 @@ def load_config(
         if "replay_stage" in flags:
             problems.append("--replay_stage 只用于微调（sft_train.py）；预训练回放的总是文字")
         config.replay_stage = None
-    check_values(config, problems, wrong)
+    # 形状取自起点的，读了它才知道 max_len（settings/stored.py），seq_len 那时再比
+    later = {"max_len"} if config.init_from and origins["max_len"] is Origin.PRESET else set()
+    check_values(config, problems, wrong | later)
     report(problems)
     if config.until:
         config.until = moment(config.until, datetime.now()).strftime(SHOWN)

@@ -653,3 +653,18 @@ def test_sft_takes_its_shape_from_the_checkpoint():
     config, origins = load_config("sft", [], Config(preset="tiny", n_layers=4))
     with pytest.raises(UserError, match="n_layers 指定为 4"):  # 改在 config.py 里的也算指定
         inherit(config, origins, source, "x.pt")
+
+
+def test_a_row_is_held_against_the_start_not_against_the_preset():
+    flags = ["--preset", "tiny", "--seq_len", "1024"]  # tiny 自己的 max_len 是 512
+    for max_len, sentence in ((1024, None), (768, "超过了 x.pt 的 max_len（768）")):
+        source = Config(**{**vars(SMALL), "preset": "tiny", "max_len": max_len})
+        config, origins = load_config("sft", flags)
+        if sentence:
+            with pytest.raises(UserError, match=sentence):
+                inherit(config, origins, source, "x.pt")
+        else:
+            inherit(config, origins, source, "x.pt")
+            assert (config.seq_len, config.max_len) == (1024, 1024)
+    with pytest.raises(UserError, match="不能超过 max_len（512）"):
+        load_config("pretrain", flags)  # 从头练的，形状就是预设的
