@@ -58,8 +58,11 @@ def warn(run) -> None:
 
 
 def settle(run, exam) -> None:
-    """练完了：用平时的量法，最后的不比另存的差，就不留两份；比它差的，说最好的在哪里。"""
-    if rereads(run) and exam.measure(run.config.eval_tokens)[0] <= run.progress.best_val_loss:
+    """练完了：用平时的量法，最后的不比另存的差，就不留两份；比它差的，说最好的在哪里。
+
+    终究没有读第二遍的也不留：练到几点的，后来才改得只读一遍。
+    """
+    if not rereads(run) or exam.measure(run.config.eval_tokens)[0] <= run.progress.best_val_loss:
         run.saver.forget_best()
     elif run.folder.best.exists():
         say(words.best(run, read(run.folder.best, mmap=True)["progress"]))

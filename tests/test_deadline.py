@@ -328,6 +328,13 @@ def test_what_is_read_once_is_never_kept_twice(tmp_path):
     assert run.saver.steps == [] and not run.folder.best.exists()
 
 
+def test_a_plan_cut_back_to_one_reading_leaves_no_second_copy(tmp_path, capsys):
+    """练到几点的，起先以为读得到第二遍，存了一份；后来机器慢了，一遍都没有读完。"""
+    (tmp_path / "pretrain.best.pt").touch()
+    run = course(tmp_path, [5.0, 4.0], n_rows=1000, last=3.0)
+    assert not run.folder.best.exists() and capsys.readouterr().out == ""
+
+
 def test_rises_within_the_first_reading_are_not_called_memorising(tmp_path, capsys):
     course(tmp_path, [3.0, 3.1, 3.2, 3.3], n_rows=1000)
     said = capsys.readouterr().out
