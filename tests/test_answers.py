@@ -425,12 +425,19 @@ def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path
     for command in asked[4:]:  # 写在 -- 之后的，接着练时也作数
         assert "--resume" in command and "--batch_size" in command
 
-    folder = tmp_path / "out/tiny-night"  # 背了书的：最好的一刻另存着，最后的比它差
-    shutil.copy(folder / "pretrain.pt", folder / "pretrain.best.pt")
+    def memorised(command):
+        """预训练背了书：最好的一刻另存着，最后的比它差。"""
+        child = quickly(command)
+        if "pre_train" in command[1]:
+            child.wait()
+            shutil.copy(folder / "pretrain.pt", folder / "pretrain.best.pt")
+        return child
+
+    folder = tmp_path / "out/tiny-night"
     for path in folder.glob("sft*.pt"):
         path.unlink()
     asked.clear()
-    monkeypatch.setattr(subprocess, "Popen", quickly)
+    monkeypatch.setattr(subprocess, "Popen", memorised)
     run(tmp_path, "tools.lab.night", *flags)
     assert asked[1][asked[1].index("--init_from") + 1].endswith("pretrain.best.pt")
     assert "pretrain.best.pt：没有学过的文字" in (folder / "night.md").read_text(encoding="utf-8")
