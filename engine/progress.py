@@ -172,9 +172,9 @@ class Pace:
 class Bar(tqdm):
     """进度条；它自己的算法把编译的一分钟也算进速度里，所以改听 `Pace` 的。"""
 
-    def __init__(self, pace: Pace, **options):
+    def __init__(self, pace: Pace, total: int, **options):
         self.pace = pace
-        super().__init__(**options)
+        super().__init__(total=total if total < UNKNOWN else None, **options)
 
     @property
     def format_dict(self) -> dict[str, Any]:

@@ -80,17 +80,7 @@ def load_config(
         origins[name] = Origin.FLAG
     wrong = check_types(config, problems)
     fill_in(config, origins)
-    if stage == "sft":
-        if config.init_from is None:
-            config.init_from, origins["init_from"] = sft_start(config), Origin.AUTO
-    elif not (config.init_from or config.resume):
-        unused = [name for name in REPLAYING if name in flags]
-        problems += [f"预训练的 {n} 要同时用 --init_from 写明起点" for n in unused]
-        config.replay, config.replay_data = 0.0, None
-    if stage == "pretrain":
-        if "replay_stage" in flags:
-            problems.append("--replay_stage 只用于微调（sft_train.py）；预训练回放的总是文字")
-        config.replay_stage = None
+    settle_start(stage, config, origins, problems)
     # 形状取自起点的，读了它才知道 max_len（settings/stored.py），seq_len 那时再比
     later = {"max_len"} if config.init_from and origins["max_len"] is Origin.PRESET else set()
     check_values(config, problems, wrong | later)
@@ -111,6 +101,21 @@ def for_this_stage(stage: str, flags: dict[str, Any], problems: list[str]) -> No
     else:
         ignored = [n for n in flags if n.startswith("sft_") or n == "keep_reasoning"]
         problems += [f"--{n} 只用于微调（sft_train.py），预训练用不到它" for n in ignored]
+
+
+def settle_start(stage: str, config: Config, origins: Origins, problems: list[str]) -> None:
+    """微调总有起点；预训练没有起点就不回放。用不到的记进 problems。"""
+    if stage == "sft":
+        if config.init_from is None:
+            config.init_from, origins["init_from"] = sft_start(config), Origin.AUTO
+        return
+    if not (config.init_from or config.resume):
+        unused = [name for name in REPLAYING if origins[name] is Origin.FLAG]
+        problems += [f"预训练的 {n} 要同时用 --init_from 写明起点" for n in unused]
+        config.replay, config.replay_data = 0.0, None
+    if origins["replay_stage"] is Origin.FLAG:
+        problems.append("--replay_stage 只用于微调（sft_train.py）；预训练回放的总是文字")
+    config.replay_stage = None
 
 
 def fill_in(config: Config, origins: Origins) -> None:

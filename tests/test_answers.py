@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -426,11 +427,10 @@ def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path
         assert "--resume" in command and "--batch_size" in command
 
     def memorised(command):
-        """预训练背了书：最好的一刻另存着，最后的比它差。"""
-        child = quickly(command)
-        if "pre_train" in command[1]:
-            child.wait()
-            shutil.copy(folder / "pretrain.pt", folder / "pretrain.best.pt")
+        """两个阶段都背了书：最好的一刻另存着，最后的比它差。"""
+        child, stage = quickly(command), "pretrain" if "pre_train" in command[1] else "sft"
+        child.wait()
+        shutil.copy(folder / f"{stage}.pt", folder / f"{stage}.best.pt")
         return child
 
     folder = tmp_path / "out/tiny-night"
@@ -440,7 +440,8 @@ def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path
     monkeypatch.setattr(subprocess, "Popen", memorised)
     run(tmp_path, "tools.lab.night", *flags)
     assert asked[1][asked[1].index("--init_from") + 1].endswith("pretrain.best.pt")
-    assert "pretrain.best.pt：没有学过的文字" in (folder / "night.md").read_text(encoding="utf-8")
+    page = (folder / "night.md").read_text(encoding="utf-8")
+    assert re.findall(r"^- (.*)：没有学过的文字", page, re.M) == ["pretrain.best.pt", "sft.best.pt"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -17,7 +17,7 @@ from scripts import LITTLE, QUICK, Running, run, run_two
 from config import Config
 from engine import recorded, ways, words
 from engine.plan import Counter, free_space
-from engine.progress import Bar, Pace
+from engine.progress import UNKNOWN, Bar, Pace
 from engine.recorded import Recorded, expected, fit, leave_one_out
 from settings.resolve import load_config
 
@@ -97,6 +97,17 @@ def test_the_bar_listens_to_the_pace():
         bar.update()
     # 余下的 89 步，最后一次检验抵四十步
     assert text.getvalue().endswith("11/100 [00:00<01:04,  1.38步/s]")
+    bar.close()
+
+
+def test_the_bar_shows_no_total_until_there_is_one():
+    text = io.StringIO()
+    bar = Bar(pace(UNKNOWN), total=UNKNOWN, unit="步", file=text, mininterval=0, ncols=120)
+    bar.update()
+    assert str(UNKNOWN) not in text.getvalue() and "1步" in text.getvalue()
+    bar.total = 100
+    bar.update()
+    assert "2/100" in text.getvalue()
     bar.close()
 
 

@@ -4,8 +4,8 @@
     python -m tools.lab.night … --held_out 留出的.jsonl --talks 留出的对话.jsonl
 
 走的就是两个训练脚本，它们的别的参数写在 -- 之后（例如 -- --batch_size auto）。中断了，再运行同样的
-一条，从停下的地方接着；练完了的不重做。语料读了许多遍、末了在背书的，从留出的文字上最好的那一刻
-（pretrain.best.pt）微调。要改的（例如显存不够，换小的 batch_size）也写上：与直接接着
+一条，从停下的地方接着；练完了的不重做。读了许多遍、末了在背书的，用留出的数据上最好的那一刻：从 pretrain.best.pt 微调，
+量的、写画廊的是 sft.best.pt。要改的（例如显存不够，换小的 batch_size）也写上：与直接接着
 练一样，会影响结果的，加上 -- --allow_changes 才改。结果是输出目录里的 night.md：用了多久，没学过的
 文字上多少比特，回答得怎样，二十句话各答了什么。
 """
@@ -91,10 +91,10 @@ def train(script: str, stage: str, folder: Path, flags: list[str]) -> None:
         raise SystemExit(code)
 
 
-def pretrained(folder: Path) -> Path:
-    """预训练的结果：另存着最好的一刻（最后的比它差，才留着），就用它。"""
-    best = folder / "pretrain.best.pt"
-    return best if best.exists() else folder / "pretrain.pt"
+def result(folder: Path, stage: str) -> Path:
+    """一个阶段的结果：另存着最好的一刻（最后的比它差，才留着），就用它。"""
+    best = folder / f"{stage}.best.pt"
+    return best if best.exists() else folder / f"{stage}.pt"
 
 
 def drawn(source: Iterable[Talk], options: Options) -> list[Talk]:
@@ -105,7 +105,7 @@ def drawn(source: Iterable[Talk], options: Options) -> list[Talk]:
 def report(options: Options, folder: Path, texts: list[prose.Text], talks: list[Talk]) -> str:
     """量一量，写成一页；texts 与 talks 没有就是空的。"""
     device = Device(Config(compile=False))
-    stages = [pretrained(folder), folder / "sft.pt"]
+    stages = [result(folder, stage) for stage in ("pretrain", "sft")]
     lines = [f"# {options.preset}，一个晚上", ""]
     for path in stages if texts else []:
         measured = prose.bits(texts, prose.bits_of(load_for_chat(path, device)))
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = ["--data", options.data, "--hours", str(options.hours)]
     train("pre_train.py", "pretrain", folder, [*both, *flags])
     flags = ["--sft_data", options.sft_data, "--hours", str(options.sft_hours)]
-    flags += ["--replay", str(options.replay), "--init_from", str(pretrained(folder))]
+    flags += ["--replay", str(options.replay), "--init_from", str(result(folder, "pretrain"))]
     flags += [] if options.data == "auto" else ["--replay_data", options.data]
     train("sft_train.py", "sft", folder, [*both, *flags])
     path = folder / "night.md"
