@@ -169,7 +169,7 @@ N_TOKENS = 21146  # 分词器的词元数：bert-base-chinese 的 21128 个，�
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "n_experts", "n_active",
          "max_len", "vocab_size", "rope_theta", "norm_eps")  # fmt: skip
 
-# 每套预设：形状，以及随形状而定的批次与学习率（扫描见 docs/lab-notes.md；small 只与 tiny 比过）。
+# 每套预设：形状，以及随形状而定的批次与学习率（扫描见 docs/lab-notes.md；small 的在真的文章上）。
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         dim=192, n_layers=4, n_heads=3, n_kv_heads=1, hidden_dim=576, n_experts=0, n_active=0,
@@ -179,7 +179,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_steps=1000, sft_max_steps=150,
     ),
     "small": dict(  # 没有显卡的一个晚上：预训练 --hours 1，微调 --hours 0.25
-        dim=256, n_layers=6, n_heads=4, n_kv_heads=1, hidden_dim=768, n_experts=0, n_active=0,
+        dim=256, n_layers=4, n_heads=4, n_kv_heads=1, hidden_dim=768, n_experts=0, n_active=0,
         max_len=1024,
         batch_size=16, seq_len=256, grad_accum=1, lr=0.015, muon_momentum=0.9,
         residual_lr_scale=0.25, isolate_documents=True, whole_documents=True,
