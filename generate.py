@@ -30,7 +30,7 @@ class Sampling:
     top_k: int = option(50, "只从最可能的几个里选；0 表示不限", "个")
     top_p: float = option(0.95, "只从概率之和刚够这么多的最可能的几个里选；1 表示不限")
     min_p: float = option(0.0, "不选概率低于最高者这么多倍的；0 表示不限", "倍")
-    penalty: float = option(1.1, "重复惩罚：大于 1，写过的词元不易再写；1 不罚；sft_chat.py 用 1.2")
+    penalty: float = option(1.1, "重复惩罚：大于 1，写过的词元不易再写；1 不罚；sft_chat.py 用 1.3")
     max: int = option(200, "一次最多写多少；sft_chat.py 用 400", "词元")
     seed: int = option(0, "随机种子：0 表示每次都不同")
 
@@ -47,7 +47,7 @@ class Sampling:
         ]
 
 
-CALM = {"sft": {"temp": 0.3, "penalty": 1.2, "max": 400}}  # 接龙要活，回答要稳，也要写得完
+CALM = {"sft": {"temp": 0.3, "penalty": 1.3, "max": 400}}  # 接龙要活，回答要稳，也要写得完
 BLANK_LINES, SAME_LINES = 3, 4  # 空行连着几行、同样的一行写了几遍，就算在反复
 CHARACTERS_PER_TOKEN = 32  # 真的文字里，一个词元平均到不了这么多字
 
