@@ -168,7 +168,8 @@ class Chat:
                 if not options.probs:
                     say(speaker.tokenizer.decode([choice.token]), end="", flush=True)
                 if is_looping(new, speaker.tokenizer):
-                    notice = "（开始重复，停在这里；可以用 /penalty 1.3 加重惩罚）"
+                    harder = options.penalty + 0.2
+                    notice = f"（开始重复，停在这里；可以用 /penalty {harder:.1f} 加重惩罚）"
                     break
             else:
                 if len(ids) + len(new) >= speaker.config.max_len:

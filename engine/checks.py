@@ -38,6 +38,8 @@ def check(run, exam, max_tokens: int, everything: bool = False) -> dict:
     step, shown = run.progress.step, exam.show(sample)
     say_above_bar(words.exam_result(step, (loss, bpc), old, load, shown))
     more = {"val_load": load.rounded()} if load else {}
+    if everything:
+        more["val_everything"] = True
     if old:
         more |= {"val_loss_old": old[0], "val_bpc_old": old[1]}
     return {"val_loss": loss, "val_bpc": bpc, "sample": sample, **more}
@@ -51,7 +53,8 @@ def keep_best(run) -> None:
 
 def warn(run) -> None:
     """平时的检验损失连着升了三次，说一声；再升下去不再说。"""
-    losses = [row["val_loss"] for row in run.metrics.rows if row.get("val_loss") is not None]
+    usual = [row for row in run.metrics.rows if not row.get("val_everything")]
+    losses = [row["val_loss"] for row in usual if row.get("val_loss") is not None]
     rises = [later > sooner for sooner, later in pairwise(losses)]
     if all(rises[-RISES:]) and len(rises) >= RISES and not any(rises[-RISES - 1 : -RISES]):
         say_above_bar(words.rising(run))

@@ -11,12 +11,13 @@ from datetime import datetime
 
 from config import Config, UserError
 from engine.progress import UNKNOWN, Pace
-from settings.clock import SHOWN
+from settings.clock import moment
 from settings.defaults import eval_interval
 from settings.say import say_above_bar
 
 FEWEST = 20  # 一共还走不到这么多步，学不到什么，说一声
 LATER = 2  # 秒：存好之后还要画图、说再见
+CUT = 0.05  # 到点时还差全程的这么多，学习率降得还不够，说一声
 
 
 class Deadline:
@@ -37,6 +38,7 @@ class Deadline:
 
     def __init__(self, config: Config, began: float, checkpoint: dict | None = None):
         self.config, self.began, self.used, self.n_steps = config, began, 0.0, UNKNOWN
+        self.until = config.until and moment(config.until, datetime.now())
         step = 0
         if checkpoint:
             before, progress = checkpoint["config"], checkpoint["progress"]
@@ -48,8 +50,8 @@ class Deadline:
 
     def left(self) -> float:
         """还剩多少秒。hours 只数练的时候；until 看的是钟，中断的、合上盖子的也算在内。"""
-        if self.config.until:
-            return datetime.strptime(self.config.until, SHOWN).timestamp() - time.time()
+        if self.until:
+            return self.until.timestamp() - time.time()
         return self.config.hours * 3600 - self.used - (time.monotonic() - self.began)
 
     def over(self) -> UserError:
@@ -66,6 +68,11 @@ class Deadline:
         planned = self._fitting(pace, n_steps)
         if planned < FEWEST <= n_steps:  # 头一回定时，或者检验比想的慢、后来改少了
             say_above_bar(f"（{self}：备好之后只够走 {planned} 步，学不到什么；请把时间给足）")
+        elif planned == pace.step + 1 and CUT * n_steps < n_steps - planned and n_steps < UNKNOWN:
+            say_above_bar(  # 电脑睡着了，钟拨快了，忽然慢了许多
+                f"（{self}，已经到点，比定好的少走 {n_steps - planned} 步，学习率没有降到 0；"
+                f"要降完，请用 --resume --allow_changes，--hours 或 --until 写得长些）"
+            )
         return planned
 
     def _fitting(self, pace: Pace, n_steps: int) -> int:

@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 # 练到几点的，速度还没有量到（头两步）时，当作一共要走这么多步：学习率因此从很小起。
-UNKNOWN = 10**6
+# 真的训练走不到这么多：--max_steps 至多十亿，每秒一千步也要走三十年。
+UNKNOWN = 10**12
 
 
 def rereads(run) -> bool:

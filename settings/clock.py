@@ -16,6 +16,7 @@ def moment(text: str, now: datetime) -> datetime | None:
         today = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
         return today if today > now else today + timedelta(days=1)
     try:
-        return datetime.strptime(text, SHOWN)
+        found = datetime.strptime(text, SHOWN)
     except ValueError:
         return None
+    return found if 1970 < found.year < 9999 else None  # 之外的，有的系统写不出、算不了

@@ -66,8 +66,9 @@ def follow(config: Config, origins: Origins, source: Config, stage: str, start: 
         config.sft_lr = source.sft_lr if again else sft_lr(source)
     if stage == "sft":  # 预训练读过什么，跟着模型走
         config.data, origins["data"] = source.data, Origin.CHECKPOINT
-        if config.replay:
+        if config.replay or config.replay_data:  # 不回放，只看忘了多少，也要知道是哪个阶段的
             config.replay_stage = config.replay_stage or start
+        if config.replay:
             learned = source.sft_data if config.replay_stage == "sft" else source.data
             if config.replay_data is None:
                 config.replay_data, origins["replay_data"] = learned, Origin.CHECKPOINT
@@ -82,7 +83,7 @@ def follow(config: Config, origins: Origins, source: Config, stage: str, start: 
 LOCAL = {"resume", "overwrite", "allow_changes", "plan", "out_dir"}
 # 接着练的时候，命令行上的这些可以与上次不同，不影响训练的结果。
 HARMLESS = {"data_dir", "data", "sft_data", "replay_data", "init_from", "eval_every",
-            "eval_tokens", "prompt", "sft_prompt", "save_every"}  # fmt: skip
+            "prompt", "sft_prompt", "save_every"}  # fmt: skip
 # 这些也可以不同：算的是同一件事，只是浮点数相加的次序变了，不再逐位相同。
 ROUNDING = {"device", "dtype", "compile", "parallel", "batch_size", "grad_accum"}
 # 这些绝不可以：参数或优化器的状态装不下，或者读到哪里就说不清了。
@@ -106,10 +107,9 @@ def adopt(config: Config, origins: Origins, source: Config, path: Path) -> None:
     # 没有改过 config.py 时，这些项是空着的，由预设决定。
     blank = PER_PRESET | {name for group in HOW_LONG for name in group}
     edited = {n: getattr(config, n) for n in blank if origins[n] is Origin.EDITED}
-    given = {name for name, origin in origins.items() if origin is Origin.FLAG}
-    for group in HOW_LONG:  # 只能写一种的，命令行上给了一种，别的就不作数
-        if given & set(group):
-            given |= set(group)
+    flags = {name for name, origin in origins.items() if origin is Origin.FLAG}
+    # 只能写一种的，命令行上给了一种，别的就不作数
+    given = flags.union(*(group for group in HOW_LONG if flags & set(group)))
     for name in (f.name for f in fields(Config)):
         mine, theirs = getattr(config, name), getattr(source, name)
         if name in given - LOCAL and mine != theirs:

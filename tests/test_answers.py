@@ -25,8 +25,17 @@ from model import Transformer
 from tokenizer import Tokenizer
 from tools.bench.peers import others, racing
 from tools.lab import answers, gallery, night, prose, talks
-from tools.lab.answers import Given, Reply, on_the_subject, ranks, ratio, share, surprise
-from tools.lab.prose import by_source, read_texts
+from tools.lab.answers import (
+    Given,
+    Reply,
+    on_the_subject,
+    plus_minus,
+    ranks,
+    ratio,
+    share,
+    surprise,
+)
+from tools.lab.prose import by_source, evenly, read_texts
 from tools.lab.talks import Turn, before, choose, held_out, in_file
 
 TOKENIZER = Tokenizer()
@@ -68,12 +77,21 @@ def test_surprise_is_the_sum_over_the_answer_alone(speaker):
 
 def test_each_turn_is_counted_once_and_what_does_not_fit_is_left_out(speaker):
     talks = [talk("一", "二三", "四", "五"), talk("六", "七"), talk("八", "九" * 80)]
-    found = answers.per_character(speaker, talks)
+    found, too_long = answers.per_character(speaker, talks)
     assert [n for _, n in found["第 1 轮"]] == [2, 1]  # 第三段装不进 64 个词元
+    assert too_long == 1
     assert [n for _, n in found["第 2 轮"]] == [1]
     assert sum(nats for nats, _ in found["全部"]) == pytest.approx(
         sum(nats for name in ("第 1 轮", "第 2 轮") for nats, _ in found[name])
     )
+
+
+def test_the_later_turns_of_one_conversation_are_one_sample(speaker):
+    """同一段的几轮不是互相独立的：分开算，误差就显得小。"""
+    found, _ = answers.per_character(speaker, [talk(*"一二三四五六七八九十甲乙")])
+    assert list(found) == ["全部", "第 1 轮", "第 2 轮", "第 3 轮", "第 4 轮起"]
+    assert [n for _, n in found["第 4 轮起"]] == [3]
+    assert [n for _, n in found["全部"]] == [6]
 
 
 def test_the_error_of_a_ratio_and_of_a_share():
@@ -89,6 +107,8 @@ def test_the_error_of_a_ratio_and_of_a_share():
     assert np.mean(claimed) == pytest.approx(np.std(ratios), rel=0.15)
     assert share([True] * 3 + [False])[0] == 0.75
     assert 0 < share([True] * 150)[1] < 0.02  # 全对，也不是一点误差没有
+    assert ratio([(6.0, 3)]) == (2.0, None)  # 只有一个样本：看不出误差，不是没有误差
+    assert (plus_minus(2.0, None), plus_minus(2.0, 0.5)) == ("2.000", "2.000 ± 0.500")
 
 
 # ---------- 认得出 ----------
@@ -140,11 +160,11 @@ def test_words_shared_with_the_question_and_with_another():
         Reply("北京烤鸭怎么做", "烤鸭要挂炉", True, False),
         Reply("怎么养猫", "养花要浇水", True, False),
         Reply("怎么浇水", "浇水不要多", True, False),
+        Reply("怎么种树", "怎么都行", True, False),  # 「怎么」到处都有，不算
     ]
     own, other = on_the_subject(written)
-    assert own == [True, False, True]
-    assert other == [False, True, False]  # 第二个答的是第三个问的
-    assert "怎么" not in "".join(r.text for r in written)
+    assert own == [True, False, True, False]
+    assert other == [False, True, False, False]  # 第二个答的是第三个问的
 
 
 def test_a_reply_that_goes_round_is_stopped(speaker, monkeypatch):
@@ -167,12 +187,30 @@ def test_the_third_turn_follows_its_own_two_answers(speaker, monkeypatch):
 
     monkeypatch.setattr(answers, "reply", echo)
     talks = [talk("甲？", "乙", "丙？", "丁", "戊？", "己"), talk("只有一问？", "答")]
-    (one,) = answers.third_replies(speaker, talks, answers.Options())
+    (one,), _ = answers.third_replies(speaker, talks, answers.Options())
     assert asked == ["甲？", "甲？答1丙？", "甲？答1丙？答2戊？"]
     assert (one.question, one.text) == ("甲？丙？戊？", "答3")
     told = [Turn("system", "你是店员", TOKENIZER.encode("你是店员")), *talks[0]]
     answers.third_replies(speaker, [told], answers.Options())
     assert asked[3] == "你是店员甲？"  # 开头的那一段，三问之前都有
+
+
+def test_long_answers_of_its_own_make_it_forget_not_drop_out(speaker, monkeypatch):
+    """话多的模型，写满了上下文的那几段也要量：与聊天时一样，忘掉最早的一轮。"""
+    asked = []
+
+    def talkative(_, ids, question, sampling):
+        asked.append(TOKENIZER.decode(ids))
+        return Reply(question, "长" * 30, True, False)
+
+    monkeypatch.setattr(answers, "reply", talkative)
+    talks = [
+        talk("甲？", "乙", "丙？", "丁", "戊？", "己"),
+        talk("甲？", "乙", "三" * 80, "丁", "戊", "己"),
+    ]
+    found, too_long = answers.third_replies(speaker, talks, answers.Options())
+    assert asked[:3] == ["甲？", "甲？" + "长" * 30 + "丙？", "丙？" + "长" * 30 + "戊？"]
+    assert (len(found), too_long) == (1, 1)  # 一问就太长的，数出来
 
 
 def test_what_does_not_fit_is_said_not_silently_left_out(speaker, monkeypatch):
@@ -183,6 +221,10 @@ def test_what_does_not_fit_is_said_not_silently_left_out(speaker, monkeypatch):
     found = answers.measure(speaker, talks, answers.Options())
     *_, last = answers.sentences(found)
     assert last == "  （装不进上下文，没有量：2 轮回答的多意外，1 个提问的回答）"
+    talks = [talk(f"第{n}问", "答") for n in range(9)] + [talk("一", "二", "三", "四", "五", "六")]
+    numbers = answers.measure(speaker, talks, answers.Options())["numbers"]
+    third = [name for name in numbers if "第 3 轮（1 段）" in name]
+    assert third and not any("配错" in name for name in third)  # 只有一个，没有别的提问可配
     found = answers.measure(speaker, [talk("问", "长" * 80)] * 10, answers.Options())
     assert not any(name.startswith("多意外") for name in found["numbers"])
 
@@ -265,6 +307,12 @@ def test_texts_are_read_cut_and_grouped(tmp_path, capsys):
     path.write_text('{"x": 1}\n', encoding="utf-8")
     with pytest.raises(UserError, match="没有文字"):
         read_texts(str(path))
+
+
+def test_a_part_is_taken_evenly_from_the_whole():
+    """文件常常按来源排好：不能只取前面的。"""
+    assert evenly(range(150), 100)[-1] == 148 and len(evenly(range(150), 100)) == 100
+    assert evenly(range(10), 3) == [0, 3, 6] and evenly("ab", 5) == ["a", "b"]
 
 
 def test_the_prose_program(little, tmp_path):
@@ -444,6 +492,41 @@ def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path
     assert re.findall(r"^- (.*)：没有学过的文字", page, re.M) == ["pretrain.best.pt", "sft.best.pt"]
 
 
+def test_a_night_gives_each_stage_what_is_meant_for_it():
+    """微调的命令行上 --lr 就是 --sft_lr：原样给两个，微调便用了预训练的学习率。"""
+    more = ["--lr", "0.02", "--sft_lr=0.003", "--batch_size", "auto", "--no-compile",
+            "--sft_prompt", "你好", "--keep_reasoning", "--prompt", "天气"]  # fmt: skip
+    both = ["--batch_size", "auto", "--no-compile"]
+    assert night.meant_for("pretrain", more) == ["--lr", "0.02", *both, "--prompt", "天气"]
+    assert night.meant_for("sft", more) == [
+        "--sft_lr=0.003", *both, "--sft_prompt", "你好", "--keep_reasoning",
+    ]  # fmt: skip
+
+
+def test_a_night_does_not_put_an_old_fine_tuning_on_a_new_start(tmp_path, monkeypatch):
+    """预训练改得长些，微调却是从先前的练起的：写出的就不是一个晚上的事。"""
+    monkeypatch.setattr(night, "read", lambda path, mmap: {"config": {"hours": 6.0}})
+    (tmp_path / "pretrain.pt").touch()
+    night.check_start(tmp_path, 8.0)  # 还没有微调过
+    (tmp_path / "sft.pt").touch()
+    night.check_start(tmp_path, 6.0)
+    with pytest.raises(UserError, match=r"不是预训练 8 小时的；请用 --out_dir"):
+        night.check_start(tmp_path, 8.0)
+    (tmp_path / "pretrain.pt").unlink()
+    with pytest.raises(UserError, match="sft"):
+        night.check_start(tmp_path, 6.0)
+
+
+def test_a_night_with_too_few_conversations_still_writes_the_rest(little, monkeypatch):
+    """练了几个小时，不能因为留出的对话不够，连文章的数也不写。"""
+    monkeypatch.setattr(night, "held_out", lambda *_: iter([]))
+    monkeypatch.setattr(night.gallery, "page", lambda *_: ["画廊"])
+    options = night.Options(preset="tiny", data_dir=str(little / "data"))
+    page = night.report(options, little / "out/tiny", [prose.Text("天气很好。", "")], [])
+    assert "没有学过的文字，每个字" in page and "画廊" in page
+    assert re.search("- 回答没有量：.*只有 0 段.*--talks", page)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_night_waits_until_the_script_has_saved(tmp_path, number):
     """Ctrl-C 终端给了两个程序，kill 只给了外面的：都要等里面的存好。"""
@@ -486,6 +569,9 @@ def test_a_night_opens_at_once_what_it_needs_hours_later(little, tmp_path, monke
         ["--talks", "gone.jsonl"],
         ["--talks", "few.jsonl"],
         ["--n", "5"],
+        ["--replay", "1"],
+        ["--sft_hours", "20000"],
+        ["--", "--sft_lr", "-1"],
     ):
         _, err = run(tmp_path, "tools.lab.night", "--preset", "tiny", *flags, code=2)
         assert err.startswith("错误：")

@@ -117,6 +117,9 @@ def test_a_loop_is_stopped_with_a_notice(tokenizer, capsys):
     ids = tokenizer.encode("一个和尚" * 50)
     assert len(stream(fake_speaker(tokenizer, ids), [1], ChatOptions())) < 40
     assert "开始重复" in capsys.readouterr().err
+    options = ChatOptions(penalty=1.3)  # 已经罚了的，建议罚得更重
+    stream(fake_speaker(tokenizer, ids), [1], options)
+    assert "/penalty 1.5 " in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_what_was_said(tokenizer, capsys):

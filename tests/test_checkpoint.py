@@ -512,6 +512,17 @@ def test_allowed_changes_say_what_they_cost(out, tokenizer, capsys):
         out("--resume", "--warmup", "0.8", "--allow_changes")
 
 
+def test_only_what_was_changed_is_said_to_be(out, tokenizer, capsys):
+    """照时间练的，改成照步数：微调的步数谁也没有改。"""
+    source = replace(SMALL, hours=1.0, max_steps=None, sft_max_steps=None)
+    write(Path("out/x/pretrain.pt"), snapshot(tokenizer, source))
+    _, config, _ = out("--resume", "--max_steps", "20", "--allow_changes")
+    assert (config.max_steps, config.hours, config.sft_max_steps) == (20, None, None)
+    assert "（改了 max_steps（None → 20）：" in capsys.readouterr().out
+    with pytest.raises(UserError, match="eval_tokens"):  # 另存的那一份，是照原来的量法最好
+        out("--resume", "--eval_tokens", "64")
+
+
 def test_restoring_gives_back_the_optimizers_the_generator_and_the_place(tokenizer, out, capsys):
     path = Path("out/x/pretrain.pt")
     before = snapshot(tokenizer, step=4)

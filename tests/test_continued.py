@@ -486,6 +486,13 @@ def test_own_conversations_on_top_of_the_general_ones(folder, chats, little):
     saved = read(folder / "out/text/sft.pt")
     learned = read(little / "out/tiny/pretrain.pt")["data"]
     assert saved["data"]["old_val_sha256"] == learned["val_sha256"]
+    # 不回放，只看忘了多少：看的也是它学过的对话
+    flags = [*chats[2:7], "--init_from", "start/sft.pt", "--replay_data", "builtin"]
+    flags += ["--max_steps", "4", "--eval_tokens", "512", "--out_dir", "out/see"]
+    out, _ = run(folder, "sft_train.py", *flags)
+    saved = read(folder / "out/see/sft.pt")
+    learned = read(little / "out/tiny/sft.pt")["data"]
+    assert " · 旧语料 " in out and saved["data"]["old_val_sha256"] == learned["val_sha256"]
     _, err = run(folder, "sft_train.py", "--init_from", "start/sft.pt", "--replay", "0.5",
                  "--sft_data", "builtin", "--out_dir", "out/x", code=2)  # fmt: skip
     assert "新旧语料都是 builtin" in err

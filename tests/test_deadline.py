@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import time
 from datetime import datetime
 from pathlib import Path
@@ -141,8 +142,28 @@ def test_time_for_only_a_few_steps_is_said_once(monkeypatch, capsys):
     assert capsys.readouterr().out.count("学不到什么") == 1
 
 
-def test_a_total_not_yet_known_is_not_a_million():
-    assert out_of(10) == "，共 10 步" and "1000000" not in out_of(UNKNOWN)
+def test_time_that_is_gone_before_the_rate_came_down_is_said(monkeypatch, capsys):
+    """合上盖子、把钟拨快：到点了，学习率还高着，不能只说「完成」。"""
+    walk(Clock(monkeypatch), 1.0, lambda step: 9000.0 if step == 1000 else 1.0)
+    said = capsys.readouterr().out
+    assert re.search(r"已经到点，比定好的少走 2\d\d\d 步，学习率没有降到 0", said)
+    assert "--resume --allow_changes" in said and said.count("到点") == 1
+
+
+def test_a_total_not_yet_known_is_no_total():
+    assert out_of(10**6) == "，共 1000000 步" and str(UNKNOWN) not in out_of(UNKNOWN)
+
+
+def test_a_plan_of_millions_of_steps_is_kept(monkeypatch):
+    """快的显卡一夜走几百万步：也是定下的，不能每步都改。"""
+    end = Deadline(Config(hours=1.0), Clock(monkeypatch).now)
+    pace = Pace(range(0, 10**6), 10**5, (1, 10), SimpleNamespace(interval=60.0, cost=1.0), True)
+    for _ in range(3):
+        pace.stepped(0.001)
+    planned = end.plan(pace, UNKNOWN)
+    assert 3 * 10**6 < planned < 3.6 * 10**6
+    monkeypatch.setattr(Deadline, "AIM", 0.98)  # 重新定，就会是别的数
+    assert end.plan(pace, planned) == planned
 
 
 # ---------- 几点 ----------
@@ -158,10 +179,16 @@ NOW = datetime(2026, 11, 29, 22, 15, 30)
         (" 22：15 ", datetime(2026, 11, 30, 22, 15)),  # 全角的冒号；已经过了，是明天的
         ("2026-12-01 07:30", datetime(2026, 12, 1, 7, 30)),
         ("24:00", None), ("12:60", None), ("晚上", None), ("2026-13-01 07:30", None), ("", None),
+        ("0206-11-30 07:30", None), ("9999-12-31 07:30", None),
     ],
 )  # fmt: skip
 def test_a_time_is_the_next_one(text, expected):
     assert moment(text, NOW) == expected
+
+
+def test_a_time_without_its_date_in_a_changed_checkpoint_is_understood(monkeypatch):
+    monkeypatch.setattr(deadline.time, "time", lambda: NOW.timestamp())
+    assert 0 < Deadline(Config(until="23:00"), 0.0).left() <= 86400 * 365 * 100
 
 
 def test_one_way_to_say_how_long():
@@ -333,6 +360,18 @@ def test_a_plan_cut_back_to_one_reading_leaves_no_second_copy(tmp_path, capsys):
     (tmp_path / "pretrain.best.pt").touch()
     run = course(tmp_path, [5.0, 4.0], n_rows=1000, last=3.0)
     assert not run.folder.best.exists() and capsys.readouterr().out == ""
+
+
+def test_the_last_check_of_all_the_data_is_not_compared_with_the_usual_ones(tmp_path, capsys):
+    """练完了又多练：末了的那一次多看了十倍的数据，高一些不是变差。"""
+    run = course(tmp_path, [5.0, 3.0, 3.1])
+    run.metrics.rows += [{"step": 40, "val_loss": 9.9, "val_everything": True}]
+    run.metrics.rows += [{"step": 50, "val_loss": 3.2}]
+    checks.warn(run)
+    assert "连着升了三次" not in capsys.readouterr().out
+    run.metrics.rows += [{"step": 60, "val_loss": 3.3}]
+    checks.warn(run)
+    assert "连着升了三次" in capsys.readouterr().out
 
 
 def test_rises_within_the_first_reading_are_not_called_memorising(tmp_path, capsys):

@@ -23,7 +23,7 @@ from settings.script import run_script
 import json
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from config import Config, option
+from config import Config, UserError, option
 from engine.device import Device
 from engine.speed import load_for_chat
 from generate import CALM, Sampling, Speaker, is_looping
@@ -40,6 +40,7 @@ from settings.files import write_text
 from settings.flags import read_options
 from settings.resolve import default_checkpoint
 from settings.say import say
+from sft_chat import ask
 from tools.lab.talks import Talk, before, choose, first_answer, held_out, in_file
 
 OTHERS = 9  # 真的回答混在几个别的中间
@@ -110,9 +111,14 @@ def surprise(speaker: Speaker, given: Sequence[Given]) -> list[float]:
     return found
 
 
-def per_character(speaker: Speaker, talks: list[Talk]) -> dict[str, list[tuple[float, int]]]:
-    """{第几轮: [(奈特, 多少字), …]}，"全部" 是每段对话的合计；装不进上下文的那几轮不算。"""
-    where, given = [], []
+def per_character(
+    speaker: Speaker, talks: list[Talk]
+) -> tuple[dict[str, list[tuple[float, int]]], int]:
+    """每个字多少奈特：({第几轮: [(奈特, 多少字), …]}，装不进上下文、没有算的有几轮)。
+
+    一段对话只算一个样本：它的几轮不是互相独立的。"全部" 是各轮的合计。
+    """
+    where, given, too_long = [], [], 0
     for number, talk in enumerate(talks):
         answers = [n for n, turn in enumerate(talk) if turn.role == "assistant" and turn.text]
         for nth, n in enumerate(answers, start=1):
@@ -120,11 +126,15 @@ def per_character(speaker: Speaker, talks: list[Talk]) -> dict[str, list[tuple[f
             if len(one.context) + len(one.answer) <= speaker.config.max_len:
                 where.append((number, nth, len(talk[n].text)))
                 given.append(one)
-    turns, whole = defaultdict(list), defaultdict(lambda: (0.0, 0))
+            else:
+                too_long += 1
+    found: dict = {"全部": {}}
     for (number, nth, n), nats in zip(where, surprise(speaker, given), strict=True):
-        turns[f"第 {nth} 轮" if nth < 4 else "第 4 轮起"].append((nats, n))
-        whole[number] = (whole[number][0] + nats, whole[number][1] + n)
-    return {"全部": list(whole.values()), **dict(sorted(turns.items()))}
+        for name in ("全部", f"第 {nth} 轮" if nth < 4 else "第 4 轮起"):
+            sums = found.setdefault(name, {}).setdefault(number, [0.0, 0])
+            sums[0] += nats
+            sums[1] += n
+    return {k: [tuple(v) for v in sums.values()] for k, sums in sorted(found.items())}, too_long
 
 
 # ---------- 2. 认不认得出 ----------
@@ -194,25 +204,31 @@ def replies(speaker: Speaker, talks: list[Talk], options: Options) -> list[Reply
     return found
 
 
-def third_replies(speaker: Speaker, talks: list[Talk], options: Options) -> list[Reply]:
-    """多轮的：照原来的三问问下去，前两次答的是它自己的；给出第三次答的，提问是三问合起来。"""
-    tokenizer, found = speaker.tokenizer, []
+def third_replies(speaker: Speaker, talks: list[Talk], options: Options) -> tuple[list[Reply], int]:
+    """多轮的：照原来的三问问下去，前两次答的是它自己的；与聊天时一样，前文太长就忘掉早的。
+
+    Returns:
+        (各段的第三次回答，提问是三问合起来；有一问太长、没有问的几段)
+    """
+    tokenizer, found, too_long = speaker.tokenizer, [], 0
     for number, talk in enumerate(talks):
         asked = [turn for turn in talk if turn.role == "user"][:TURNS]
         if len(asked) < TURNS:
             continue
-        system = talk[: talk.index(asked[0])]
-        ids = [i for turn in system for i in tokenizer.turn_ids(turn.role, turn.ids)]
-        for turn in asked:
-            ids += [*tokenizer.turn_ids("user", turn.ids), *tokenizer.reply_prefix()]
-            if len(ids) > speaker.config.max_len * 3 // 4:
-                break
-            question = "".join(one.text for one in asked)
-            one = reply(speaker, ids, question, options.sampling(options.seed + number))
-            ids += [*tokenizer.encode(one.text), tokenizer.eos_id]
+        question = "".join(turn.text for turn in asked)
+        begin = talk[: talk.index(asked[0])]
+        system = [i for turn in begin for i in tokenizer.turn_ids(turn.role, turn.ids)]
+        turns: list[list[int]] = []
+        try:
+            for turn in asked:
+                turns, ids = ask(speaker, turns, turn.text, system=system)
+                one = reply(speaker, ids, question, options.sampling(options.seed + number))
+                turns.append(tokenizer.turn_ids("assistant", tokenizer.encode(one.text)))
+        except UserError:
+            too_long += 1
         else:
             found.append(one)
-    return found
+    return found, too_long
 
 
 def on_the_subject(written: list[Reply]) -> tuple[list[bool], list[bool]]:
@@ -229,12 +245,18 @@ def on_the_subject(written: list[Reply]) -> tuple[list[bool], list[bool]]:
 # ---------- 4. 说 ----------
 
 
-def ratio(pairs: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """总和之比，与它的标准误差。"""
+def ratio(pairs: Sequence[tuple[float, int]]) -> tuple[float, float | None]:
+    """总和之比，与它的标准误差；只有一个样本的，看不出误差，是 None。"""
     x, y = np.array(pairs, float).T
     r, n = x.sum() / y.sum(), len(x)
-    error = math.sqrt(((x - r * y) ** 2).sum() * n / max(1, n - 1)) / y.sum()
-    return float(r), float(error)
+    if n == 1:
+        return float(r), None
+    return float(r), math.sqrt(((x - r * y) ** 2).sum() * n / (n - 1)) / float(y.sum())
+
+
+def plus_minus(value: float, error: float | None, form: str = ".3f") -> str:
+    """写成「4.991 ± 0.054」；没有误差的，只写数。"""
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def share(holds: Sequence[bool]) -> tuple[float, float]:
@@ -246,13 +268,12 @@ def share(holds: Sequence[bool]) -> tuple[float, float]:
 
 def measure(speaker: Speaker, talks: list[Talk], options: Options) -> dict:
     """全部的数：{名字: (值, 标准误差)}，写出的回答，装不进上下文、没有量的有几个。"""
-    by_turn = per_character(speaker, talks)
+    by_turn, too_long = per_character(speaker, talks)
     found = {f"多意外（{k}）": ratio(v) for k, v in by_turn.items() if v}
-    n_said = sum(turn.role == "assistant" and turn.text != "" for talk in talks for turn in talk)
-    too_long = n_said - sum(len(v) for k, v in by_turn.items() if k != "全部")
     for name, places in ranks(speaker, talks, options.seed).items():
         found[f"认得出（{name}）"] = share([place == 1 for place in places])
-    written, third = replies(speaker, talks, options), third_replies(speaker, talks, options)
+    written = replies(speaker, talks, options)
+    third, not_asked = third_replies(speaker, talks, options)
     for which, some in (("", written), (f"，第 {TURNS} 轮（{len(third)} 段）", third)):
         if some:
             own, other = on_the_subject(some)
@@ -261,9 +282,14 @@ def measure(speaker: Speaker, talks: list[Talk], options: Options) -> dict:
                 f"不反复{which}": share([not r.loops for r in some]),
                 f"是中文{which}": share([r.chinese for r in some]),
                 f"与提问有共同的词{which}": share(own),
-                f"配错了提问，也有共同的词{which}": share(other),
             }
-    left_out = {"轮回答的多意外": too_long, "个提问的回答": len(talks) - len(written)}
+            if len(some) > 1:  # 只有一个的，没有别的提问可配
+                found[f"配错了提问，也有共同的词{which}"] = share(other)
+    left_out = {
+        "轮回答的多意外": too_long,
+        "个提问的回答": len(talks) - len(written),
+        f"段对话的第 {TURNS} 轮": not_asked,
+    }
     return {"numbers": found, "replies": written + third, "left_out": left_out}
 
 
@@ -271,9 +297,9 @@ def sentences(found: dict) -> Iterator[str]:
     """量到的，一行一个数；没有量的，说有几个。"""
     for name, (value, error) in found["numbers"].items():
         if name.startswith("多意外"):
-            yield f"  {name}：每个字 {value:.3f} ± {error:.3f} 奈特"
+            yield f"  {name}：每个字 {plus_minus(value, error)} 奈特"
         else:
-            yield f"  {name}：{value:.1%} ± {error:.1%}"
+            yield f"  {name}：{plus_minus(value, error, '.1%')}"
     if some := "，".join(f"{n} {what}" for what, n in found["left_out"].items() if n):
         yield f"  （装不进上下文，没有量：{some}）"
 

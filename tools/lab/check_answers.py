@@ -27,6 +27,7 @@ from engine.speed import load_for_chat
 from generate import Sampling, Speaker
 from settings.flags import read_options
 from settings.say import say
+from tools.lab.prose import evenly
 
 QUESTIONS = {  # 种类: (问法, 回答应有的样子)
     "意思": ("{word}是什么意思？", r"(?!出自|例如)[^《》]{3,}。"),
@@ -62,10 +63,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def unseen_entries(n: int, fraction: float) -> list[dict]:
-    """大约 n 个留作检验的词条，均匀地取自整部词典。"""
+    """n 个留作检验的词条，均匀地取自整部词典。"""
     entries = idioms.read_entries(idioms.dictionary_file(), ReadLog("builtin"))
     unseen = [e for e in entries if is_held_out(e["explanation"], fraction)]
-    return unseen[:: max(1, len(unseen) // n)][:n]
+    return evenly(unseen, n)
 
 
 def count_right(speaker: Speaker, entries: list[dict], show: int = 0) -> dict[str, int]:

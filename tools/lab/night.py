@@ -4,7 +4,8 @@
     python -m tools.lab.night … --held_out 留出的.jsonl --talks 留出的对话.jsonl
 
 走的就是两个训练脚本，它们的别的参数写在 -- 之后（例如 -- --batch_size auto）。中断了，再运行同样的
-一条，从停下的地方接着；练完了的不重做。读了许多遍、末了在背书的，用留出的数据上最好的那一刻：
+一条，从停下的地方接着；练完了的不重做。-- 之后的 --lr、--prompt 只管预训练，--sft_lr、--sft_prompt
+只管微调，别的两个都管。读了许多遍、末了在背书的，用留出的数据上最好的那一刻：
 从 pretrain.best.pt 微调，量的、写画廊的是 sft.best.pt。要改的（例如显存不够，换小的 batch_size）
 也写上：与直接接着练一样，会影响结果的，加上 -- --allow_changes 才改。结果是输出目录里的 night.md：
 用了多久，没学过的文字上多少比特，回答得怎样，二十句话各答了什么。
@@ -25,17 +26,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import PRESETS, Config, option
+from config import BOTH_STAGES, PRESETS, Config, UserError, option
 from corpus.find import find_files
 from engine.checkpoint import read
 from engine.device import Device
 from engine.speed import load_for_chat
 from settings.files import write_text
 from settings.flags import read_options
+from settings.resolve import load_config
 from settings.say import say
 from tokenizer import Tokenizer
 from tools.lab import answers, gallery, prose
-from tools.lab.answers import ratio
+from tools.lab.answers import plus_minus, ratio
 from tools.lab.talks import Talk, choose, held_out, in_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,8 +61,34 @@ class Options:
 
     def problems(self) -> list[str]:
         """不能用的值，一条一句。"""
-        wrong = [f"--{n} 要是正数" for n in ("hours", "sft_hours") if not getattr(self, n) > 0]
+        hours = [n for n in ("hours", "sft_hours") if not 0 < getattr(self, n) <= 10**4]
+        wrong = [f"--{n} 要是正数，不超过 10^4" for n in hours]
         return wrong + answers.Options(n=self.n).problems()
+
+
+def meant_for(stage: str, flags: list[str]) -> list[str]:
+    """写在 -- 之后的，哪些给这个阶段：两个阶段各有一份的，照 config.py 里的名字分。"""
+    kept, keep = [], True
+    for word in flags:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0]
+            for_sft = name.startswith("sft_") or name in ("keep_reasoning", "replay_stage")
+            keep = name not in BOTH_STAGES if stage == "sft" else not for_sft
+        kept += [word] * keep
+    return kept
+
+
+def check_start(folder: Path, hours: float) -> None:
+    """微调已经开始，预训练便不能再改。Raises UserError：它的起点不是现在要练的这一个。"""
+    start = folder / "pretrain.pt"
+    if not (folder / "sft.pt").exists():
+        return
+    learned = read(start, mmap=True)["config"]["hours"] if start.exists() else 0.0
+    if learned not in (hours, None):  # None：起点是照步数练的
+        raise UserError(
+            f"{folder} 里的微调，起点不是预训练 {hours:g} 小时的；请用 --out_dir 换一个目录，"
+            f"或者删掉那里的 sft*.pt，微调便从头来"
+        )
 
 
 def finish(command: list[str]) -> int:
@@ -84,7 +112,7 @@ def train(script: str, stage: str, folder: Path, flags: list[str]) -> None:
     Raises:
         SystemExit: 没有练完：中断了，或者出了错；它自己已经说了为什么。
     """
-    command = [sys.executable, str(ROOT / script), "--out_dir", str(folder), *flags]
+    command = [sys.executable, str(ROOT / script), *flags]
     if (folder / f"{stage}.pt").exists():
         command.append("--resume")
     if code := finish(command):
@@ -109,13 +137,15 @@ def report(options: Options, folder: Path, texts: list[prose.Text], talks: list[
     lines = [f"# {options.preset}，一个晚上", ""]
     for path in stages if texts else []:
         measured = prose.bits(texts, prose.bits_of(load_for_chat(path, device)))
-        value, error = ratio([pair[1:] for pair in measured])
-        lines.append(f"- {path.name}：没有学过的文字，每个字 {value:.3f} ± {error:.3f} 比特")
+        found = plus_minus(*ratio([pair[1:] for pair in measured]))
+        lines.append(f"- {path.name}：没有学过的文字，每个字 {found} 比特")
     speaker, asked = load_for_chat(stages[-1], device), answers.Options(n=options.n)
-    if not talks:
-        talks = drawn(held_out(speaker, options.data_dir, speaker.config.sft_data), options)
-    found = answers.measure(speaker, talks, asked)
-    lines += [f"-{sentence[1:]}" for sentence in answers.sentences(found)]
+    try:
+        ours = held_out(speaker, options.data_dir, speaker.config.sft_data)
+        found = answers.measure(speaker, talks or drawn(ours, options), asked)
+        lines += [f"-{sentence[1:]}" for sentence in answers.sentences(found)]
+    except UserError as error:  # 已经练了几个小时，别的照样写
+        lines.append(f"- 回答没有量：{error}；请用 --talks 写明没有学过的对话")
     checkpoints = [read(path, mmap=True) for path in stages]
     return "\n".join([*lines, "", *gallery.page(speaker, checkpoints, gallery.Options())])
 
@@ -127,18 +157,24 @@ def main(argv: list[str] | None = None) -> None:
     usage = "用法：python -m tools.lab.night [--参数 值 …] [-- 训练脚本的别的参数]"
     options, more = read_options(Options, argv[:at], usage), argv[at + 1 :]
     folder = Path(options.out_dir or f"out/{options.preset}-night")
+    both = ["--preset", options.preset, "--data_dir", options.data_dir, "--out_dir", str(folder)]
+    first = [*both, "--data", options.data, "--hours", str(options.hours)]
+    first += meant_for("pretrain", more)
+    then = [*both, "--sft_data", options.sft_data, "--hours", str(options.sft_hours)]
+    then += ["--replay", str(options.replay), *meant_for("sft", more)]
     # 几个小时之后才用到的，现在就打开看看
+    load_config("pretrain", first)
+    load_config("sft", then)
+    check_start(folder, options.hours)
     for path in {options.data, options.sft_data} - {"auto", "builtin"}:
         find_files(path)
     texts = prose.read_texts(options.held_out) if options.held_out else []
     talks = drawn(in_file(Tokenizer(), options.talks), options) if options.talks else []
-    both = ["--preset", options.preset, "--data_dir", options.data_dir, *more]
-    flags = ["--data", options.data, "--hours", str(options.hours)]
-    train("pre_train.py", "pretrain", folder, [*both, *flags])
-    flags = ["--sft_data", options.sft_data, "--hours", str(options.sft_hours)]
-    flags += ["--replay", str(options.replay), "--init_from", str(result(folder, "pretrain"))]
-    flags += [] if options.data == "auto" else ["--replay_data", options.data]
-    train("sft_train.py", "sft", folder, [*both, *flags])
+    train("pre_train.py", "pretrain", folder, first)
+    start = result(folder, "pretrain")
+    learned = read(start, mmap=True)["config"]["data"]
+    then += ["--init_from", str(start), "--replay_data", learned]
+    train("sft_train.py", "sft", folder, then)
     path = folder / "night.md"
     write_text(path, report(options, folder, texts, talks))
     say(f"写好 {path}")

@@ -35,7 +35,7 @@ from loss import BITS_OF_A_LOST_CHARACTER
 from settings.flags import read_options
 from settings.resolve import default_checkpoint
 from settings.say import say
-from tools.lab.answers import Given, ratio, surprise
+from tools.lab.answers import Given, plus_minus, ratio, surprise
 
 LONGEST = 300  # 每篇取开头的几个字
 
@@ -76,7 +76,13 @@ def read_texts(path: str, n: int = 0) -> list[Text]:
         raise UserError(f'{path} 里没有文字；要的是一行一篇，{{"text": …}}')
     if n_empty:
         say(f"（{path} 里有 {n_empty} 行没有文字，没有用）")
-    return found[:: max(1, len(found) // n)][:n] if n else found
+    return evenly(found, n) if n else found
+
+
+def evenly(found: Sequence, n: int) -> list:
+    """从头到尾均匀地取 n 个；没有那么多，全都要。"""
+    n = min(n, len(found))
+    return [found[i * len(found) // n] for i in range(n)]
 
 
 def bits(texts: Sequence[Text], measure: Callable[[list[str]], list[float]]) -> Iterator[tuple]:
@@ -131,9 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     n = sum(len(one.text) for one in texts)
     say(f"{path}，{len(texts)} 篇的开头，共 {n:,} 个字：")
     for name, pairs in by_source(list(bits(texts, bits_of(speaker)))).items():
-        value, error = ratio(pairs)
         said = f"{name}（{len(pairs)} 篇）" if name != "全部" else name
-        say(f"  {said}：每个字 {value:.3f} ± {error:.3f} 比特")
+        say(f"  {said}：每个字 {plus_minus(*ratio(pairs))} 比特")
 
 
 if __name__ == "__main__":

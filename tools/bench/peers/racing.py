@@ -20,7 +20,7 @@ from settings.say import say
 from tools.bench.measuring import Contestant, machine
 from tools.bench.peers.others import MiniMind, NanoGPT, PlainQwen3
 from tools.bench.yardsticks import PlainContestant
-from tools.lab.answers import ratio
+from tools.lab.answers import plus_minus, ratio
 from tools.lab.laboratory import numbers_in
 from tools.lab.prose import Text, bits, bits_of, read_texts
 
@@ -149,4 +149,4 @@ def bench_peers(argv: list[str]) -> None:
                     found = peer.work()[0] | {"memory": peer.peak_memory()}
             done[name] = found | {"machine": machine()}
             write_text(path, json.dumps(done, ensure_ascii=False, indent=1))
-        say(f"{name}：每个字 {done[name]['bits']:.3f} ± {done[name]['error']:.3f} 比特")
+        say(f"{name}：每个字 {plus_minus(done[name]['bits'], done[name]['error'])} 比特")
