@@ -35,21 +35,32 @@ def ask(
 
     Args:
         role: 谁说的；"tool" 是工具的答复，与它的提问、调用合成一问，要忘一起忘。
-        system: 系统的话的编号，总在最前面，不会忘掉。
-    Raises:
-        UserError: 这句话太长，放不下。
+        其余同 `fit`。
     """
     tokenizer = speaker.tokenizer
     question = tokenizer.turn_ids(role, speaker.encode(text))
     if role == "tool":
         *turns, asked, call = turns
         question = asked + call + question
-    # 至少空出四分之一的上下文给回答。
-    limit = speaker.config.max_len * 3 // 4 - len(tokenizer.reply_prefix()) - len(system)
+    return fit(speaker, turns, question, system)
+
+
+def fit(
+    speaker: Speaker, turns: Turns, question: list[int], system: Sequence[int] = ()
+) -> tuple[Turns, list[int]]:
+    """同 `ask`，这一问已经是编号。
+
+    Args:
+        system: 系统的话的编号，总在最前面，不会忘掉。
+    Raises:
+        UserError: 这句话太长，放不下。
+    """
+    prefix = speaker.tokenizer.reply_prefix()
+    limit = speaker.config.max_len * 3 // 4 - len(prefix) - len(system)  # 四分之一留给回答
     if len(question) > limit:
         raise UserError(f"这句话有 {len(question)} 个词元，最多 {limit} 个；请说短一些")
     turns = trim([*turns, question], limit)
-    return turns, [*system, *(i for turn in turns for i in turn), *tokenizer.reply_prefix()]
+    return turns, [*system, *(i for turn in turns for i in turn), *prefix]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,7 +20,7 @@ EVENING = 3600  # 秒：一个晚上留给它多久
 SIZES = (("tiny", "small", "wide", "deep"), ("tiny-moe", "moe"))  # 嫌慢换左边的，嫌小换右边的
 STEPS = {"pretrain": "max_steps", "sft": "sft_max_steps"}
 # 改了也不影响损失的（只差一点舍入、种子的运气），以及步数：它正是线的横坐标。
-FREE = HARMLESS | ROUNDING | LOCAL | {"seed", "keep_reasoning", "sft_lr"} | {
+FREE = HARMLESS | ROUNDING | LOCAL | {"seed", "keep_reasoning", "sft_lr", "eval_tokens"} | {
     name for group in HOW_LONG for name in group
 }  # fmt: skip
 

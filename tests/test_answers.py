@@ -20,6 +20,7 @@ from scripts import LITTLE, QUICK, run
 from torch import nn
 
 from config import Config, UserError
+from engine.checkpoint import read, write
 from generate import Sampling, make_speaker
 from model import Transformer
 from tokenizer import Tokenizer
@@ -431,13 +432,23 @@ def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path
     monkeypatch.setattr(gallery.Options, "max", 5)
     asked = []
 
+    folder = tmp_path / "out/tiny-night"
+
     def quickly(command):
-        """真的脚本，但只走两步。"""
+        """真的脚本，但只走两步，记成练满了那么多小时的。"""
         asked.append(command[1:])
-        hours = command.index("--hours")
-        steps = ["--max_steps", "2"] if "--resume" not in command else []
-        command = [*command[:hours], *steps, *command[hours + 2 :]]
-        return real(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if "--resume" in command:
+            return real(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        at = command.index("--hours")
+        short = [*command[:at], "--max_steps", "2", *command[at + 2 :]]
+        child = real(short, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        assert child.wait() == 0
+        path = folder / ("pretrain.pt" if "pre_train" in command[1] else "sft.pt")
+        checkpoint = read(path)
+        steps = {"max_steps": None, "sft_max_steps": None}
+        checkpoint["config"] |= {"hours": float(command[at + 1]), **steps}
+        write(path, checkpoint)
+        return child
 
     real = subprocess.Popen  # 程序是另外载入的一份，换得了的是它用的标准库
     monkeypatch.setattr(subprocess, "Popen", quickly)
@@ -481,7 +492,6 @@ def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path
         shutil.copy(folder / f"{stage}.pt", folder / f"{stage}.best.pt")
         return child
 
-    folder = tmp_path / "out/tiny-night"
     for path in folder.glob("sft*.pt"):
         path.unlink()
     asked.clear()
@@ -494,13 +504,16 @@ def test_a_night_trains_twice_measures_and_goes_on_where_it_was(little, tmp_path
 
 def test_a_night_gives_each_stage_what_is_meant_for_it():
     """微调的命令行上 --lr 就是 --sft_lr：原样给两个，微调便用了预训练的学习率。"""
-    more = ["--lr", "0.02", "--sft_lr=0.003", "--batch_size", "auto", "--no-compile",
-            "--sft_prompt", "你好", "--keep_reasoning", "--prompt", "天气"]  # fmt: skip
+    more = ["--lr", "0.02", "--sft-lr=0.003", "--batch_size", "auto", "--no-compile",
+            "--sft_prompt", "你好", "--no-keep_reasoning", "--prompt", "天气"]  # fmt: skip
     both = ["--batch_size", "auto", "--no-compile"]
     assert night.meant_for("pretrain", more) == ["--lr", "0.02", *both, "--prompt", "天气"]
     assert night.meant_for("sft", more) == [
-        "--sft_lr=0.003", *both, "--sft_prompt", "你好", "--keep_reasoning",
+        "--sft-lr=0.003", *both, "--sft_prompt", "你好", "--no-keep_reasoning",
     ]  # fmt: skip
+    for flag in ("--hours", "--out-dir=x", "--replay_stage", "--plan"):
+        with pytest.raises(UserError, match="不能写在 -- 之后"):
+            night.meant_for("pretrain", ["--lr", "0.02", flag])
 
 
 def test_a_night_does_not_put_an_old_fine_tuning_on_a_new_start(tmp_path, monkeypatch):
@@ -512,6 +525,11 @@ def test_a_night_does_not_put_an_old_fine_tuning_on_a_new_start(tmp_path, monkey
     night.check_start(tmp_path, 6.0)
     with pytest.raises(UserError, match=r"不是预训练 8 小时的；请用 --out_dir"):
         night.check_start(tmp_path, 8.0)
+    monkeypatch.setattr(night, "read", lambda path, mmap: {"config": {}})  # 从前写的，没有这一项
+    with pytest.raises(UserError, match="不是预训练 6 小时的"):
+        night.check_start(tmp_path, 6.0)
+    monkeypatch.undo()
+    night.check_start(tmp_path, 6.0)  # 空的文件：由训练脚本去说，去用前一个
     (tmp_path / "pretrain.pt").unlink()
     with pytest.raises(UserError, match="sft"):
         night.check_start(tmp_path, 6.0)

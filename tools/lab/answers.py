@@ -40,7 +40,7 @@ from settings.files import write_text
 from settings.flags import read_options
 from settings.resolve import default_checkpoint
 from settings.say import say
-from sft_chat import ask
+from sft_chat import fit
 from tools.lab.talks import Talk, before, choose, first_answer, held_out, in_file
 
 OTHERS = 9  # 真的回答混在几个别的中间
@@ -221,9 +221,10 @@ def third_replies(speaker: Speaker, talks: list[Talk], options: Options) -> tupl
         turns: list[list[int]] = []
         try:
             for turn in asked:
-                turns, ids = ask(speaker, turns, turn.text, system=system)
+                kept, ids = fit(speaker, turns, tokenizer.turn_ids("user", turn.ids), system)
                 one = reply(speaker, ids, question, options.sampling(options.seed + number))
-                turns.append(tokenizer.turn_ids("assistant", tokenizer.encode(one.text)))
+                if one.text:  # 一个字也没答的提问不留着
+                    turns = [*kept, tokenizer.turn_ids("assistant", tokenizer.encode(one.text))]
         except UserError:
             too_long += 1
         else:

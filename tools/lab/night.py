@@ -3,10 +3,10 @@
     python -m tools.lab.night --data 语料 --sft_data 对话 --hours 6 --sft_hours 1
     python -m tools.lab.night … --held_out 留出的.jsonl --talks 留出的对话.jsonl
 
-走的就是两个训练脚本，它们的别的参数写在 -- 之后（例如 -- --batch_size auto）。中断了，再运行同样的
-一条，从停下的地方接着；练完了的不重做。-- 之后的 --lr、--prompt 只管预训练，--sft_lr、--sft_prompt
-只管微调，别的两个都管。读了许多遍、末了在背书的，用留出的数据上最好的那一刻：
-从 pretrain.best.pt 微调，量的、写画廊的是 sft.best.pt。要改的（例如显存不够，换小的 batch_size）
+走的就是两个训练脚本，它们的别的参数写在 -- 之后（例如 -- --batch_size auto），照 config.py 里的名字
+分给两个阶段：--lr 是预训练的，--sft_lr 是微调的，两个阶段都有的两个都给。中断了，再运行同样的一条，
+从停下的地方接着；练完了的不重做。读了许多遍、末了在背书的，用留出的数据上最好的那一刻：从
+pretrain.best.pt 微调，量的、写画廊的是 sft.best.pt。要改的（例如显存不够，换小的 batch_size）
 也写上：与直接接着练一样，会影响结果的，加上 -- --allow_changes 才改。结果是输出目录里的 night.md：
 用了多久，没学过的文字上多少比特，回答得怎样，二十句话各答了什么。
 """
@@ -23,7 +23,7 @@ import signal
 import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from config import BOTH_STAGES, PRESETS, Config, UserError, option
@@ -66,13 +66,24 @@ class Options:
         return wrong + answers.Options(n=self.n).problems()
 
 
+# 由这个程序定的，不能再写在 -- 之后
+OURS = {f.name for f in fields(Options)} | {"init_from", "replay_data", "replay_stage", "resume",
+                                            "overwrite", "plan"}  # fmt: skip
+
+
 def meant_for(stage: str, flags: list[str]) -> list[str]:
-    """写在 -- 之后的，哪些给这个阶段：两个阶段各有一份的，照 config.py 里的名字分。"""
+    """写在 -- 之后的，哪些给这个阶段：两个阶段各有一份的，照 config.py 里的名字分。
+
+    Raises:
+        UserError: 有由这个程序定的。
+    """
     kept, keep = [], True
     for word in flags:
         if word.startswith("--"):
-            name = word[2:].partition("=")[0]
-            for_sft = name.startswith("sft_") or name in ("keep_reasoning", "replay_stage")
+            name = word[2:].partition("=")[0].replace("-", "_").removeprefix("no_")
+            if name in OURS:
+                raise UserError(f"--{name} 不能写在 -- 之后：写在之前，或者由这个程序来定")
+            for_sft = name.startswith("sft_") or name == "keep_reasoning"
             keep = name not in BOTH_STAGES if stage == "sft" else not for_sft
         kept += [word] * keep
     return kept
@@ -80,11 +91,15 @@ def meant_for(stage: str, flags: list[str]) -> list[str]:
 
 def check_start(folder: Path, hours: float) -> None:
     """微调已经开始，预训练便不能再改。Raises UserError：它的起点不是现在要练的这一个。"""
-    start = folder / "pretrain.pt"
+    start, learned = folder / "pretrain.pt", None
     if not (folder / "sft.pt").exists():
         return
-    learned = read(start, mmap=True)["config"]["hours"] if start.exists() else 0.0
-    if learned not in (hours, None):  # None：起点是照步数练的
+    if start.exists():
+        try:
+            learned = read(start, mmap=True)["config"].get("hours")
+        except UserError:
+            return  # 坏了的，训练脚本会说，也会用前一个
+    if learned != hours:
         raise UserError(
             f"{folder} 里的微调，起点不是预训练 {hours:g} 小时的；请用 --out_dir 换一个目录，"
             f"或者删掉那里的 sft*.pt，微调便从头来"
@@ -163,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     then = [*both, "--sft_data", options.sft_data, "--hours", str(options.sft_hours)]
     then += ["--replay", str(options.replay), *meant_for("sft", more)]
     # 几个小时之后才用到的，现在就打开看看
-    load_config("pretrain", first)
+    learns, _ = load_config("pretrain", first)
     load_config("sft", then)
     check_start(folder, options.hours)
     for path in {options.data, options.sft_data} - {"auto", "builtin"}:
@@ -172,8 +187,9 @@ def main(argv: list[str] | None = None) -> None:
     talks = drawn(in_file(Tokenizer(), options.talks), options) if options.talks else []
     train("pre_train.py", "pretrain", folder, first)
     start = result(folder, "pretrain")
-    learned = read(start, mmap=True)["config"]["data"]
-    then += ["--init_from", str(start), "--replay_data", learned]
+    then += ["--init_from", str(start)]
+    if options.data != "auto" or read(start, mmap=True)["config"]["data"] == learns.data:
+        then += ["--replay_data", learns.data]  # 练到半途才下载的不是它学过的，不写
     train("sft_train.py", "sft", folder, then)
     path = folder / "night.md"
     write_text(path, report(options, folder, texts, talks))
