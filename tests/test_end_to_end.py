@@ -27,7 +27,7 @@ def test_pretraining_says_what_it_does_and_learns(trained):
     assert rows[0]["val_loss"] == pytest.approx(9.96, abs=0.1)
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 1
     wanted = {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_second", "val_loss",
-              "val_bpc", "sample", "seconds"}  # fmt: skip
+              "val_bpc", "sample", "seconds", "val_everything"}  # fmt: skip
     assert set(rows[-1]) == wanted
     assert 0.95 * 16 * 2 * 128 < rows[-1]["tokens"] <= 16 * 2 * 128  # 行尾空着的不算
     for name in ("pretrain.pt", "pretrain/loss.png", "pretrain/config.json"):
