@@ -1,26 +1,28 @@
-"""显微镜：把模型的一次前向拆开来看。
+"""显微镜：把模型的一次前向拆开来看，还能伸手进去改。
 
-`model.py` 里没有一行为此而写：PyTorch 的钩子（hook）能在每个零件算完时把输入和输出抄一份下来。
+`model.py` 里没有一行为此而写：PyTorch 的钩子（hook）能在每个零件算完时把输入和输出抄一份下来，
+或者换成别的。
 
     look            走一遍前向，记下每层的残差流、注意力与挑中的专家
     logit_lens      假如读到某一层就停，它会猜什么
     leave_one_out   去掉前文里的一个词元，后面的猜测变了多少
-    anatomy         从编号到打分的每一步：形状、参数、运算量
+    without         关掉几个头、几层的注意力或前馈、几位专家
+    patched         一个位置上的向量，换成从别处搬来的
 
 图例：L 层数，T 词元数，C 宽度，H 头数，E 专家数，V 词表大小。
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from config import Config
+from config import UserError
 from experts import MixtureOfExperts, route
-from model import RotaryEmbedding, Transformer, attend_by_hand
+from model import AttentionContext, Block, RotaryEmbedding, Transformer, attend_by_hand
 
 
 @dataclass
@@ -152,75 +154,107 @@ def leave_one_out(
     return result
 
 
-# ---------- 4. 每一步的形状、参数、运算量 ----------
-
-STEPS = {  # 零件的名字: 做什么；块里的前面加 blocks.0.
-    "embedding": "查表：编号变成向量",
-    "attention_norm": "归一化",
-    "attention.query": "查询：我在找什么",
-    "attention.key": "键：我有什么",
-    "attention.value": "值：被看时交出什么",
-    "attention.query_norm": "查询归一，再按位置旋转",
-    "attention.key_norm": "键归一，再按位置旋转",
-    "attention": "查询与键的内积取 softmax：每行的权重，再按它把值加起来",
-    "attention.out": "投影回来，加进残差流",
-    "feed_forward_norm": "归一化",
-    "feed_forward.router": "路由器：给各位专家打分，挑最高的几位",
-    "feed_forward": "挑中的几位专家各算各的，按权重相加，加进残差流",
-    "feed_forward.gate": "前馈的门",
-    "feed_forward.up": "前馈的另一路，与门相乘",
-    "feed_forward.down": "投影回来，加进残差流",
-    "norm": "最后的归一化",
-    "": "与每个词元的嵌入作内积，得到打分",
-}
+# ---------- 4. 动手改 ----------
 
 
-@dataclass
-class Part:
-    """一步：哪个零件、做什么、输出的形状、参数的个数、一次前向的浮点运算数（只数矩阵乘法）。"""
-
-    name: str
-    does: str
-    shape: tuple[int, ...]
-    params: int
-    flops: int
-
-
-def grouped(rows: tuple, matrices: tuple, *_, **__) -> int:
-    """PyTorch 不会数 `F.grouped_mm` 的运算：(N, 入) 的每一行只乘 (E, 入, 出) 里的一个矩阵。"""
-    return 2 * rows[0] * rows[1] * matrices[-1]
-
-
-def anatomy(config: Config, n_tokens: int) -> list[Part]:
-    """从编号到打分的每一步，一个块只列一次（各块相同）。
-
-    在 "meta" 设备上走一遍前向：张量只有形状，没有内容，所以再大的模型也是一眨眼。
+@contextmanager
+def without(model: Transformer, names: Iterable[str]) -> Iterator[None]:
+    """关掉几个零件：输出是零，什么也不往残差流里加。离开时恢复（消融，arXiv 1905.10650）。
 
     Args:
-        config: 模型的形状。
-        n_tokens: 输入几个词元。
+        names: 层、头、专家都从 1 数起：2.1 是第 2 层第 1 头；2.attention 与 2.feed_forward 是
+            第 2 层的注意力与前馈；2.expert3 是它的 3 号专家，挑中的仍然挑它，只是它不说话。
+    Raises:
+        UserError: 没有这个零件。
     """
-    with torch.device("meta"):
-        model = Transformer(replace(config, n_layers=1)).bfloat16()  # grouped_mm 在这里只认 bf16
-        ids = torch.zeros(1, n_tokens, dtype=torch.long)
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped})
-    with torch.inference_mode(), hooks(model) as seen, counter:
-        model(ids)
-    counted = {n: sum(ops.values()) for n, ops in counter.get_flop_counts().items()}
-    modules, parts = dict(model.named_modules()), []
-    for step, does in STEPS.items():
-        name = f"blocks.0.{step}" if f"blocks.0.{step}" in modules and step else step
-        if name not in modules or (step == "feed_forward" and not config.n_experts):
-            continue  # 稠密模型没有路由器；专家混合的三个矩阵叠在一起，不是单独的零件
-        module = modules[name]
-        full = f"Transformer.{name}" if name else "Transformer"
-        inside = [f"{full}.{child}" for child, _ in module.named_children()]
-        if not name:  # 块在 ModuleList 里，没有自己的一项
-            inside += ["Transformer.blocks.0"]
-        flops = counted.get(full, 0) - sum(counted.get(child, 0) for child in inside)
-        params = sum(p.numel() for p in module.parameters(recurse=False))
-        shape = tuple(seen[module][1].shape[1:])
-        if step == "attention":  # 它的输出是 out 的；自己做的是 T × T 的权重表
-            shape = (config.n_heads, n_tokens, n_tokens)
-        parts.append(Part(name or "score", does, shape, params, flops))
-    return parts
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(switched_off(model, name))
+        yield
+
+
+@contextmanager
+def switched_off(model: Transformer, name: str) -> Iterator[None]:
+    """关掉一个零件；参数同 `without`。"""
+    block, part, number = find_part(model, name)
+    if part == "expert":
+        down = block.feed_forward.down[number]
+        weight = getattr(down, "weight", down)  # 压缩过的，矩阵在它里面
+        with torch.no_grad():
+            before = weight.clone()
+            try:
+                weight.zero_()
+                yield
+            finally:
+                weight.copy_(before)
+        return
+    if part == "head":
+        D = block.attention.head_dim
+        mine = slice(number * D, (number + 1) * D)
+
+        def silence(module: nn.Module, inputs: tuple) -> tuple:
+            y = inputs[0].clone()  # (B, T, H·D)，各个头首尾相接
+            y[..., mine] = 0
+            return (y,)
+
+        handle = block.attention.out.register_forward_pre_hook(silence)
+    else:
+        handle = getattr(block, part).register_forward_hook(lambda m, i, y: torch.zeros_like(y))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def find_part(model: Transformer, name: str) -> tuple[Block, str, int]:
+    """零件的名字 -> 在哪一层，哪一种，第几个（从 0 数起）；写法见 `without`。Raises UserError。"""
+    found = re.fullmatch(r"(\d{1,4})\.(?:(\d{1,4})|(attention|feed_forward)|expert(\d{1,4}))", name)
+    if not found:
+        raise UserError(
+            f"看不懂「{name[:40]}」；写成 2.1（第 2 层第 1 头）、2.attention、2.feed_forward "
+            "或 2.expert3"
+        )
+    layer, head, part, expert = found.groups()
+    check_layer(model, int(layer))
+    block = model.blocks[int(layer) - 1]
+    if part:
+        return block, part, 0
+    mixture = block.feed_forward if hasattr(block.feed_forward, "router") else None
+    if expert and mixture is None:
+        raise UserError(f"这个模型没有专家，关不掉 {name}；前馈是 {layer}.feed_forward")
+    heads = model.embedding.embedding_dim // block.attention.head_dim
+    number, most = int(expert or head), len(mixture.down) if expert else heads
+    if not 1 <= number <= most:
+        what = "专家" if expert else "头"
+        raise UserError(f"每层有 {most} 个{what}，从 1 数起，没有 {name}")
+    return block, "expert" if expert else "head", number - 1
+
+
+def check_layer(model: Transformer, layer: int) -> None:
+    """有没有这一层，从 1 数起。Raises UserError。"""
+    if not 1 <= layer <= len(model.blocks):
+        raise UserError(f"模型有 {len(model.blocks)} 层，从 1 数起，没有第 {layer} 层")
+
+
+@contextmanager
+def patched(model: Transformer, layer: int, position: int, vector: Tensor) -> Iterator[None]:
+    """读到 position，第 layer 层（从 1 数起）之后的残差流换成 vector (C,)，再往上读。
+
+    vector 多半是另一段文字的 `look(…).residual[layer, 位置]`：搬过来之后猜测跟着变，
+    说明它装着这件事（activation patching，arXiv 2202.05262）。
+
+    Raises:
+        UserError: 没有这一层。
+    """
+    check_layer(model, layer)
+
+    def swap(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        context: AttentionContext = inputs[1]
+        here = context.positions == position  # (T,) 或 (B, T)
+        return torch.where(here[..., None], vector.type_as(output), output)
+
+    handle = model.blocks[layer - 1].register_forward_hook(swap)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -52,6 +52,20 @@ def tokenizer():
     return Tokenizer()
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """没有窗口的 chromium；没有装，就略过。"""
+    from chromium import CHROMIUM, QUIET
+
+    if CHROMIUM is None:
+        pytest.skip("没有 chromium：apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="没有安装 playwright")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
 @pytest.fixture(scope="session")
 def common(tmp_path_factory) -> Path:
     """这一次测试的几个进程（pytest-xdist）共用的目录。"""

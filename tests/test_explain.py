@@ -14,12 +14,13 @@ from scripts import run
 
 from config import Config, UserError
 from generate import make_speaker
-from microscope import look
+from microscope import look, patched, without
 from model import Transformer
 from tokenizer import Tokenizer
 from tools.explain import report
 from tools.explain.__main__ import main
 from tools.explain.facts import examine, total_flops, unpacked
+from tools.explain.hands import read_hands
 from tools.explain.page import page
 
 TOKENIZER = Tokenizer()
@@ -125,6 +126,52 @@ def test_which_expert_took_which_token():
     assert f"{first} 号" in line and line.rstrip().endswith(" ".join(others) or "—")
 
 
+def test_hands_change_what_is_shown(speaker):
+    """关掉、换掉、搬过来：看到的是动手之后的，旁边是动手之前的，都与直接算的相同。"""
+    ids = speaker.prompt("守株待兔")
+    tiger = TOKENIZER.encode("虎")[0]
+    hands = read_hands(speaker, ids, 3, "1.2，2.feed_forward", "3=虎", "1=画蛇")
+    facts = hands.examine(speaker)
+    vector = look(speaker.model, speaker.prompt("画蛇")).residual[1, -1]
+    new = [*ids[:2], tiger, *ids[3:]]
+    with without(speaker.model, ["1.2", "2.feed_forward"]), patched(speaker.model, 1, 3, vector):
+        after = speaker.read(new)
+    before = speaker.read(ids)
+    assert facts["ids"] == new and facts["tokens"][2] == "虎"
+    for t in range(len(ids)):
+        best = after[t].topk(10)
+        assert [p for _, p in facts["next"][t]] == pytest.approx(best.values.tolist(), rel=1e-4)
+        former = before[t, best.indices].tolist()
+        assert facts["before"]["next_p"][t] == pytest.approx(former, rel=1e-4)
+    assert facts["before"]["target_p"][0] == pytest.approx(before[0, ids[1]].item(), rel=1e-4)
+    for words in ("1.2、2.feed_forward", "第 3 个词元换成了「虎」", "「画蛇」"):
+        assert words in facts["changed"]
+    assert torch.equal(speaker.read(ids), before)  # 离开之后一点不剩
+    table = report.compared(facts, 3)
+    assert len(list(table.columns[0].cells)) in (10, 11)
+    assert data_of(page(facts, 3))["before"] == facts["before"]
+
+
+def test_idle_hands_change_nothing(speaker):
+    ids = speaker.prompt("守株")
+    assert read_hands(speaker, ids, 0, " ", "", "").examine(speaker) == examine(speaker, ids)
+
+
+@pytest.mark.parametrize(
+    ("without", "replace", "patch", "sentence"),
+    [
+        ("3.1", "", "", "没有第 3 层"), ("1.9", "", "", "每层有 2 个头"), ("头", "", "", "看不懂"),
+        ("", "虎", "", "--replace 要写成"), ("", "9=虎", "", "不在 1 与词元数"),
+        ("", "1=老虎", "", "是 2 个词元"), ("", "", "画蛇", "--patch 要写成"),
+        ("", "", "0=画蛇", "没有第 0 层"), ("", "", "1=" + "长" * 99, "最多看 80 个"),
+    ],
+)  # fmt: skip
+def test_hands_that_miss_are_one_sentence(speaker, without, replace, patch, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        read_hands(speaker, speaker.prompt("守株"), 0, without, replace, patch)
+    assert "\n" not in str(error.value)
+
+
 def test_a_dense_model_has_no_experts_to_show(speaker):
     assert examine(speaker, speaker.prompt("守"))["experts"] is None
 
@@ -153,6 +200,8 @@ def test_it_runs_as_in_the_readme(trained):
         assert title in out
     html = (folder / "out/explain.html").read_text(encoding="utf-8")
     assert data_of(html)["stage"] == "sft"  # 两个都有，用微调过的
+    out, _ = run(folder, "tools.explain", "守株待兔", "--without", "2.1", "--patch", "2=画蛇添足")
+    assert "动手之后：关掉了 2.1；" in out
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import PRESETS, Config
-from microscope import anatomy, hooks, leave_one_out, logit_lens, look
+from config import PRESETS, Config, UserError
+from microscope import hooks, leave_one_out, logit_lens, look, patched, without
 from model import AttentionContext, Transformer, attend_by_hand
+from tools.explain.anatomy import anatomy
 
 SHAPE = Config(
     dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=48, max_len=24, vocab_size=21248
@@ -220,3 +221,120 @@ def test_padding_the_attention_values_with_zeros_does_not_matter(model, view):
     q, k, v = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
     zeros = attend_by_hand(q, k, torch.zeros_like(v), None, True)[1]
     assert torch.equal(zeros, attend_by_hand(q, k, v, None, True)[1])
+
+
+# ---------- 动手改 ----------
+
+
+def by_hand(model, ids, silent=(), vector=None):
+    """不用钩子，一层一层手算；silent 里的零件不说话，vector 是 (层, 位置, 向量)。"""
+    T, H = len(ids), SHAPE.n_heads
+    context = AttentionContext(*model.rotary(torch.arange(T)), None, True, torch.arange(T), None)
+    x = model.embedding(torch.tensor([ids]))
+    for n, block in enumerate(model.blocks, start=1):
+        a, h = block.attention, block.attention_norm(x)
+        q, k, v = (
+            p(h).view(1, T, -1, a.head_dim).transpose(1, 2) for p in (a.query, a.key, a.value)
+        )
+        q = model.rotary.rotate(a.query_norm(q), context.cos, context.sin)
+        k = model.rotary.rotate(a.key_norm(k), context.cos, context.sin)
+        y, _ = attend_by_hand(q, k, v, None, True)
+        heard = torch.tensor([f"{n}.{head + 1}" not in silent for head in range(H)])
+        y = a.out((y * heard[:, None, None]).transpose(1, 2).reshape(1, T, -1))
+        x = x + y * (f"{n}.attention" not in silent)
+        h, f = block.feed_forward_norm(x), block.feed_forward
+        if hasattr(f, "router"):
+            probs = f.router(h).softmax(-1)
+            weights, chosen = probs.topk(f.n_active, dim=-1)
+            weights = weights / weights.sum(-1, keepdim=True)
+            y = torch.zeros_like(x)
+            for t in range(T):
+                for w, e in zip(weights[0, t], chosen[0, t].tolist(), strict=True):
+                    if f"{n}.expert{e + 1}" not in silent:
+                        y[0, t] += w * f.expert(e, h[0, t])
+        else:
+            y = f(h)
+        x = x + y * (f"{n}.feed_forward" not in silent)
+        if vector is not None and vector[0] == n:
+            x[:, vector[1]] = vector[2]
+    return model.score(model.norm(x))[0]
+
+
+def parts_of(model):
+    """这个模型里能关掉的零件，各一个，连同几个一起关的。"""
+    some = [["2.3"], ["1.1", "3.4"], ["2.attention"], ["1.feed_forward"], ["1.attention", "2.1"]]
+    return [*some, ["2.expert3"], ["1.expert1", "1.expert2", "3.1"]] if has_experts(model) else some
+
+
+def has_experts(model):
+    return hasattr(model.blocks[0].feed_forward, "router")
+
+
+@torch.no_grad()
+def test_a_part_switched_off_says_nothing(model):
+    """与不用钩子、一层层手算的相同；确实变了；离开之后一点不剩。"""
+    before = forward(model, IDS)
+    for names in parts_of(model):
+        with without(model, names):
+            got = forward(model, IDS)
+        assert torch.allclose(got, by_hand(model, IDS, names), atol=1e-4), names
+        assert (got - before).abs().max() > 1e-3, names
+        assert torch.equal(forward(model, IDS), before), names
+
+
+@torch.no_grad()
+def test_every_part_off_leaves_the_embedding(model):
+    """全关掉，残差流里只剩词嵌入。"""
+    all_parts = [f"{n}.{part}" for n in (1, 2, 3) for part in ("attention", "feed_forward")]
+    with without(model, all_parts):
+        assert torch.equal(look(model, IDS).residual[3], model.embedding(torch.tensor(IDS)))
+
+
+@torch.no_grad()
+def test_a_vector_carried_over(model):
+    """搬来的向量接着往上读，前面的位置不受影响；搬自己的等于没有搬。"""
+    other = look(model, [8, 8, 300, 4]).residual[2, 3]
+    with patched(model, 2, 4, other):
+        got = forward(model, IDS)
+    assert torch.allclose(got, by_hand(model, IDS, vector=(2, 4, other)), atol=1e-4)
+    plain = forward(model, IDS)
+    assert torch.equal(got[:4], plain[:4]) and (got[4:] - plain[4:]).abs().max() > 1e-3
+    with patched(model, 2, 4, look(model, IDS).residual[2, 4]):
+        assert torch.allclose(forward(model, IDS), plain, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_vector_goes_to_its_position_not_its_place(model):
+    """前面去掉了两个词元，位置仍是原来的编号：换的是位置 4，不是第 5 个。"""
+    other = torch.full((SHAPE.dim,), 0.5)
+    with patched(model, 3, 4, other):
+        x = model.hidden(torch.tensor([IDS[2:]]), torch.arange(2, len(IDS))[None])
+    assert torch.allclose(x[0, 2], model.norm(other), atol=1e-6)
+
+
+def test_an_error_inside_still_restores(model):
+    before = forward(model, IDS)
+    with pytest.raises(ZeroDivisionError), without(model, ["1.2", parts_of(model)[-1][0]]):
+        raise ZeroDivisionError
+    assert torch.equal(forward(model, IDS), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("2.5", "每层有 4 个头"), ("2.0", "每层有 4 个头"), ("4.1", "没有第 4 层"),
+        ("0.attention", "没有第 0 层"), ("2", "看不懂"), ("2.ffn", "看不懂"), ("", "看不懂"),
+        ("２.1 ", "看不懂"), ("9" * 9 + ".1", "看不懂"),
+    ],
+)  # fmt: skip
+def test_parts_that_are_not_there(model, name, sentence):
+    with pytest.raises(UserError, match=sentence), without(model, [name]):
+        pass
+
+
+def test_experts_that_are_not_there(model):
+    sentence = "每层有 5 个专家" if has_experts(model) else "没有专家"
+    with pytest.raises(UserError, match=sentence), without(model, ["1.expert6"]):
+        pass
+    with pytest.raises(UserError, match="没有第 7 层"), patched(model, 7, 0, torch.zeros(32)):
+        pass

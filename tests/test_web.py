@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from chromium import CHROMIUM, QUIET
 from scripts import Running, run
 
 from chat.display import bits, percent
@@ -34,9 +35,6 @@ TOKENIZER = Tokenizer()
 # 像网页的，像公式的，像 Gradio 的模板的，控制终端的。
 MARKUP = "<img src=x onerror=alert(1)>$$x^2$$ ${1+1} {{value}}\x1b[2J"
 SHAPE = Config(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=32, max_len=80)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update"]  # fmt: skip
 
 
 # ---------- 1. 背后的函数 ----------
@@ -245,18 +243,6 @@ def address(trained, tmp_path_factory):
     assert "Traceback" not in server.text() and "网页答不了" not in server.text()
     left = [p.name for p in temporary.iterdir() if "torch" not in p.name]
     assert left == []  # 什么也没有留下
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """没有窗口的 chromium。"""
-    if CHROMIUM is None:
-        pytest.skip("没有 chromium：apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="没有安装 playwright")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

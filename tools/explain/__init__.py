@@ -2,8 +2,9 @@
 
     __main__   命令行：看一遍，印出来，写成网页
     speaker    用 fp32 载入一个模型，没有指定就找默认的
-    facts      看一遍，所有要给人看的数
-    page       一张自成一体的网页（样式与程序在 page.html）
+    facts      看一遍，所有要给人看的数；其中每一步的形状与运算量在 anatomy
+    hands      动手改：换一个词元，关掉几个零件，搬一个向量
+    page       一张自成一体的网页（page.html）；样式 style.css 与画法 draw.js，带得走的网页也用
     report     印在终端里
 
 网页版（tools/web）的显微镜、课里的图（tools/draw）用的也是这几样。

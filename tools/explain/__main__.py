@@ -2,6 +2,7 @@
 
     python -m tools.explain "守株待兔："                    印在终端里，并写出 out/explain.html
     python -m tools.explain "你好" --checkpoint out/tiny/sft.pt --write 20 --html a.html
+    python -m tools.explain "守株待兔：" --without 2.1      动手改：关掉第 2 层第 1 头，猜测变了多少
 
 网页自成一体，不联网，用浏览器打开即可。每个数都来自模型自己的前向（见 microscope.py）。
 """
@@ -23,7 +24,7 @@ from config import UserError, option
 from generate import Sampling
 from settings.flags import read_options, word
 from settings.say import say
-from tools.explain.facts import examine
+from tools.explain.hands import read_hands
 from tools.explain.page import page
 from tools.explain.report import report
 from tools.explain.speaker import load_speaker
@@ -41,6 +42,14 @@ class Options:
     write: int = option(0, "先让模型接着写多少个词元（总选最可能的），再一起看", "词元")
     at: int | None = option(None, "看第几个词元之后的猜测，从 1 数起；默认最后一个")
     most: int = option(64, "最多看多少个词元：时间与内存随它的平方增长", "词元")
+    without: str = option(
+        "",
+        "关掉几个零件，逗号隔开：2.1（第 2 层第 1 头）、2.attention、2.feed_forward、2.expert3",
+    )
+    replace: str = option("", "换一个词元，例如 3=虎：第 3 个换成「虎」")
+    patch: str = option(
+        "", "搬一个向量，例如 '2=另一段文字'：它最后一个词元在第 2 层之后的，换到 --at 那里"
+    )
     device: str = option("auto", "设备", choices=("auto", "cuda", "mps", "cpu"))
 
     def problems(self) -> list[str]:
@@ -76,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     if not 1 <= at <= len(ids):
         raise UserError(f"--at 要在 1 与词元数 {len(ids)} 之间，得到的是 {at}")
     started = time.perf_counter()
-    facts = examine(speaker, ids, dropped)
+    hands = read_hands(speaker, ids, at - 1, options.without, options.replace, options.patch)
+    facts = hands.examine(speaker, dropped)
     seconds = time.perf_counter() - started
     report(facts, at - 1, display.terminal(sys.stdout))
     path = Path(options.html)

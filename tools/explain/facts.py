@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from generate import Speaker, check_finite
-from microscope import anatomy, leave_one_out, logit_lens, look
+from microscope import leave_one_out, logit_lens, look
+from tools.explain.anatomy import anatomy
 
 
 def examine(speaker: Speaker, ids: list[int], dropped: int = 0) -> dict:
@@ -48,6 +49,8 @@ def examine(speaker: Speaker, ids: list[int], dropped: int = 0) -> dict:
     return {
         "stage": speaker.stage,
         "ids": ids,
+        "changed": "",  # 动了什么，见 hands.py
+        "before": None,
         "dropped": dropped,
         "tokens": [label(token) for token in ids],
         "targets": [label(token) for token in targets],

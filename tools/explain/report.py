@@ -24,6 +24,8 @@ def report(facts: dict, at: int, console: Console) -> None:
     rows = [(name, p, display.percent(p)) for name, p in facts["next"][at]]
     show(f"二、{here}，它猜下一个是", bars(rows))
     p = facts["target_p"][at]
+    if facts["before"]:
+        show(f"动手之后：{facts['changed']}", compared(facts, at))
     rows = [
         (
             f"第 {i + 1} 个「{tokens[i]}」",
@@ -63,6 +65,19 @@ def bars(rows: list[tuple[str, float, str]]) -> Table:
     for name, p, words in rows:
         table.add_row(Text(name), Bar(1, 0, p, width=24), Text(words))
     return table
+
+
+def compared(facts: dict, at: int) -> Table:
+    """位置 at 的猜测，动手之前与之后。"""
+    before = facts["before"]
+    pairs = [*facts["next"][at], [facts["targets"][at], facts["target_p"][at]]]
+    former = [*before["next_p"][at], before["target_p"][at]]
+    if facts["targets"][at] in [name for name, _ in facts["next"][at]]:
+        pairs, former = pairs[:-1], former[:-1]
+    rows = zip(pairs, former, strict=True)
+    return bars(
+        [(name, p, f"{display.percent(was)} → {change(was, p)}") for (name, p), was in rows]
+    )
 
 
 def change(before: float, after: float) -> str:
