@@ -1,6 +1,7 @@
 """把概率画在终端里：深色浅色的底都看得清，没有颜色也读得懂。
 
     candidates       最可能的几个词元，画成横条
+    compared         动手改之前与之后，最可能的几个
     surprise         写出来的每个词元有多意外
 
 「意外」是 −log2(概率)，单位比特：概率 1/2 是 1 比特，1/4 是 2 比特。
@@ -79,6 +80,16 @@ def candidates(
             q = lottery[token].item()
             cells.append(Text(f"抽签时 {percent(q)}" if q else "不参加抽签", "dim"))
         table.add_row(*cells)
+    return table
+
+
+def compared(tokenizer: Tokenizer, before: Tensor, after: Tensor, k: int) -> Table:
+    """动手之后最可能的 k 个，连同之前各是多少；两样都是概率 (V,)。"""
+    table = Table.grid(padding=(0, 1))
+    for token in after.topk(min(k, after.numel())).indices.tolist():
+        was, now = before[token].item(), after[token].item()
+        words = f"{percent(was)} → {percent(now)}（{bits(was) - bits(now):+.1f} 比特）"
+        table.add_row(Text(clean(tokenizer.label(token))), Bar(1, 0, now, width=24), Text(words))
     return table
 
 

@@ -1,7 +1,7 @@
 """两个聊天程序共用的部分：命令行参数、行编辑、命令、一个字一个字地打印。
 
 start      读命令行，载入检查点
-Chat       一场聊天：读一句，答一句；/probs、/why、/next 让人看见它怎样猜
+Chat       一场聊天：读一句，答一句；/probs、/why、/next 让人看见它怎样猜，动手改的在 hands 里
 obey       执行设置采样的命令
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chat import display
+from chat.hands import Hands
 from chat.inputs import Remembered, notify, read_inputs
 from config import Config, UserError, option
 from engine.device import Device
@@ -31,6 +32,9 @@ HELP = """\
   /probs 5           每写一个词元，画出最可能的几个；不写数就是 5，/probs 0 不再画
   /why               刚才的回答里，每个词元有多意外
   /next 守株待       不写，只看接下来最可能是什么（sft_chat.py 当作提问，看回答的头一个）
+  /without 2.1       关掉第 2 层第 1 头再聊；2.attention、2.feed_forward、2.expert3 也行，/with 恢复
+  /replace 3 虎      刚才的回答，第 3 个词元若是「虎」，后面的各有多意外
+  /patch 2 另一句话  换上另一句话在第 2 层之后的向量，回答的头一个词元变成什么
   /system 请简短     只在 sft_chat.py：换一段系统的话，重新开始；不写字就说出现在的
   /tool 晴，20 度    只在 sft_chat.py：替工具答复它刚才的调用，它接着回答
   /forget            忘掉输入过的话，连同存在你自己目录里的
@@ -98,6 +102,9 @@ class Chat:
     speaker: Speaker
     last: tuple[list[int], list[int]] | None = None  # (开头, 接着写的，连同写完的标记)
 
+    def __post_init__(self):
+        self.hands = Hands(self.speaker)
+
     def run(
         self,
         answer: Callable[[str], None],
@@ -120,6 +127,7 @@ class Chat:
             answer(self.options.prompt)
             return
         remembered = Remembered(old=Path(self.options.checkpoint).with_name("chat_history"))
+        commands = self.commands(reset, remembered, roles)
         for text in read_inputs(remembered):
             if text.startswith(("/", "／")):  # 中文输入法打出来的是全角的
                 text = "/" + text[1:]
@@ -128,20 +136,8 @@ class Chat:
             try:
                 if command in ("/quit", "/exit"):
                     return
-                if command == "/reset":
-                    reset()
-                    self.last = None
-                    notify("（已忘掉前文）")
-                elif command == "/forget":
-                    notify(remembered.forget())
-                elif command == "/why":
-                    self.why()
-                elif command == "/next":
-                    self.next(rest)
-                elif command in ("/system", "/tool"):
-                    if not roles:
-                        raise UserError(f"{command} 要在 sft_chat.py 里用：这里不分谁说的话")
-                    roles[command](rest)
+                if command in commands:
+                    commands[command](rest)
                 elif command:
                     notify(obey(text.lower(), self.options))
                 else:
@@ -151,6 +147,26 @@ class Chat:
             except KeyboardInterrupt:  # 停在 /why 或 /next 的半途
                 notify("（已停止）")
 
+    def commands(self, reset, remembered: Remembered, roles) -> dict[str, Callable[[str], None]]:
+        """{命令: 做什么}，得到的是后面的字；设置采样的几个不在内，见 `obey`。"""
+
+        def forget_all(_: str) -> None:
+            reset()
+            self.last = None
+            notify("（已忘掉前文）")
+
+        def elsewhere(command: str) -> None:
+            raise UserError(f"{command} 要在 sft_chat.py 里用：这里不分谁说的话")
+
+        return {
+            "/reset": forget_all,
+            "/forget": lambda _: notify(remembered.forget()),
+            "/why": lambda _: self.why(),
+            "/next": self.next,
+            **self.hands.commands(lambda: self.last),
+            **(roles or {name: lambda _, n=name: elsewhere(n) for name in ("/system", "/tool")}),
+        }
+
     def stream(self, ids: list[int]) -> list[int]:
         """一边生成一边打印，返回生成的编号。Ctrl-C 停止；不是自己写完的，都说明为什么停下。"""
         speaker, options = self.speaker, self.options
@@ -158,24 +174,25 @@ class Chat:
         end: list[int] = []
         notice = ""
         try:
-            for choice in speaker.choices(ids, options):
-                if options.probs:
-                    self.show(choice, len(new) + 1)
-                if choice.token == speaker.tokenizer.eos_id:
-                    end = [choice.token]
-                    break
-                new.append(choice.token)
-                if not options.probs:
-                    say(speaker.tokenizer.decode([choice.token]), end="", flush=True)
-                if is_looping(new, speaker.tokenizer):
-                    harder = options.penalty + 0.2
-                    notice = f"（开始重复，停在这里；可以用 /penalty {harder:.1f} 加重惩罚）"
-                    break
-            else:
-                if len(ids) + len(new) >= speaker.config.max_len:
-                    notice = f"（写满了 {speaker.config.max_len} 个词元的上下文）"
-                elif len(new) >= options.max:
-                    notice = f"（写满了 {options.max} 个词元，/max 可以调）"
+            with self.hands.on():
+                for choice in speaker.choices(ids, options):
+                    if options.probs:
+                        self.show(choice, len(new) + 1)
+                    if choice.token == speaker.tokenizer.eos_id:
+                        end = [choice.token]
+                        break
+                    new.append(choice.token)
+                    if not options.probs:
+                        say(speaker.tokenizer.decode([choice.token]), end="", flush=True)
+                    if is_looping(new, speaker.tokenizer):
+                        harder = options.penalty + 0.2
+                        notice = f"（开始重复，停在这里；可以用 /penalty {harder:.1f} 加重惩罚）"
+                        break
+                else:
+                    if len(ids) + len(new) >= speaker.config.max_len:
+                        notice = f"（写满了 {speaker.config.max_len} 个词元的上下文）"
+                    elif len(new) >= options.max:
+                        notice = f"（写满了 {options.max} 个词元，/max 可以调）"
             if not new and not notice:
                 notice = "（它一个字也没写：认为到这里就完了）"
         except KeyboardInterrupt:
@@ -203,7 +220,8 @@ class Chat:
         if not new:
             raise UserError("还没有回答；先说一句话，再看它为什么这样答")
         tokenizer = self.speaker.tokenizer
-        probs = self.speaker.read([*ids, *new])[len(ids) - 1 : -1]  # (n, V)
+        with self.hands.on():
+            probs = self.speaker.read([*ids, *new])[len(ids) - 1 : -1]  # (n, V)
         chosen = [row[token].item() for row, token in zip(probs, new, strict=True)]
         console = display.terminal()
         console.print(display.surprise(tokenizer, new, chosen, console.width - 2))
@@ -225,7 +243,8 @@ class Chat:
         if len(ids) > self.speaker.config.max_len:
             limit = self.speaker.config.max_len
             raise UserError(f"这段文字有 {len(ids)} 个词元，最多 {limit} 个；请短一些")
-        probs, k = self.speaker.read(ids)[-1], self.options.probs or 10
+        with self.hands.on():
+            probs, k = self.speaker.read(ids)[-1], self.options.probs or 10
         if self.speaker.stage == "sft":
             notify("（当作一句提问，这是回答的头一个词元）")
         display.terminal().print(display.candidates(self.speaker.tokenizer, probs, k))
