@@ -15,10 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config, UserError
-from dataset import Batch
+from dataset import IGNORE, Batch
 from engine.shared_row import tie_unused_rows
+from microscope import attention_weights, hooks, without
 from model import AttentionContext, Block, Transformer
 from tools.bench.flops import training_flops
+from tools.lab.heads import attention_to_the_next, knock_out, two_kinds
+from tools.lab.heads import losses as head_losses
 from tools.lab.laboratory import Laboratory, Record
 from tools.lab.showing import smooth
 from tools.lab.try_experts import DENSE, EXPERTS, already_seen
@@ -241,6 +244,84 @@ def test_smooth_averages_the_last_few():
     assert smooth([2.0, 4.0, 6.0, 8.0], 2) == [2.0, 3.0, 5.0, 7.0]
 
 
+def pairs_by_hand(ids, targets, segments):
+    """每个位置：与它同一段的前文里，有没有同样的一对（眼前的，接着的）。"""
+    return [
+        any(
+            (ids[s], targets[s], segments[s]) == (ids[t], targets[t], segments[t]) for s in range(t)
+        )
+        for t in range(len(ids))
+    ]
+
+
+def repeating_batch() -> Batch:
+    """四个字的小文字，多有重复；两段，后一段里的不算在前一段的前文里。"""
+    rows = torch.randint(5, 9, (3, 25), generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([[0] * 12 + [1] * 12] * 3)
+    positions = torch.tensor([[*range(12), *range(12)]] * 3)
+    targets = rows[:, 1:].clone()
+    targets[:, 11] = targets[:, -1] = IGNORE
+    return Batch(rows[:, :-1], targets, positions, segments)
+
+
+def test_what_a_head_can_copy():
+    """能照抄的：这样一对连着的词元，同一段的前文里有过；其余的至多取三倍那么多。"""
+    batch = repeating_batch()
+    can_copy, fresh = two_kinds(batch)
+    for row in range(3):
+        parts = (batch.ids[row], batch.targets[row], batch.segments[row])
+        wanted = pairs_by_hand(*(part.tolist() for part in parts))
+        real = (batch.targets[row] != IGNORE).tolist()
+        assert can_copy[row].tolist() == [w and r for w, r in zip(wanted, real, strict=True)]
+    assert not (can_copy & fresh).any() and not (fresh & (batch.targets == IGNORE)).any()
+    assert 0 < fresh.sum() <= 3 * can_copy.sum()
+
+
+def test_how_much_a_head_looks_at_what_came_after():
+    """手数：能照抄的每个位置，前文里同样一对之后的那几个，各占多少注意力，加起来再平均。"""
+    batch, model = repeating_batch(), small(WHOLE)
+    got = attention_to_the_next(model, batch)
+    total, count = torch.zeros_like(got), 0
+    for row in range(3):
+        view = look_with_segments(model, batch, row)
+        pairs = list(zip(batch.ids[row].tolist(), batch.targets[row].tolist(), strict=True))
+        for t, pair in enumerate(pairs):
+            same = [s + 1 for s in range(t) if pairs[s] == pair and pair[1] != IGNORE
+                    and batch.segments[row, s] == batch.segments[row, t]]  # fmt: skip
+            if same:
+                total += view[:, :, t, same].sum(-1)
+                count += 1
+    torch.testing.assert_close(got, total / count)
+    assert (got > 0).all() and (got < 1).all()
+
+
+@torch.no_grad()
+def look_with_segments(model, batch, row):
+    """一行里各层各头的注意力 (L, H, T, T)，手算遮罩。"""
+    one = Batch(*(part[row : row + 1] for part in batch))
+    with hooks(model) as seen:
+        model.hidden(one.ids, one.positions, one.segments)
+    return torch.stack([attention_weights(block.attention, seen) for block in model.blocks])
+
+
+def test_knocking_out_is_switching_off(tiny_lab):
+    """报的数，就是关掉那个头之后两种位置的损失之差；量完之后模型没有变。"""
+    model = tiny_lab.build(3)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    result = knock_out(tiny_lab, model, 2048)
+    batch = tiny_lab.val_rows.get(range(min(tiny_lab.val_rows.n_rows, 64)))
+    kinds = two_kinds(batch)
+    before = head_losses(model, batch, kinds)
+    assert before.tolist() == pytest.approx([result.copied, result.fresh])
+    for layer in range(2):
+        with without(model, [f"{layer + 1}.1"]):
+            after = head_losses(model, batch, kinds)
+        assert result.worse_copied[layer, 0] == pytest.approx((after - before)[0].item(), abs=1e-5)
+        assert result.worse_fresh[layer, 0] == pytest.approx((after - before)[1].item(), abs=1e-5)
+    assert result.n == tuple(int(kind.sum()) for kind in kinds)
+
+
 # ---------- 3. 说的话由数得出 ----------
 
 
@@ -305,6 +386,7 @@ SHORT = {  # 程序: (参数, 图里该有的字)
     "try_sft": (("--n", "1"), "微调之后，多了什么，忘了什么"),
     "try_without": (("--steps", "2"), "少一样零件，损失会怎样"),
     "try_experts": (("--steps", "2", "--seeds", "1"), "同样的词元，每个词元同样多的参数"),
+    "heads": (("--checkpoints", "out/tiny/pretrain.pt"), "谁管照抄"),
 }
 
 
@@ -340,7 +422,7 @@ def test_experiment_ends_in_a_picture_and_three_sentences(experiment, trained, p
     """默认的检查点与语料都在读者的目录里。"""
     args, title = SHORT[program]
     if program != "try_sampling":
-        args = (*args, "--eval_tokens", "256")
+        args = (*args, "--eval_tokens", "2048" if program == "heads" else "256")
     stdout = experiment(trained[0], program, *args, "--out", str(tmp_path))
     *_, heading, one, two, three, where = stdout.splitlines()
     assert heading == "这一次看到的："
@@ -362,6 +444,7 @@ BAD = [
     ("try_sft", "--preset 大", "--preset 只能是 tiny、small、wide、deep"),
     ("try_without", "--step 3", "没有参数 --step；最接近的是 --steps"),
     ("try_experts", "--seeds 0", "--seeds 必须是正数，得到的是 0"),
+    ("heads", "--eval_tokens 0", "--eval_tokens 必须是正数，得到的是 0"),
 ]
 
 
@@ -399,9 +482,10 @@ def test_help_lists_the_flags(program, capsys):
 
 def test_every_experiment_is_documented_with_its_picture():
     text = (REPO / "docs/experiments.md").read_text(encoding="utf-8")
-    for path in (REPO / "tools/lab").glob("try_*.py"):
-        assert f"`python -m tools.lab.{path.stem}`" in text
-        assert f"(pictures/{path.stem}.svg)" in text
-        picture = (REPO / f"docs/pictures/{path.stem}.svg").read_text(encoding="utf-8")
-        assert SHORT[path.stem][1] in picture
+    assert {path.stem for path in (REPO / "tools/lab").glob("try_*.py")} == {*SHORT} - {"heads"}
+    for program in SHORT:
+        assert f"`python -m tools.lab.{program}`" in text
+        assert f"(pictures/{program}.svg)" in text
+        picture = (REPO / f"docs/pictures/{program}.svg").read_text(encoding="utf-8")
+        assert SHORT[program][1] in picture
         assert len(picture) < 300_000

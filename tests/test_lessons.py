@@ -34,7 +34,8 @@ from tools.explain import __main__ as explain  # noqa: E402
 
 FOLDER = REPO / "docs" / "lessons"
 LESSONS = sorted(FOLDER.glob("[1-9]-*.md"))
-NAMES = ["predictor", "tokenizer", "attention", "block", "loop", "pretraining", "sft", "sampling"]
+NAMES = ["predictor", "tokenizer", "attention", "block", "loop", "pretraining", "sft", "sampling",
+         "hands"]  # fmt: skip
 # 引用：一行链接，空一行，一段代码。
 QUOTE = re.compile(
     r"^\[[\w./]+ 第 [\d–]+ 行\]\((?P<path>\.\./\.\./[\w./]+)#(?P<anchor>[L\d-]+)\)"
@@ -138,7 +139,7 @@ def mend(lesson: Path) -> list[str]:
 # ---------- 引用 ----------
 
 
-def test_there_are_eight_lessons():
+def test_there_are_nine_lessons():
     assert [path.stem for path in LESSONS] == [f"{i}-{n}" for i, n in enumerate(NAMES, start=1)]
 
 

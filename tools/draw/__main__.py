@@ -1,12 +1,12 @@
-"""画 docs/lessons 里的八张图：每张由一个函数画，数都来自这个仓库的代码与训练的记录。
+"""画 docs/lessons 里的九张图：每张由一个函数画，数都来自这个仓库的代码与训练的记录。
 
     python -m tools.draw attention                  画一张，写在 out/lessons/lesson-3.svg
-    python -m tools.draw all                        八张都画
-    python -m tools.draw all --folder docs/pictures 重画课文里的那八张（默认的 tiny 练完之后）
+    python -m tools.draw all                        九张都画
+    python -m tools.draw all --folder docs/pictures 重画课文里的那九张（默认的 tiny 练完之后）
 
     predictor 下一个词元的概率      tokenizer 切成词元          attention 注意力的权重
     residual 残差流与中途的猜测     loop 学习率与梯度的长度     pretraining 损失怎样降下来
-    sft 学哪些词元                  sampling 温度与 top-p
+    sft 学哪些词元                  sampling 温度与 top-p       hands 关掉一个头，搬一个向量
 
 tokenizer 与 sft 不需要训练过的模型；其余的要先运行 python pre_train.py。
 """
@@ -49,7 +49,7 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """读命令行，画一张或八张。"""
+    """读命令行，画一张或九张。"""
     options = read_options(Options, sys.argv[1:] if argv is None else argv, USAGE)
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)

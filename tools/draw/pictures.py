@@ -1,4 +1,4 @@
-"""八张图，次序就是八课的次序：图名 -> 画它的函数。"""
+"""九张图，次序就是九课的次序：图名 -> 画它的函数。"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from tools.draw.lottery import sampling
+from tools.draw.of_hands import hands
 from tools.draw.of_model import attention, predictor, residual
 from tools.draw.of_tokens import sft, tokenizer
 from tools.draw.of_training import loop, pretraining
@@ -17,7 +18,7 @@ from tools.draw.trained import Trained
 STYLE = SVG | {"font.size": 11, "axes.titlesize": 12, "figure.facecolor": "white"}
 PICTURES: dict[str, Callable[[Trained], Figure]] = {
     f.__name__: f
-    for f in (predictor, tokenizer, attention, residual, loop, pretraining, sft, sampling)
+    for f in (predictor, tokenizer, attention, residual, loop, pretraining, sft, sampling, hands)
 }
 
 
