@@ -5,6 +5,7 @@
 
 import json
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -20,13 +21,15 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rote import learn_by_rote
-from scripts import Running, run
+from scripts import REPO, Running, run
 from test_export import EXPERTS, SMALL, TOKENIZER, conversation, random_model, save
 
 from config import N_TOKENS, UserError
 from corpus.encode import encode_conversations
 from corpus.shapes import Record
 from engine.checkpoint import load
+from examples.serve import ask
+from generate import CALM, Sampling
 from settings.flags import read_options
 from tools.gguf import export as gguf_module
 from tools.gguf.export import check_file, export_gguf, gguf_name
@@ -335,7 +338,34 @@ def test_through_the_program(made, tmp_path):
     assert error.count("\n") == 1 and "加上 --overwrite" in error
 
 
-# ---------- 5. 真的库 ----------
+# ---------- 5. 说明书 ----------
+
+DOOR = REPO / "examples" / "llama_cpp"
+
+
+def test_the_commands_in_its_readme_are_understood():
+    text = (DOOR / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m (tools\.export|examples\.serve\.ask) (.*)$", text, re.M)
+    assert [program for program, _ in commands] == ["tools.export"] * 2 + ["examples.serve.ask"]
+    for program, args in commands:
+        options = Options if program == "tools.export" else ask.Options
+        read_options(options, shlex.split(args, comments=True), "")
+
+
+def test_ollama_samples_as_the_chat():
+    """除了重复惩罚：它连提问里的字也罚。"""
+    text = (DOOR / "Modelfile").read_text(encoding="utf-8")
+    found = dict(re.findall(r"^PARAMETER (\w+) (.+)$", text, re.M))
+    ours = Sampling(**CALM["sft"])
+    expected = {"stop": "<|im_end|>", "temperature": ours.temp, "top_k": ours.top_k,
+                "top_p": ours.top_p, "min_p": ours.min_p, "repeat_penalty": 1, "num_ctx": 512,
+                "num_predict": ours.max}  # fmt: skip
+    assert found == {name: f"{value:g}" if name != "stop" else value
+                     for name, value in expected.items()}  # fmt: skip
+    assert re.findall(r"^FROM (.+)$", text, re.M) == ["../../out/tiny/tiny.gguf"]
+
+
+# ---------- 6. 真的库 ----------
 
 LLAMA = None  # hypothesis 的测试每个例子都要用
 WHERE = "它出自哪里？"

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         say(
             f"写好 {file}（{file_size(file.stat().st_size)}，{options.type}）\n"
             f"怎样用、与这里有什么不同：examples/llama_cpp/README.md；例如 "
-            f"python -m llama_cpp.server --model {where}"
+            f"python -m llama_cpp.server --model {where} --n_ctx 0"
         )
 
 
