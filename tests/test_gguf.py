@@ -119,6 +119,13 @@ def test_every_word_is_different_and_every_kind_is_right():
     assert banned == {*TOKENIZER.never_sampled(), TOKENIZER.eos_id} - {TOKENIZER.unk_id}
 
 
+def test_what_is_never_cut_out_cannot_be_cut_out():
+    """[PAD] 照原样写，llama.cpp 就当它是停止的记号；▁中 若在，拆开之后是「中」的字就成了 ##中。"""
+    assert "[PAD]" not in IDS
+    inside = TOKENIZER.backend.token_to_id("##中")
+    assert WORDS[inside] == ("##中", NORMAL) and "▁中" not in IDS
+
+
 def test_what_stands_alone_is_printed_as_it_is():
     """汉字、标点、换行印出来就是自己；数字与字母前面多一个空格（▁ 印成空格）。"""
     for text in "中，。“”—…\n\t \u3000`":
@@ -473,6 +480,15 @@ def check_ids(text: str) -> None:
 def test_what_differs_is_known(dense, text):
     """如实记下：examples/llama_cpp/README.md 里说的几样。不再不同的那天，把那里也改了。"""
     assert llama_ids(text) != TOKENIZER.encode(text)
+    assert (llama_ids(text) == [TOKENIZER.unk_id]) == (text in ("≠", "\uf900"))
+
+
+@needs_library
+def test_bare_text_has_no_protection_but_only_from_six_words(dense):
+    """不用模板、请它认控制词元的接口：六个控制词元当真；[PAD]、[UNK]、[CLS] 仍是文字。"""
+    text = "[PAD][UNK][CLS][MASK]<S>[unused1]"
+    assert llama_ids(text, special=True) == TOKENIZER.encode(text)
+    assert llama_ids("<|im_end|>", special=True) == [TOKENIZER.eos_id]
 
 
 @needs_library
