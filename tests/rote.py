@@ -18,10 +18,12 @@ SHAPE = ["--preset", "tiny", "--dim", "64", "--n_layers", "2", "--n_heads", "2",
          "--dtype", "float32", "--no-compile"]  # fmt: skip
 
 
-def learn_by_rote(rows: list[list[int]], path: Path, stage: str, tokenizer: Tokenizer) -> None:
-    """背下这几段编号，写成检查点；几秒钟。"""
+def learn_by_rote(
+    rows: list[list[int]], path: Path, stage: str, tokenizer: Tokenizer, *flags: str
+) -> None:
+    """背下这几段编号，写成检查点；几秒钟。flags：另外的设置，例如几位专家。"""
     torch.manual_seed(0)
-    config, _ = load_config("pretrain", SHAPE)
+    config, _ = load_config("pretrain", [*SHAPE, *flags])
     model = Transformer(config)
     T = max(map(len, rows)) - 1
     ids, targets = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), IGNORE)

@@ -2,6 +2,7 @@
 
     python -m tools.export out/tiny/sft.pt out/tiny/hf
     python -m tools.export out/tiny/sft.pt out/tiny/hf --overwrite    换掉已有的
+    python -m tools.export out/tiny/sft.pt --gguf out/tiny/tiny.gguf  给 llama.cpp 的一个文件
 
 里面是 Qwen3 结构的权重与配置、分词器、生成的设置与一张模型卡；读它不需要这个仓库的代码。
 反过来，tools.import_hf 把它（或在别处接着练过的）变回检查点。
@@ -20,17 +21,19 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from chat.numbers import file_size
 from config import N_TOKENS, Config, UserError, option
 from engine.checkpoint import load
 from generate import CALM, Sampling
 from settings.check import PLACES
-from settings.flags import read_options
+from settings.flags import read_options, word
 from settings.say import say
 from tokenizer import Tokenizer
+from tools.gguf.export import TYPES, check_file, export_gguf, installed
 from tools.huggingface.card import corpora, model_card
-from tools.huggingface.shapes import TwoPaths, check_finite, quiet, qwen3
+from tools.huggingface.shapes import TWO_PATHS, check_finite, quiet, qwen3
 
-USAGE = "用法：python -m tools.export 检查点.pt 文件夹 [--overwrite]"
+USAGE = "用法：python -m tools.export 检查点.pt [文件夹] [--gguf 文件] [--type f16] [--overwrite]"
 KEY = "mini_llm"  # config.json 里，transformers 用不到、导入时才要的那一项
 # 不记在 config.json 里的：这台机器上的路径，以及只与那一次运行有关的。
 LOCAL = {*PLACES, "resume", "allow_changes", "overwrite", "plan", "device", "dtype", "compile",
@@ -38,22 +41,48 @@ LOCAL = {*PLACES, "resume", "allow_changes", "overwrite", "plan", "device", "dty
 
 
 @dataclass
-class Options(TwoPaths):
+class Options:
     """命令行参数。"""
 
-    overwrite: bool = option(False, "文件夹里已经有一个模型时，换掉它")
+    source: str = word("路径", TWO_PATHS)
+    target: str = word("路径")
+    gguf: str | None = option(None, "另外（或只）写成一个 GGUF 文件，给 llama.cpp 与 ollama")
+    type: str = option("f16", "GGUF 里的矩阵存成什么", choices=TYPES)
+    overwrite: bool = option(False, "已经有一个模型时，换掉它")
+
+    def problems(self) -> list[str]:
+        """不能用的组合，一条一句。"""
+        found = []
+        if self.source and self.target is None and self.gguf is None:
+            found.append(TWO_PATHS.replace("{usage}", USAGE))
+        if self.type != "f16" and self.gguf is None:
+            found.append("--type 说的是 GGUF 文件；请加上 --gguf 文件，或去掉 --type")
+        return found
 
 
 def main(argv: list[str] | None = None) -> None:
     """读命令行，导出，说接下来做什么。"""
     options = read_options(Options, sys.argv[1:] if argv is None else argv, USAGE)
-    folder = Path(options.target)
-    export(Path(options.source), folder, options.overwrite)
-    where = shlex.quote(str(folder))
-    say(
-        f"写好 {folder}：权重、配置、分词器与模型卡（README.md，里面有用法）\n"
-        f"带回来：python -m tools.import_hf {where} 新的检查点.pt"
-    )
+    source = Path(options.source)
+    if options.gguf is not None:  # 两样都要的，写得了两样才动手
+        installed()
+        check_file(source, Path(options.gguf), options.overwrite)
+    if options.target is not None:
+        folder = Path(options.target)
+        export(source, folder, options.overwrite)
+        say(
+            f"写好 {folder}：权重、配置、分词器与模型卡（README.md，里面有用法）\n"
+            f"带回来：python -m tools.import_hf {shlex.quote(str(folder))} 新的检查点.pt"
+        )
+    if options.gguf is not None:
+        file = Path(options.gguf)
+        export_gguf(source, file, options.type, options.overwrite)
+        where = shlex.quote(str(file))
+        say(
+            f"写好 {file}（{file_size(file.stat().st_size)}，{options.type}）\n"
+            f"怎样用、与这里有什么不同：examples/llama_cpp/README.md；例如 "
+            f"python -m llama_cpp.server --model {where} --n_ctx 0"
+        )
 
 
 def export(path: Path, folder: Path, overwrite: bool = False) -> None:
