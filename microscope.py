@@ -208,7 +208,9 @@ def switched_off(model: Transformer, name: str) -> Iterator[None]:
 
 def find_part(model: Transformer, name: str) -> tuple[Block, str, int]:
     """零件的名字 -> 在哪一层，哪一种，第几个（从 0 数起）；写法见 `without`。Raises UserError。"""
-    found = re.fullmatch(r"(\d{1,4})\.(?:(\d{1,4})|(attention|feed_forward)|expert(\d{1,4}))", name)
+    found = re.fullmatch(
+        r"(\d{1,4})\.(?:(\d{1,4})|(attention|feed_forward)|expert(\d{1,4}))", name, re.A
+    )
     if not found:
         raise UserError(
             f"看不懂「{name[:40]}」；写成 2.1（第 2 层第 1 头）、2.attention、2.feed_forward "
@@ -222,12 +224,17 @@ def find_part(model: Transformer, name: str) -> tuple[Block, str, int]:
     mixture = block.feed_forward if hasattr(block.feed_forward, "router") else None
     if expert and mixture is None:
         raise UserError(f"这个模型没有专家，关不掉 {name}；前馈是 {layer}.feed_forward")
-    heads = model.embedding.embedding_dim // block.attention.head_dim
-    number, most = int(expert or head), len(mixture.down) if expert else heads
+    number = int(expert or head)
+    most = len(mixture.down) if expert else n_heads(model)
     if not 1 <= number <= most:
         what = "专家" if expert else "头"
         raise UserError(f"每层有 {most} 个{what}，从 1 数起，没有 {name}")
     return block, "expert" if expert else "head", number - 1
+
+
+def n_heads(model: Transformer) -> int:
+    """每层几个头。"""
+    return model.embedding.embedding_dim // model.blocks[0].attention.head_dim
 
 
 def check_layer(model: Transformer, layer: int) -> None:

@@ -286,7 +286,7 @@ def test_how_much_a_head_looks_at_what_came_after():
         view = look_with_segments(model, batch, row)
         pairs = list(zip(batch.ids[row].tolist(), batch.targets[row].tolist(), strict=True))
         for t, pair in enumerate(pairs):
-            same = [s + 1 for s in range(t) if pairs[s] == pair and pair[1] != IGNORE
+            same = [s + 1 for s in range(t - 1) if pairs[s] == pair and pair[1] != IGNORE
                     and batch.segments[row, s] == batch.segments[row, t]]  # fmt: skip
             if same:
                 total += view[:, :, t, same].sum(-1)
@@ -305,21 +305,28 @@ def look_with_segments(model, batch, row):
 
 
 def test_knocking_out_is_switching_off(tiny_lab):
-    """报的数，就是关掉那个头之后两种位置的损失之差；量完之后模型没有变。"""
-    model = tiny_lab.build(3)
+    """报的数，就是双数的行上关掉那个头之后的损失之差；挑的那个，是单数的行上升得最多的。"""
+    model = tiny_lab.build(3).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    result = knock_out(tiny_lab, model, 2048)
-    batch = tiny_lab.val_rows.get(range(min(tiny_lab.val_rows.n_rows, 64)))
-    kinds = two_kinds(batch)
-    before = head_losses(model, batch, kinds)
+    result = knock_out(tiny_lab, model, 4096)
+    n_rows = min(tiny_lab.val_rows.n_rows, 128)
+    gaps = []
+    for first in (0, 1):
+        batch = tiny_lab.val_rows.get(range(first, n_rows, 2))
+        kinds = two_kinds(batch)
+        before = head_losses(model, batch, kinds)
+        for layer in range(2):
+            with without(model, [f"{layer + 1}.1"]):
+                after = head_losses(model, batch, kinds) - before
+            if first:
+                assert result.worse_copied[layer, 0] == pytest.approx(after[0].item(), abs=1e-5)
+                assert result.worse_fresh[layer, 0] == pytest.approx(after[1].item(), abs=1e-5)
+            else:
+                gaps.append((after[0] - after[1]).item())
     assert before.tolist() == pytest.approx([result.copied, result.fresh])
-    for layer in range(2):
-        with without(model, [f"{layer + 1}.1"]):
-            after = head_losses(model, batch, kinds)
-        assert result.worse_copied[layer, 0] == pytest.approx((after - before)[0].item(), abs=1e-5)
-        assert result.worse_fresh[layer, 0] == pytest.approx((after - before)[1].item(), abs=1e-5)
     assert result.n == tuple(int(kind.sum()) for kind in kinds)
+    assert result.chosen == (gaps.index(max(gaps)), 0)
 
 
 # ---------- 3. 说的话由数得出 ----------

@@ -8,7 +8,8 @@
 （induction head，In-context Learning and Induction Heads，arXiv 2209.11895）。
 
 每次关掉一个头（microscope.py 的 without），在留出的词条上量损失升了多少：能照抄的词元（它与前一个，
-这样一对在同一条的前文里有过）与其余的，分开量。再看每个头在能照抄的地方，把多少注意力放在那一个上。
+这样一对在同一条的前文里有过）与其余的，分开量；挑头与报数用不同的行，免得挑中的是碰巧。
+再看每个头在能照抄的地方，把多少注意力放在那一个上。
 """
 
 import os
@@ -19,6 +20,7 @@ if not __package__:  # 当作文件运行的：其余的到仓库里找
 
 from settings.script import run_script
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from torch import Tensor
 from config import Config, UserError, option
 from dataset import IGNORE, Batch
 from engine.checkpoint import load
-from microscope import attention_weights, hooks, without
+from microscope import attention_weights, hooks, n_heads, without
 from model import Transformer
 from settings.say import say
 from tools.lab.laboratory import DataOptions, Laboratory, open_lab
@@ -46,7 +48,7 @@ class Options(DataOptions):
     steps: int = option(1000, "每次练多少步", "步")
     lr: float = option(0.02, "最高学习率")
     checkpoints: str = option("", "不练，用这些预训练的检查点（逗号隔开），每个当作一个种子")
-    eval_tokens: int = option(4096, "每关一个头，量多少词元", "词元")
+    eval_tokens: int = option(4096, "每关一个头，量多少词元，一半用来挑，一半用来报", "词元")
 
     def base(self) -> Config:
         """实验台用的：tiny 原样。"""
@@ -97,17 +99,20 @@ def losses(model: Transformer, batch: Batch, kinds: tuple[Tensor, Tensor]) -> Te
 
 @torch.no_grad()
 def attention_to_the_next(model: Transformer, batch: Batch) -> Tensor:
-    """在能照抄的地方，每个头平均把多少注意力放在「上次出现之后的那一个」上，(L, H)。"""
+    """在能照抄的地方，每个头平均把多少注意力放在「上次出现之后的那一个」上，(L, H)。
+
+    「哈哈哈」里，那一个就是自己，人人都看着自己，不算。
+    """
     total, count = 0, 0
     for row in range(len(batch.ids)):
         one = Batch(*(part[row : row + 1] for part in batch))
         before = happened_before(one)[0] & (one.targets[0] != IGNORE)[:, None]  # (T, T)
-        there = F.pad(before, (1, 0))[:, :-1]  # s 之后的一个
+        there = F.pad(before, (1, 0))[:, :-1].tril(-1)  # s 之后的一个
         with hooks(model) as seen:
             model.hidden(one.ids, one.positions, one.segments)
         weights = torch.stack([attention_weights(b.attention, seen) for b in model.blocks])
-        total += (weights * there).sum(-1)[..., before.any(-1)].sum(-1)
-        count += before.any(-1).sum()
+        total += (weights * there).sum(-1)[..., there.any(-1)].sum(-1)
+        count += there.any(-1).sum()
     return total / count
 
 
@@ -116,8 +121,9 @@ def attention_to_the_next(model: Transformer, batch: Batch) -> Tensor:
 
 @dataclass
 class Result:
-    """一个模型：关掉每个头，两种词元的损失各升多少。"""
+    """一个模型：关掉每个头，两种词元的损失各升多少；挑哪个头，在另一半的行上挑，免得挑中的是碰巧。"""
 
+    chosen: tuple[int, int]  # 另一半上，能照抄的比其余的多升得最多的：第几层第几头，从 0 数起
     copied: float  # 都开着时，能照抄的词元的损失（奈特）
     fresh: float  # 其余的
     worse_copied: Tensor  # 关掉各个头，升多少 (L, H)
@@ -126,36 +132,34 @@ class Result:
     seconds: float  # 每关一个头用多少秒
     n: tuple[int, int]  # 两种词元各有几个
 
-    def best(self) -> tuple[int, int]:
-        """关掉之后，能照抄的升得最多的：第几层第几头，从 0 数起。"""
-        return divmod(self.worse_copied.argmax().item(), self.worse_copied.size(1))
-
 
 def knock_out(lab: Laboratory, model: Transformer, eval_tokens: int) -> Result:
-    """每次关掉一个头，量一遍。"""
-    n_rows = min(lab.val_rows.n_rows, max(1, eval_tokens // lab.config.seq_len))
-    batch = lab.val_rows.get(range(n_rows)).to(lab.device.place)
+    """每次关掉一个头，量一遍：单数的行用来挑，双数的行用来报。"""
+    n_rows = min(lab.val_rows.n_rows, max(2, eval_tokens // lab.config.seq_len))
+    picking, telling = (lab.val_rows.get(range(first, n_rows, 2)).to(lab.device.place)
+                        for first in (0, 1))  # fmt: skip
+    model.eval()
+    start = time.perf_counter()
+    _, guessed, _ = worse_without(model, picking, eval_tokens)
+    whole, worse, n = worse_without(model, telling, eval_tokens)
+    seconds = (time.perf_counter() - start) / worse[0].numel()
+    chosen = divmod((guessed[0] - guessed[1]).argmax().item(), worse.size(2))
+    looks = attention_to_the_next(model, telling).cpu()
+    return Result(chosen, *whole.tolist(), *worse, looks, seconds, n)
+
+
+def worse_without(model: Transformer, batch: Batch, eval_tokens: int):
+    """都开着时两种词元的损失 (2,)，关掉每个头之后各升多少 (2, L, H)，两种词元各几个。"""
     kinds = two_kinds(batch)
     n = int(kinds[0].sum()), int(kinds[1].sum())
     if not all(n):
         raise UserError(f"量的词元太少，没有能照抄的；请把 --eval_tokens {eval_tokens} 调大")
-    model.eval()
     whole = losses(model, batch, kinds)
-    L, H = len(model.blocks), lab_heads(model)
-    worse = torch.zeros(2, L, H)
-    start = time.perf_counter()
-    for layer in range(L):
-        for head in range(H):
-            with without(model, [f"{layer + 1}.{head + 1}"]):
-                worse[:, layer, head] = losses(model, batch, kinds) - whole
-    seconds = (time.perf_counter() - start) / (L * H)
-    looks = attention_to_the_next(model, batch).cpu()
-    return Result(*whole.tolist(), *worse, looks, seconds, n)
-
-
-def lab_heads(model: Transformer) -> int:
-    """每层几个头。"""
-    return model.embedding.embedding_dim // model.blocks[0].attention.head_dim
+    worse = torch.zeros(2, len(model.blocks), n_heads(model))
+    for layer, head in itertools.product(*map(range, worse.shape[1:])):
+        with without(model, [f"{layer + 1}.{head + 1}"]):
+            worse[:, layer, head] = losses(model, batch, kinds) - whole
+    return whole, worse, n
 
 
 def models(lab: Laboratory, options: Options):
@@ -179,14 +183,15 @@ def models(lab: Laboratory, options: Options):
 def draw(results: list[Result]):
     """左：每个头，两种词元各升多少；中：看着那一个的注意力与升多少；右：逐层的平均。"""
     figure, ((both, looks, layers),) = new_picture("逐个关掉每个头：谁管照抄", 1, 3, (13, 4.4))
-    for number, (result, style) in enumerate(zip(results, STYLES, strict=False), start=1):
+    styles = itertools.cycle(STYLES)
+    for number, (result, style) in enumerate(zip(results, styles, strict=False), start=1):
         dots = {"color": style["color"], "marker": style["marker"], "linestyle": ""}
         x, y = result.worse_fresh.flatten(), result.worse_copied.flatten()
         both.plot(x, y, **dots, label=f"种子 {number}")
         looks.plot(result.looks.flatten() * 100, y, **dots)
-        layer, head = result.best()
-        for axis, at in ((both, x), (looks, result.looks.flatten() * 100)):
-            place = at[result.worse_copied.argmax()].item(), y.max().item()
+        layer, head = result.chosen
+        for axis, at in ((both, result.worse_fresh), (looks, result.looks * 100)):
+            place = at[layer, head].item(), result.worse_copied[layer, head].item()
             axis.annotate(f" {layer + 1}.{head + 1}", place, va="center")
         places = range(1, len(result.worse_copied) + 1)
         layers.plot(places, result.worse_copied.mean(1), **style)
@@ -204,14 +209,14 @@ def draw(results: list[Result]):
 
 def sentences(results: list[Result]) -> list[str]:
     """三句话。"""
-    names = "、".join(f"{x + 1}.{y + 1}" for x, y in (r.best() for r in results))
-    top = [r.worse_copied.max().item() for r in results]
-    beside = [r.worse_fresh[r.best()].item() for r in results]
+    names = "、".join(f"{r.chosen[0] + 1}.{r.chosen[1] + 1}" for r in results)
+    top = [r.worse_copied[r.chosen].item() for r in results]
+    beside = [r.worse_fresh[r.chosen].item() for r in results]
     others = [(r.worse_copied.sum().item() - t) / (r.worse_copied.numel() - 1)
               for r, t in zip(results, top, strict=True)]  # fmt: skip
-    looked = [r.looks[r.best()].item() for r in results]
+    looked = [r.looks[r.chosen].item() for r in results]
     most = [r.looks.max().item() for r in results]
-    same = sum(r.looks.argmax() == r.worse_copied.argmax() for r in results)
+    same = sum(r.looks[r.chosen] == r.looks.max() for r in results)
     related = [
         correlation(r.looks.flatten().tolist(), r.worse_copied.flatten().tolist()) for r in results
     ]
@@ -234,10 +239,11 @@ def main(argv: list[str] | None = None) -> None:
     results = []
     for model in models(lab, options):
         results.append(result := knock_out(lab, model, options.eval_tokens))
-        layer, head = result.best()
+        layer, head = result.chosen
         say(
             f"  第 {len(results)} 个：关掉 {layer + 1}.{head + 1}，能照抄的升 "
-            f"{result.worse_copied.max():.3f}，其余的升 {result.worse_fresh[layer, head]:.3f}"
+            f"{result.worse_copied[layer, head]:.3f}，"
+            f"其余的升 {result.worse_fresh[layer, head]:.3f}"
         )
     finish(draw(results), sentences(results), options, "heads")
 
