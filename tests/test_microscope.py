@@ -324,7 +324,7 @@ def test_an_error_inside_still_restores(model):
     [
         ("2.5", "每层有 4 个头"), ("2.0", "每层有 4 个头"), ("4.1", "没有第 4 层"),
         ("0.attention", "没有第 0 层"), ("2", "看不懂"), ("2.ffn", "看不懂"), ("", "看不懂"),
-        ("２.1 ", "看不懂"), ("9" * 9 + ".1", "看不懂"),
+        ("２.1", "看不懂"), ("9" * 9 + ".1", "看不懂"),
     ],
 )  # fmt: skip
 def test_parts_that_are_not_there(model, name, sentence):

@@ -1,6 +1,6 @@
 // 怎样画：看进去的网页（tools/explain，tools/web 的显微镜就是它）与带得走的网页（tools/page）都用这一份。
 //
-//     bars                                              横条
+//     bars tint                                         横条，越没料到越深的底色
 //     tokenRow pressToken                               一串词元，按意外上色，方向键可换
 //     prepare shade headGrid pressHead                  注意力的深浅
 //     drawNext drawLens drawNorms drawExpertBars        一个位置的各样数
@@ -36,15 +36,15 @@ function bars(box, rows) {
 
 // ---------- 一串词元 ----------
 
-/** 底色：越没料到越深。 */
-const surprise = p => `rgba(${colour("--less")}, ${Math.min(.35, bits(p) / 30)})`;
+/** 底色：越没料到越深（style.css 里的 --surprise）。 */
+const tint = (e, p) => e.style.setProperty("--surprise", Math.min(.35, bits(p) / 30));
 
 /** 一个词元的按钮：{name, p, small, title}，p 是看着前文给它的概率。 */
 function tokenButton({name, p, small, title}) {
   const words = title || `看着前文，它的概率是 ${percent(p)}（意外 ${bits(p).toFixed(1)} 比特）`;
   const b = make("button", name, {type: "button", class: "token", title: words});
   if (small !== undefined) b.append(make("small", small));
-  b.style.background = surprise(p);
+  tint(b, p);
   return b;
 }
 
@@ -77,10 +77,11 @@ function prepare(canvas, width, height) {  // 高分辨率的屏幕上也清楚
 
 /** 一格一格的权重，深浅按平方根；每格宽 size，高 height。 */
 function shade(c, rows, columns, weight, x, y, size, height = size) {
+  const hue = colour("--hue");
   c.fillStyle = colour("--soft");
   c.fillRect(x, y, columns * size, rows * height);
   for (let i = 0; i < rows; i++) for (let j = 0; j < columns; j++) {
-    c.fillStyle = `rgba(${colour("--hue")}, ${Math.sqrt(weight(i, j))})`;
+    c.fillStyle = `rgba(${hue}, ${Math.sqrt(weight(i, j))})`;
     c.fillRect(x + j * size, y + i * height, Math.max(size - (size > 6), 1), Math.max(height - (height > 6), 1));
   }
 }

@@ -8,5 +8,6 @@ tokens          分词器 -> 网页里的分词器要的表
 engine.js       模型，用 JavaScript 再写一遍：与 model.py 的名字相同，从下往上读
 tokenizer.js    分词器；sampling.js 采样；microscope.js 显微镜与手
 worker.js       模型住在自己的线程里
-face.js         脸；page.html 与 style.css 是它的样子，怎样画在 tools/explain/draw.js 里
+face.js         脸：说话；inside.js 是点开一个词元之后；page.html 与 style.css 是它们的样子，
+                怎样画在 tools/explain/draw.js 里
 """

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import html
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def page(speaker: Speaker, checkpoint: dict[str, Any], title: str, exact: bool =
 
 def scripts() -> dict[str, str]:
     """网页里的样式与程序。"""
-    names = ("engine", "tokenizer", "sampling", "microscope", "worker", "face")
+    names = ("engine", "tokenizer", "sampling", "microscope", "worker", "face", "inside")
     return look_and_draw() | {
         "OWN_STYLE": (HERE / "style.css").read_text(encoding="utf-8"),
         **{name.upper(): (HERE / f"{name}.js").read_text(encoding="utf-8") for name in names},
@@ -52,7 +53,8 @@ def scripts() -> dict[str, str]:
 def content_policy(whole: str) -> str:
     """只许这张网页自己的程序与样式，按指纹认；什么都不许从外面取，也不许送出去。"""
     return "; ".join([
-        "default-src 'none'", f"script-src {fingerprints(whole, 'script')}", "worker-src blob:",
+        "default-src 'none'", f"script-src {fingerprints(whole, 'script')}",
+        "worker-src blob:", "child-src blob:",  # 旧的浏览器只认后一个
         f"style-src {fingerprints(whole, 'style')}", "img-src data:", "base-uri 'none'",
         "form-action 'none'",
     ])  # fmt: skip
@@ -81,8 +83,12 @@ def about(speaker: Speaker, checkpoint: dict[str, Any], exact: bool) -> str:
         f"{config.n_layers} 层），就在这个文件里：不联网，你说的话哪里也不去。"
     ]
     if not imported(checkpoint):
+        words.append(f"练了 {progress['step']} 步，")
+        loss = progress["val_loss"]
         words.append(
-            f"练了 {progress['step']} 步，没学过的文字上每个词元的损失 {progress['val_loss']:.3f}。"
+            f"没学过的文字上每个词元的损失 {loss:.3f}。"
+            if math.isfinite(loss)
+            else "还没有检验过。"
         )
     if not exact:
         words.append(f"矩阵存成 int8，损失约增加 {loss_added(speaker):.2%}。")

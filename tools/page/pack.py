@@ -34,7 +34,8 @@ def parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
             for e, matrix in enumerate(weight.float()):
                 yield f"{layer}feed_forward.experts.{e}.{stack}.weight", matrix
         else:
-            yield name, weight.float()[:N_TOKENS]
+            rows = N_TOKENS if name == "embedding.weight" else len(weight)
+            yield name, weight.float()[:rows]
 
 
 def stored(name: str, weight: Tensor, exact: bool) -> tuple[Tensor, Tensor | None]:

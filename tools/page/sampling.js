@@ -62,6 +62,6 @@ function is_looping(ids, tokenizer, longest = 48) {
   if (!ids.length || tokenizer.decode(ids.slice(-1)) !== "\n") return false;
   const lines = tokenizer.decode(ids).split("\n").slice(0, -1);  // 刚写完一行
   if (lines.length > 3 && !lines.slice(-3).some(line => line.trim())) return true;
-  const words = lines.map(line => line.replace(/^[\s\d.、)）*•-]+/, "")), last = words[words.length - 1];
+  const words = lines.map(line => line.replace(/^[\s\p{Nd}.、)）*•-]+/u, "")), last = words[words.length - 1];
   return (last.match(/[一-鿿]/g) ?? []).length > 1 && words.filter(line => line === last).length >= 4;
 }
