@@ -1,8 +1,12 @@
 """聊天时动手改：关掉几个零件再问，换一个词元，搬一个向量，看它的猜测与回答变成怎样。
 
-Hands   /without /with /replace /patch 各做什么
+Hands         /without /with /replace /patch 各做什么
+parts         几个零件的名字
+one_token     恰好一个词元的文字
+last_vector   从另一段文字里搬来的向量
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,29 +56,28 @@ class Hands:
 
     def switch_off(self, names: str, last: Last) -> None:
         """/without：再关掉几个；不写名字，就说出现在关着的。"""
-        for name in names.split():
+        more = parts(names)
+        for name in more:
             find_part(self.speaker.model, name)
         before = list(self.off)
-        self.off += [name for name in dict.fromkeys(names.split()) if name not in self.off]
+        self.off = list(dict.fromkeys([*self.off, *more]))
         self.tell(before, last)
 
     def restore(self, names: str, last: Last) -> None:
         """/with：恢复几个；不写名字，就全恢复。"""
-        for name in names.split():
+        back = parts(names)
+        for name in back:
             if name not in self.off:
                 raise UserError(f"{name} 没有关着；关着的是 {'、'.join(self.off) or '无'}")
         before = list(self.off)
-        self.off = [name for name in self.off if names.strip() and name not in names.split()]
+        self.off = [name for name in self.off if back and name not in back]
         self.tell(before, last)
 
     def tell(self, before: list[str], last: Last) -> None:
         """说出关着什么；有刚才的回答，再说它变得多意外了。"""
         notify(f"（关着：{'、'.join(self.off)}；/with 恢复）" if self.off else "（都开着）")
         if last and last[1] and before != self.off:
-            now, self.off = self.off, before
-            was = self.surprise(*last)
-            self.off = now
-            after = self.surprise(*last)
+            was, after = (Hands(self.speaker, off).surprise(*last) for off in (before, self.off))
             notify(f"（刚才的回答，平均每个词元意外 {was:.1f} → {after:.1f} 比特；再问一遍看看）")
 
     def replace(self, words: str, last: tuple[list[int], list[int]]) -> None:
@@ -83,13 +86,11 @@ class Hands:
         place, text = numbered(words, "/replace 3 虎")
         if not 1 <= place <= len(new):
             raise UserError(f"刚才的回答有 {len(new)} 个词元，从 1 数起，没有第 {place} 个")
-        token = self.speaker.encode(text)
-        if len(token) != 1:
-            raise UserError(f"「{text[:40]}」是 {len(token)} 个词元；换上去的要正好是一个")
+        token = one_token(self.speaker, text)
         label = self.speaker.tokenizer.label
-        other = [*new[: place - 1], *token, *new[place:]]
+        other = [*new[: place - 1], token, *new[place:]]
         console = display.terminal()
-        notify(f"第 {place} 个「{label(new[place - 1])}」换成「{label(token[0])}」：")
+        notify(f"第 {place} 个「{label(new[place - 1])}」换成「{label(token)}」：")
         chosen = self.chances(ids, other)
         console.print(display.surprise(self.speaker.tokenizer, other, chosen, console.width - 2))
         if place < len(new):
@@ -100,11 +101,7 @@ class Hands:
         """/patch 2 另一句话：回答的头一个词元，换上另一句话在第 2 层之后的向量，猜测怎样变。"""
         ids, _ = last
         layer, text = numbered(words, "/patch 2 另一句话")
-        check_layer(self.speaker.model, layer)
-        other = self.speaker.prompt(text)
-        if len(other) > (limit := self.speaker.config.max_len):
-            raise UserError(f"这句话有 {len(other)} 个词元，最多 {limit} 个；请说短一些")
-        vector = look(self.speaker.model, other).residual[layer, -1]
+        vector = last_vector(self.speaker, text, layer)
         with self.on():
             before = self.speaker.read(ids)[-1]
             with patched(self.speaker.model, layer, len(ids) - 1, vector):
@@ -123,6 +120,32 @@ class Hands:
     def surprise(self, ids: list[int], new: list[int]) -> float:
         """平均每个词元多少比特。"""
         return mean_bits(self.chances(ids, new))
+
+
+def parts(names: str) -> list[str]:
+    """几个零件的名字，用逗号或空格隔开。"""
+    return [name for name in re.split("[,，\\s]+", names) if name]
+
+
+def one_token(speaker: Speaker, text: str) -> int:
+    """恰好一个词元的文字 -> 编号。Raises UserError。"""
+    ids = speaker.encode(text)
+    if len(ids) != 1:
+        raise UserError(f"「{text[:40]}」是 {len(ids)} 个词元；换上去的要正好是一个")
+    return ids[0]
+
+
+def last_vector(speaker: Speaker, text: str, layer: int) -> Tensor:
+    """一段文字（微调过的当作一句提问）的最后一个词元，读到第 layer 层之后的向量 (C,)。
+
+    Raises:
+        UserError: 没有这一层，文字太长。
+    """
+    check_layer(speaker.model, layer)
+    ids = speaker.prompt(text)
+    if len(ids) > (limit := speaker.config.max_len):
+        raise UserError(f"这句话有 {len(ids)} 个词元，最多 {limit} 个；请说短一些")
+    return look(speaker.model, ids).residual[layer, -1]
 
 
 def mean_bits(chances: list[float]) -> float:

@@ -284,6 +284,8 @@ TOKENISE = {  # 谁可以直接分词，为什么
     "examples/evaluate/make_task.py": "内置词典里的词条",
     "examples/lora/train.py": "数据与内置词典里的问答",
     "tools/draw/of_tokens.py": "自己写的例子",
+    "tools/draw/of_hands.py": "自己写的例子",
+    "tools/gguf/words.py": "词表里一个个的字",
     "tools/lab/laboratory.py": "prompt_ids：先数字",
     "tools/lab/check_answers.py": "内置词典里的题",
     "tools/lab/talks.py": "一段段对话，读数据时已经限制了大小",

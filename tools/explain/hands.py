@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from chat.hands import last_vector, one_token, parts
 from config import UserError
 from generate import Speaker
-from microscope import check_layer, find_part, look, patched, without
+from microscope import find_part, patched, without
 from tools.explain.facts import examine, rounded
 
 
@@ -53,19 +54,19 @@ class Hands:
 
 
 def read_hands(
-    speaker: Speaker, ids: list[int], at: int, without: str, replace: str, patch: str
+    speaker: Speaker, ids: list[int], at: int, silent: str, replace: str, patch: str
 ) -> Hands:
     """命令行写的三样 -> `Hands`。
 
     Args:
         at: 看第几个位置的猜测，从 0 数起；搬来的向量放在那里。
-        without: 关掉的零件，逗号或空格隔开，例如 "2.1 3.attention"。
+        silent: 关掉的零件，逗号或空格隔开，例如 "2.1 3.attention"。
         replace: "3=虎"：第 3 个词元换成「虎」，从 1 数起。
         patch: "2=另一段文字"：它最后一个词元在第 2 层之后的向量。
     Raises:
         UserError: 看不懂，没有这个零件，没有这一层，换上去的不是一个词元。
     """
-    off = [name for name in re.split("[,，\\s]+", without) if name]
+    off = parts(silent)
     for name in off:
         find_part(speaker.model, name)
     words = [f"关掉了 {'、'.join(off)}"] if off else []
@@ -78,7 +79,7 @@ def read_hands(
         words.append(f"第 {place} 个词元换成了「{speaker.tokenizer.label(new[place - 1])}」")
     if patch:
         layer, text = numbered("patch", patch, "2=另一段文字")
-        moved = layer, at, vector(speaker, text, layer)
+        moved = layer, at, last_vector(speaker, text, layer)
         words.append(f"第 {at + 1} 个位置在第 {layer} 层之后的向量，换成了「{text}」最后一个词元的")
     return Hands(new, list(ids), off, moved, "；".join(words))
 
@@ -89,24 +90,3 @@ def numbered(name: str, value: str, example: str) -> tuple[int, str]:
     if not found:
         raise UserError(f"--{name} 要写成 {example} 的样子，得到的是 {value[:40]!r}")
     return int(found[1]), found[2]
-
-
-def one_token(speaker: Speaker, text: str) -> int:
-    """恰好一个词元的文字 -> 编号。Raises UserError。"""
-    ids = speaker.encode(text)
-    if len(ids) != 1:
-        raise UserError(f"「{text[:40]}」是 {len(ids)} 个词元；换上去的要正好是一个")
-    return ids[0]
-
-
-def vector(speaker: Speaker, text: str, layer: int) -> Tensor:
-    """一段文字（微调过的当作一句提问）的最后一个词元，读到第 layer 层之后的向量 (C,)。
-
-    Raises:
-        UserError: 没有这一层，文字太长。
-    """
-    check_layer(speaker.model, layer)
-    ids = speaker.prompt(text)
-    if len(ids) > (limit := speaker.config.max_len):
-        raise UserError(f"这段文字有 {len(ids)} 个词元，模型最多看 {limit} 个；请短一些")
-    return look(speaker.model, ids).residual[layer, -1]
