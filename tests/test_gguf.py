@@ -277,6 +277,7 @@ def test_a_pretrained_model_has_no_template(made, tmp_path):
     [(["a.pt", "--gguf"], "参数 --gguf 后面要跟一个值"),
      (["a.pt", "--gguf", "m.gguf", "--type", "q4"], "--type 只能是 f16、q8_0，得到的是 'q4'"),
      (["a.pt", "hf", "--type", "q8_0"], "--type 说的是 GGUF 文件；请加上 --gguf"),
+     (["a.pt", "m", "--gguf", "./m"], "文件夹与 GGUF 文件都是 ./m"),
      (["a.pt", "--overwrite"], "要先写两个路径")],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(args, said):
@@ -334,6 +335,20 @@ def test_a_diverged_model_does_not_leave(tmp_path):
         model.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match=r"norm\.weight 里有 NaN"):
         export_gguf(save(tmp_path / "m.pt", model), tmp_path / "m.gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+
+
+@needs_library
+@pytest.mark.parametrize(("kind", "largest"), [("f16", 7e4), ("q8_0", 1e7)])
+def test_what_half_precision_cannot_hold_is_refused(tmp_path, kind, largest):
+    """fp32 里是有限的数，存成半精度就是无穷大：不写出去。"""
+    pytest.importorskip("gguf", reason=NO_GGUF)
+    model = random_model()
+    with torch.no_grad():
+        model.blocks[0].attention.query.weight[0, 0] = -largest
+    with pytest.raises(UserError, match=rf"attention\.query\.weight 里有 .*{kind} 装不下"):
+        export_gguf(save(tmp_path / "m.pt", model), tmp_path / "m.gguf", kind)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
 
 
 @needs_library

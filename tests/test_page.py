@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from scripts import run
+from scripts import REPO, run
 
 from chat.display import percent
 from config import N_TOKENS, Config, UserError
@@ -444,6 +444,7 @@ def test_an_answer_cut_to_nothing_is_forgotten(chat):
     tab.evaluate("eos => take({id: eos, name: '', p: 0})", TOKENIZER.eos_id)
     done(tab)
     assert answer_ids(tab) == [] and tab.locator("#inside").is_hidden()
+    assert tab.locator("#status").inner_text() == ""
     assert "到这里为止" in tab.locator(".message").inner_text()
     say(tab, "再见")
     assert tab.evaluate("answers[1].start") == speaker.prompt("再见")
@@ -467,17 +468,70 @@ def test_one_thing_at_a_time(chat):
     tab, speaker = chat
     say(tab, "你好")
     touch(tab, 0, 3)
+    tab.evaluate("() => off.add('1.1')")
     tab.evaluate(
         """() => { ask("再见"); open(answers[0], 5); again(); swap("虎"); patch("画", 1);
         take({id: 2000, name: "x", p: 0}); ask("还有"); $("restore").click();
         for (const b of document.querySelectorAll("#switches button")) b.click(); }"""
     )
     done(tab)
-    assert tab.locator(".message").count() == 2 and tab.evaluate("off.size") == 0
-    wanted = greedy_from(speaker, tab.evaluate("answers[1].start"), [], 12)
+    assert tab.locator(".message").count() == 2 and tab.evaluate("[...off]") == ["1.1"]
+    with without(speaker.model, ["1.1"]):
+        wanted = greedy_from(speaker, tab.evaluate("answers[1].start"), [], 12)
     assert answer_ids(tab) == wanted
     assert answer_ids(tab, 0) == greedy_from(speaker, speaker.prompt("你好"), [], 12)
     assert "第 4 个词元" in tab.locator("#title").inner_text()
+
+
+def test_a_stop_while_a_token_is_open(chat):
+    """开着一个词元，重写到一半叫停：看到的换成写出来的；再换一个，照样换得成。"""
+    tab, _ = chat
+    say(tab, "你好")
+    touch(tab, 0, 7)
+    tab.evaluate(
+        """() => { again(); const real = show; show = (answer, token) => { real(answer, token);
+        if (answer.tokens.length === 2) { $("stop").click(); show = real; } }; }"""
+    )
+    done(tab)
+    n = len(answer_ids(tab))
+    assert tab.evaluate("now.at") == min(7, n - 1)
+    assert f"第 {min(8, n)} 个词元" in tab.locator("#title").inner_text()
+    tab.locator("#next button").nth(1).click()
+    done(tab)
+    assert "写了" in tab.locator("#status").inner_text()
+    assert tab.evaluate("now.answer.tokens[now.at].id") == answer_ids(tab)[min(7, n - 1)]
+    assert tab.locator(".t[tabindex='0']").count() == 1
+
+
+def test_the_last_answer_is_the_one_rewritten(chat):
+    """开着的是前一个回答，重写的仍是最后一个，哪一个也不丢。"""
+    tab, speaker = chat
+    say(tab, "你好")
+    touch(tab, 0, 3)
+    say(tab, "再见")
+    click(tab, "重写一遍")
+    assert tab.locator(".message").count() == 2
+    assert answer_ids(tab, 0) == greedy_from(speaker, speaker.prompt("你好"), [], 12)
+    assert "原来写的是" in tab.locator(".message").last.inner_text()
+    tab.locator("#text").fill("写到一半")
+    tab.evaluate("ask('换一句')")
+    done(tab)
+    assert tab.locator("#text").input_value() == "写到一半"
+
+
+def test_a_penalty_changed_meanwhile_is_not_lost(chat):
+    """正在看的时候又拖了惩罚：看完之后，照最后的值。"""
+    tab, _ = chat
+    say(tab, "你好")
+    touch(tab, 0, 5)
+    tab.evaluate(
+        """() => { const move = v => { $("penalty").value = v;
+        for (const name of ["input", "change"]) $("penalty").dispatchEvent(new Event(name)); };
+        move(1.5); move(2); }"""
+    )
+    tab.wait_for_timeout(50)
+    done(tab)
+    assert tab.evaluate("now.penalty") == 2
 
 
 def test_the_bars_move_while_dragging(chat):
@@ -607,8 +661,9 @@ def test_going_on_past_the_limit(opened):
     assert last["p"] == pytest.approx(p, rel=1e-3)
     touch(tab, 0, len(ids) - 1)
     assert tab.evaluate("now.seen.target_p") == pytest.approx(p, rel=1e-3)
+    assert f"只看得到最后 {keep} 个" in tab.locator(".message").inner_text()
     say(tab, "长" * 90)
-    assert f"只看得到最后 {keep} 个" in tab.locator(".message").last.inner_text()
+    assert f"前文 90 个词元，只看得到最后 {keep} 个" in tab.locator(".message").last.inner_text()
     tab.close()
 
 
@@ -737,4 +792,22 @@ def test_the_checkpoint_is_what_is_shown(trained, opened):
             break
     assert "已停止" in tab.locator(".message").last.inner_text()
     assert 2 <= len(answer_ids(tab)) < 60
+    tab.close()
+
+
+TRY = REPO / "docs" / "try.html"
+
+
+def test_the_page_in_docs_talks(browser):
+    """README 开头的那一张：不到 9 MB，打开就会答，一次也不联网。"""
+    assert TRY.stat().st_size < 9e6
+    asked = []
+    tab = browser.new_page()
+    tab.on("request", lambda request: asked.append(request.url.partition(":")[0]))
+    tab.goto(TRY.as_uri())
+    tab.locator("#send[aria-disabled=false]").wait_for()
+    set_knob(tab, "temp", 0)
+    say(tab, "你好")
+    assert tab.locator(".answer").inner_text() == "你好！我是 mini-llm，想问哪个成语？"
+    assert set(asked) == {"file", "blob"}
     tab.close()

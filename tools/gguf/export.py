@@ -8,11 +8,12 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from config import N_TOKENS, Config, UserError
@@ -55,8 +56,10 @@ def export_gguf(path: Path, target: Path, kind: str = "f16", overwrite: bool = F
     model, config, checkpoint = load(path, tokenizer)
     state = model.state_dict()
     check_finite(state, path)
-    with written_file(target) as part:
+    check_range(state, path, kind)
+    with written_file(target) as part, ExitStack() as stack:
         writer = gguf.GGUFWriter(part, "qwen3moe" if config.n_experts else "qwen3")
+        stack.callback(writer.close)  # 写不下去也关上：Windows 上，开着的文件删不掉
         add_shape(writer, config, checkpoint["stage"], kind)
         add_words(writer, tokenizer)
         if checkpoint["stage"] == "sft":  # 只会接着写的套上它，答的也不是回答
@@ -68,7 +71,6 @@ def export_gguf(path: Path, target: Path, kind: str = "f16", overwrite: bool = F
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
 
 
 def installed():
@@ -112,7 +114,7 @@ def written_file(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True)  # 上次写到一半的；别人放的链接，也只去掉链接
         yield part
-        with part.open("rb") as file:
+        with part.open("rb+") as file:  # Windows 上，只读的不能落盘
             os.fsync(file.fileno())
         os.replace(part, target)
         sync_folder(target.parent)
@@ -122,6 +124,17 @@ def written_file(target: Path) -> Iterator[Path]:
     finally:
         if part.parent.is_dir():
             part.unlink(missing_ok=True)
+
+
+def check_range(state: dict[str, Tensor], path: Path, kind: str) -> None:
+    """半精度（q8_0 的缩放也是）装得下的数。Raises UserError：说出是哪一个参数。"""
+    most = torch.finfo(torch.float16).max * (127 if kind == "q8_0" else 1)
+    for name, weight in state.items():
+        if weight.dim() > 1 and (largest := weight.abs().max().item()) > most:
+            raise UserError(
+                f"{path} 的参数 {name} 里有 {largest:.3g}，{kind} 装不下（最大 {most:.3g}）；"
+                "训练时发散了？请换一个检查点"
+            )
 
 
 # ---------- 1. 说明 ----------

@@ -55,6 +55,8 @@ class Options:
         found = []
         if self.source and self.target is None and self.gguf is None:
             found.append(TWO_PATHS.replace("{usage}", USAGE))
+        if self.target and self.gguf and Path(self.target).resolve() == Path(self.gguf).resolve():
+            found.append(f"文件夹与 GGUF 文件都是 {self.gguf}；请各写一个名字")
         if self.type != "f16" and self.gguf is None:
             found.append("--type 说的是 GGUF 文件；请加上 --gguf 文件，或去掉 --type")
         return found
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     """读命令行，导出，说接下来做什么。"""
     options = read_options(Options, sys.argv[1:] if argv is None else argv, USAGE)
     source = Path(options.source)
-    if options.gguf is not None:  # 两样都要的，写得了两样才动手
+    if options.gguf is not None:  # 还没有写文件夹，先看写不写得了它
         installed()
         check_file(source, Path(options.gguf), options.overwrite)
     if options.target is not None:

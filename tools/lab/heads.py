@@ -8,7 +8,8 @@
 （induction head，In-context Learning and Induction Heads，arXiv 2209.11895）。
 
 每次关掉一个头（microscope.py 的 without），在留出的词条上量损失升了多少：能照抄的词元（它与前一个，
-这样一对在同一条的前文里有过）与其余的，分开量；挑头与报数用不同的行，免得挑中的是碰巧。
+这样一对在同一条的前文里有过）与其余的，分开量。挑头用单数的行，报数用双数的行：
+同一批行上最大的那个，总有几分是碰巧，报的数不能沾挑的光。
 再看每个头在能照抄的地方，把多少注意力放在那一个上。
 """
 
@@ -121,7 +122,7 @@ def attention_to_the_next(model: Transformer, batch: Batch) -> Tensor:
 
 @dataclass
 class Result:
-    """一个模型：关掉每个头，两种词元的损失各升多少；挑哪个头，在另一半的行上挑，免得挑中的是碰巧。"""
+    """一个模型：关掉每个头，两种词元的损失各升多少；挑哪个头，在另一半的行上挑。"""
 
     chosen: tuple[int, int]  # 另一半上，能照抄的比其余的多升得最多的：第几层第几头，从 0 数起
     copied: float  # 都开着时，能照抄的词元的损失（奈特）

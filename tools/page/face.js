@@ -46,24 +46,28 @@ const sampling = () => ({...INFO.sampling, ...Object.fromEntries(knobs.map(name 
 let working = true;  // 正在做一件事；装好模型之前也是
 let halted = false;  // 叫停了：这件事里，往后的都不再请
 
-/** 做一件事，其间别的都不做；出了错说一声。 */
+/** 做一件事，其间别的都不做；words 是其间说的话，做完若没有别的要说，就不说了。出了错说一声。 */
 async function work(words, task) {
   if (working) return;
   [working, halted] = [true, false];
   say(words);
   refresh();
+  let failed = false;
   try {
     await task();
   } catch (error) {
-    say(error.message);
+    [failed] = [true, say(error.message)];
   }
   working = false;
+  if ($("status").textContent === words) say("");
   refresh();
+  if (!failed && now && now.penalty !== sampling().penalty) open(now.answer, now.at, now.patch);  // 其间拖过滑块
 }
 
 /** 哪些按钮按了不算。不用 disabled：按下的那一个若是不许再按，键盘就不知道走到了哪里。 */
 function refresh() {
-  for (const b of document.querySelectorAll("button")) b.setAttribute("aria-disabled", working !== (b.id === "stop"));
+  for (const b of document.querySelectorAll("button:not(.heads button)"))
+    b.setAttribute("aria-disabled", working !== (b.id === "stop"));
   $("again").hidden = !answers.length;
   $("restore").hidden = !off.size;
   $("off").textContent = off.size ? `关掉了：${[...off].join("、")}（层.头；attention 注意力，feed_forward 前馈）` : "";
@@ -107,6 +111,8 @@ function replace(answer, at, tokens) {
   answer.tokens.splice(at, Infinity, ...tokens);
   [...answer.row.children].slice(at).forEach(span => span.remove());
   for (const token of tokens) show(answer, token);
+  const {children} = answer.row;
+  if (children.length && ![...children].some(span => span.tabIndex === 0)) children[0].tabIndex = 0;
   answer.given = Math.min(answer.given, answer.tokens.length);
   answer.note.textContent = "";
   answer.spoken.textContent = answer.tokens.map(t => t.text).join("");
@@ -137,6 +143,7 @@ async function speak(answer, {from = 0, since = answer.given} = {}) {
   answer.note.textContent = reason + (muted.length ? `（写的时候关着 ${muted.join("、")}）` : "");
   answer.spoken.textContent = answer.tokens.map(t => t.text).join("");
   say(heard.length ? `写了 ${heard.length} 个词元${rate}。点一个词元，看它怎样来。` : "");
+  halted = false;  // 叫停的是写；写出的还可以看
 }
 
 /** 说过的几轮：问与答交替；一个字也没答的提问不留着，免得它接着答上一句。 */
@@ -146,6 +153,8 @@ function history() {
   return [...last.turns, last.question, [bos_id, roles.assistant, ...last.tokens.map(t => t.id), eos_id]];
 }
 
+const only_the_end = n => `（前文 ${n} 个词元，只看得到最后 ${KEEP} 个）`;
+
 /** 说一句话：微调过的当作提问，接着前几轮；只会接着写的当作开头，空的就接着写。 */
 const ask = text => work("正在读……", async () => {
   const last = answers.at(-1);
@@ -154,29 +163,36 @@ const ask = text => work("正在读……", async () => {
     if (error) throw new Error(error);
     const answer = place({said: text, start: ids, tokens: [], given: 0, ...rest});
     if (forgotten) answer.head.textContent = `（前文太长，忘掉了最早的 ${forgotten} 轮）`;
-    $("text").value = "";
+    sent(text);
     await speak(answer);
   } else if (!SFT && text.trim()) {
     const all = await job("encode", {text}), ids = all.slice(-KEEP);
     const tokens = await job("surprise", {ids: [bos_id, ...ids], from: 1, off: [...off]});
     const own = tokens.map((token, i) => ({...token, from: 0, since: i}));  // 自己打的，不罚
     const answer = place({said: text, start: [bos_id], tokens: own, given: own.length});
-    if (all.length > ids.length) answer.head.textContent = `（前文 ${all.length} 个词元，只看得到最后 ${KEEP} 个）`;
-    $("text").value = "";
+    if (all.length > ids.length) answer.head.textContent = only_the_end(all.length);
+    sent(text);
     await speak(answer);
   } else if (!SFT && last) {
-    await speak(last, {from: Math.max(0, last.tokens.length - KEEP), since: last.tokens.length});
+    const n = last.tokens.length;
+    if (n > KEEP) last.head.textContent = only_the_end(n);
+    await speak(last, {from: Math.max(0, n - KEEP), since: n});
   } else say(SFT ? "请先说一句话。" : "请先起个头，例如：守株待兔：");
 });
 
-/** 从头重写这一个回答；原来写的留一行，好比较。 */
+/** 说出去了：框里还是它，就清空；按的是例子，框里没写完的留着。 */
+function sent(text) {
+  if ($("text").value === text) $("text").value = "";
+}
+
+/** 从头重写最后一个回答；原来写的留一行，好比较。 */
 const again = () => work("正在写……", async () => {
-  const answer = now?.answer ?? answers.at(-1), at = now?.at;
+  const answer = answers.at(-1);
   const former = answer.tokens.slice(answer.given).map(t => t.text).join("");
   replace(answer, answer.given, []);
   await speak(answer);
   answer.note.textContent += former ? `（原来写的是：${former}）` : "";
-  if (now) await inspect(answer, at);
+  if (now?.answer === answer) await inspect(answer, now.at);
 });
 
 // ---------- 4. 开始 ----------
@@ -206,7 +222,12 @@ function start() {
     worker.postMessage({id: number, job: "stop"});
   };
   $("again").onclick = again;
-  $("restore").onclick = () => { off.clear(); changed(); };
+  $("restore").onclick = () => {
+    if (working) return;
+    off.clear();
+    changed();
+    $("again").focus();  // 自己藏起来了
+  };
   refresh();
   // 模型的文字留在页面里不删：浏览器「另存为」存下的，才还是会说话的一个文件。
   job("open", {config: INFO.config, places: INFO.places, weights: $("weights").textContent, tokens: INFO.tokens})

@@ -5,7 +5,8 @@
 //     take swap patch    换一个走，只换这一个，搬一个向量
 //     switchButton       关掉、恢复一个零件
 
-let now = null;  // 打开着的：{answer, at, seen, former, patch}；former 是动手之前的，没有动手是 null
+// 打开着的：{answer, at, seen, former, patch, penalty}；former 是动手之前的，没有动手是 null
+let now = null;
 let head = [INFO.config.n_layers - 1, 0];  // 选中的头：第几层，第几个，从 0 数起
 
 // ---------- 1. 打开 ----------
@@ -22,11 +23,10 @@ async function inspect(answer, at, patch = null) {
   const former = off.size || patch ?
     await job("look", {...asked, off: [], also: rowsOf(seen).map(([id]) => id)}) : null;
   mark(null);
-  now = {answer, at, seen, former, patch};
+  now = {answer, at, seen, former, patch, penalty: asked.penalty};
   mark(answer.row.children[at]);
   const opened = $("inside").hidden;
   $("inside").hidden = false;
-  say("");
   drawInside();
   if (opened && matchMedia("(max-width: 899px)").matches) $("title").scrollIntoView({behavior: "smooth"});
   if (opened || document.activeElement === document.body) $("title").focus({preventScroll: true});
@@ -118,8 +118,8 @@ function drawHead() {
 
 /** 一个开关：关掉，或者恢复。 */
 function switchButton(part, name) {
-  const b = make("button", (off.has(part) ? "恢复" : "关掉") + name, {type: "button", class: "knob",
-    "aria-pressed": off.has(part), "aria-disabled": working, "data-part": part});
+  const b = make("button", (off.has(part) ? "恢复" : "关掉") + name, {type: "button",
+    class: off.has(part) ? "silent" : "", "aria-disabled": working, "data-part": part});
   b.onclick = () => {
     if (working) return;
     off.has(part) ? off.delete(part) : off.add(part);
@@ -148,7 +148,7 @@ const take = ({id, name, p}) => work("正在写……", async () => {
 const swap = text => work("正在读……", async () => {
   const {answer, at} = now, ids = await job("encode", {text});
   if (ids.length !== 1) throw new Error(`「${text}」是 ${ids.length} 个词元；换上去的要正好是一个`);
-  const {given} = answer, tokens = answer.tokens.slice(at).map((token, k) => k ? token : {...token, id: ids[0]});
+  const tokens = answer.tokens.slice(at).map((token, k) => k ? token : {...token, id: ids[0]});
   const whole = [...answer.tokens.slice(0, at), ...tokens];
   for (let first = at; first < whole.length;) {  // 看得见的开头相同的，一起读
     const {from} = whole[first];
@@ -160,7 +160,6 @@ const swap = text => work("正在读……", async () => {
     first = end;
   }
   replace(answer, at, whole.slice(at));
-  answer.given = given;
   await inspect(answer, at);
 });
 

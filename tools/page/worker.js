@@ -123,7 +123,7 @@ const jobs = {
     const scores = highest(adjust(logits, written, penalty, banned), CANDIDATES);
     const lens = seen.residual.map(vector => softmax(model.score(model.norm.forward(vector)).slice()));
     return {
-      target: tokenizer.label(target), target_id: target, target_p: probs[target], next: best(probs, 10),
+      target: tokenizer.label(target), target_id: target, target_p: probs[target],
       // 参加抽签的：[编号, 名字, 模型给的概率, 罚过的打分]，由页面照温度与 top-p 画
       candidates: scores.map(([token, score]) => [token, tokenizer.label(token), probs[token], score]),
       also: also.map(token => probs[token]),
