@@ -235,7 +235,8 @@ def test_the_same_loops_are_noticed(small):
     cases = []
     for _ in range(300):
         unit = [noise.choice([200, 201, 202, 203]) for _ in range(noise.randrange(1, 20))]
-        cases.append(some_ids(noise.randrange(5)) + unit * noise.randrange(1, 9))
+        part = unit[: noise.randrange(len(unit))]  # 最后一遍没有说完
+        cases.append(some_ids(noise.randrange(5)) + unit * noise.randrange(1, 9) + part)
     lines = "好看\n1. 好看\n2、好看\n好看\n"
     texts = [lines, lines[:-1], "好\n" * 6, "a\n\n\n\n", "}\n" * 9, "甲乙\n丙丁\n" * 2, "\n" * 5]
     cases += [TOKENIZER.encode(text) for text in texts]
@@ -633,7 +634,14 @@ def test_only_a_keyboard_and_the_dark(opened):
     done(tab)
     assert "第 4 个词元「了」" in tab.locator("#title").inner_text()
     assert tab.evaluate("document.activeElement.id") == "next-token"
-    say(tab, "守株")  # 各是各的：前一篇还在，Tab 走得回去
+    touch(tab, 0, len(ids) - 1)
+    click(tab, "合上")
+    click(tab, "重写一遍")  # 框着的那个没有了，Tab 仍然走得进这一行
+    assert tab.locator(".answer .t[tabindex='0']").count() == 1
+    say(tab, "守株")  # 各是各的：改前一篇，后一篇还在
+    touch(tab, 0, 1)
+    tab.locator("#other-token").fill("虎")
+    click(tab, "只换这个词元")
     assert tab.locator(".message").count() == 2
     assert tab.locator(".answer").first.locator(".t[tabindex='0']").count() == 1
     paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -650,6 +658,10 @@ def test_going_on_past_the_limit(opened):
     set_knob(tab, "top_k", 200)
     say(tab, "春天")
     keep = SHAPE.max_len * 3 // 4 - 1
+    tab.evaluate(
+        "() => { window.asked = []; const real = job; job = (name, more, heard) => {"
+        " asked.push([name, more]); return real(name, more, heard); }; }"
+    )
     for _ in range(4):
         n = len(answer_ids(tab))
         say(tab, "")
@@ -657,6 +669,10 @@ def test_going_on_past_the_limit(opened):
     assert len(ids) > SHAPE.max_len and len(ids) > n
     last = tab.evaluate("answers[0].tokens.at(-1)")
     assert (last["from"], last["since"]) == (n - keep, n)
+    name, sent = tab.evaluate("asked.at(-1)")
+    assert name == "write" and sent["ids"] == [TOKENIZER.bos_id, *ids[n - keep : n]]
+    assert sent["written"] == []  # 这一次自己还没有写；下面，写最后一个之前写过的
+    assert tab.evaluate("before(answers[0], answers[0].tokens.length - 1).written") == ids[n:-1]
     p = speaker.read([TOKENIZER.bos_id, *ids[n - keep : -1]])[-1, ids[-1]].item()
     assert last["p"] == pytest.approx(p, rel=1e-3)
     touch(tab, 0, len(ids) - 1)
