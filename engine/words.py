@@ -154,10 +154,12 @@ def plan(found) -> str:
 def farewell(run) -> str:
     """用了多久，结果在哪里，接下来做什么。"""
     path = shlex.quote(str(run.folder.path))
+    page = shlex.quote(str(run.folder.path.with_suffix(".html")))
     after = {
         "pretrain": f"  python pre_chat.py --checkpoint {path}    看它接着往下写\n"
         f"  python sft_train.py{repeat_flags(run.config, run.origins)}    教它回答问题",
-        "sft": f"  python sft_chat.py --checkpoint {path}",
+        "sft": f"  python sft_chat.py --checkpoint {path}    跟它聊\n"
+        f"  python -m tools.page {path} {page}    做成一个网页，带得走",
     }
     return (
         f"完成，用时 {run.metrics.seconds() / 60:.1f} 分钟，"

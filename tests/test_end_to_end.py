@@ -39,6 +39,7 @@ def test_the_commands_printed_at_the_end_are_the_next_ones(trained):
     assert "python sft_train.py" in first
     assert "python pre_chat.py --checkpoint out/tiny/pretrain.pt" in first
     assert "python sft_chat.py --checkpoint out/tiny/sft.pt" in second
+    assert "python -m tools.page out/tiny/sft.pt out/tiny/sft.html" in second
 
 
 def test_sft_continues_from_pretraining(trained):
