@@ -35,10 +35,10 @@ def page(speaker: Speaker, checkpoint: dict[str, Any], title: str, exact: bool =
         "examples": examples(speaker.stage, speaker.config),
     }  # fmt: skip
     whole = inlined((HERE / "page.html").read_text(encoding="utf-8"), **scripts())
-    policy = content_policy(whole)
-    return inlined(
-        whole, POLICY=policy, INFO=safe_json(info), WEIGHTS=base64.b64encode(weights).decode()
-    ).replace("/*TITLE*/", html.escape(title))
+    whole = inlined(whole, POLICY=content_policy(whole))
+    shown = html.escape(title).replace("*", "&#42;")  # 标题里的 /*…*/ 也只是文字
+    whole = inlined(whole.replace("/*TITLE*/", shown), INFO=safe_json(info))
+    return inlined(whole, WEIGHTS=base64.b64encode(weights).decode())  # 最大的最后放
 
 
 def scripts() -> dict[str, str]:
