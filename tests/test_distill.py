@@ -1,6 +1,7 @@
 """蒸馏：损失与手算的、与整张词表的相同；没有老师时逐位不变；练出来的检查点哪里都能用。"""
 
 import math
+import os
 import re
 import shlex
 import signal
@@ -229,13 +230,15 @@ def test_a_teacher_of_another_tokenizer_is_refused(trained, tmp_path, monkeypatc
 def test_going_on_asks_what_the_checkpoint_says(trained, tmp_path, monkeypatch):
     """接着练时，老师教得了教不了，看检查点里的一行多长，不看默认的。"""
     save(tmp_path / "short.pt", plain_model(), stage="pretrain")  # 至多看 128 个词元，正好一行
+    (tmp_path / "out/tiny").mkdir(parents=True)  # 不在大家共用的目录里：它上了锁，别的测试会撞上
+    os.link(trained[0] / "out/tiny/pretrain.pt", tmp_path / "out/tiny/pretrain.pt")
     went_on = []
     monkeypatch.setattr(distill.pre_train, "main", lambda **given: went_on.append(given))
     short = f"--teacher {tmp_path / 'short.pt'} --out_dir out/tiny"
-    start(monkeypatch, trained[0], f"{short} --resume")
+    start(monkeypatch, tmp_path, f"{short} --resume")
     assert len(went_on) == 1
     with pytest.raises(UserError, match="一行却有 256 个"):
-        start(monkeypatch, trained[0], short)
+        start(monkeypatch, tmp_path, short)
 
 
 def test_help_names_its_own_flags_and_where_the_others_are(monkeypatch, capsys, tmp_path):
