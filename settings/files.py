@@ -31,11 +31,15 @@ def new_file(path: Path, mode: str = "wb", **how: Any) -> IO[Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """写成 UTF-8 的文件；写完才换掉原有的。"""
+    """写成 UTF-8 的文件；写完才换掉原有的。写不完（磁盘满了、按了 Ctrl-C），不留下半个。"""
     part = path.with_name(path.name + ".part")
-    with new_file(part, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(part, path)
+    try:
+        with new_file(part, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

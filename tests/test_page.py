@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import os
 import random
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -770,7 +772,7 @@ def test_nothing_may_leave(small, browser):
 # ---------- 5. 命令 ----------
 
 
-def test_the_command(trained, tmp_path):
+def test_the_command(trained, tmp_path, monkeypatch):
     """照 README 的命令：写好，说多大；已经有的不悄悄盖掉。"""
     folder, *_ = trained
     target = tmp_path / "model.html"
@@ -785,6 +787,9 @@ def test_the_command(trained, tmp_path):
     _, err = run(folder, "tools.page", "out/tiny/sft.pt", str(target), code=2)
     assert "--overwrite" in err and err.count("\n") == 1
     run(folder, "tools.page", "out/tiny/sft.pt", str(target), "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", mock.Mock(side_effect=KeyboardInterrupt))
+        run(folder, "tools.page", "out/tiny/sft.pt", str(tmp_path / "other.html"), code=130)
     assert [p.name for p in tmp_path.iterdir()] == ["model.html"]
 
 

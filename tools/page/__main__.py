@@ -59,7 +59,6 @@ def main(argv: list[str] | None = None) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, whole)
     except OSError as error:
-        target.with_name(target.name + ".part").unlink(missing_ok=True)
         raise UserError(f"写不了 {target}（{error.strerror}）；请检查路径、权限与空间") from error
     size = file_size(target.stat().st_size)
     say(f"写好 {target}（{size}）：用浏览器打开，或者传给朋友；不联网也能聊")
