@@ -13,7 +13,7 @@ from rich.console import Console
 from scripts import run
 
 from config import Config, UserError
-from generate import make_speaker
+from generate import Sampling, make_speaker
 from microscope import look, patched, without
 from model import Transformer
 from tokenizer import Tokenizer
@@ -152,6 +152,20 @@ def test_hands_change_what_is_shown(speaker):
     assert data_of(page(facts, 3))["before"] == facts["before"]
 
 
+def test_what_is_written_before_and_after(speaker):
+    """动手之前与之后各接着写什么：与直接生成的相同，两样不同；什么也没动，就没有。"""
+    ids = speaker.prompt("守株待兔")
+    hands = read_hands(speaker, ids, 3, "1.attention", "2=虎", "")
+    greedy = Sampling(temp=0, penalty=1, max=9)
+    before = list(speaker.generate(ids[:4], greedy))
+    with without(speaker.model, ["1.attention"]):
+        after = list(speaker.generate([ids[0], *TOKENIZER.encode("虎"), *ids[2:4]], greedy))
+    wanted = [TOKENIZER.decode(before), TOKENIZER.decode(after)]
+    assert hands.answers(speaker, 4, 9) == wanted and wanted[0] != wanted[1]
+    assert hands.answers(speaker, 0, 9) is None  # 开头都没有送进来
+    assert read_hands(speaker, ids, 0, "", "", "").answers(speaker, 4, 9) is None
+
+
 def test_idle_hands_change_nothing(speaker):
     ids = speaker.prompt("守株")
     assert read_hands(speaker, ids, 0, " ", "", "").examine(speaker) == examine(speaker, ids)
@@ -201,7 +215,11 @@ def test_it_runs_as_in_the_readme(trained):
     html = (folder / "out/explain.html").read_text(encoding="utf-8")
     assert data_of(html)["stage"] == "sft"  # 两个都有，用微调过的
     out, _ = run(folder, "tools.explain", "守株待兔", "--without", "2.1", "--patch", "2=画蛇添足")
-    assert "动手之后：关掉了 2.1；" in out
+    assert "动手之后：关掉了 2.1；" in out and "它接着写" not in out
+    out, _ = run(folder, "tools.explain", "守株待兔", "--without", "2.1", "--write", "5")
+    assert "动手之前，它接着写" in out and "动手之后，它接着写" in out
+    html = (folder / "out/explain.html").read_text(encoding="utf-8")
+    assert len(data_of(html)["answers"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(ids) > speaker.config.max_len:
         limit = speaker.config.max_len
         raise UserError(f"这段文字有 {len(ids)} 个词元，模型最多看 {limit} 个；请短一些")
+    n_given = len(ids)
     greedy = Sampling(temp=0, penalty=1, max=options.write)
     ids += speaker.generate(ids, greedy) if options.write else []
     dropped = max(0, len(ids) - options.most)
@@ -87,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     hands = read_hands(speaker, ids, at - 1, options.without, options.replace, options.patch)
     facts = hands.examine(speaker, dropped)
+    if options.write:
+        facts["answers"] = hands.answers(speaker, n_given - dropped, options.write)
     seconds = time.perf_counter() - started
     report(facts, at - 1, display.terminal(sys.stdout))
     path = Path(options.html)

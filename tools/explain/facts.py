@@ -51,6 +51,7 @@ def examine(speaker: Speaker, ids: list[int], dropped: int = 0) -> dict:
         "ids": ids,
         "changed": "",  # 动了什么，见 hands.py
         "before": None,
+        "answers": None,
         "dropped": dropped,
         "tokens": [label(token) for token in ids],
         "targets": [label(token) for token in targets],

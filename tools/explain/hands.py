@@ -1,7 +1,7 @@
 """动手改：换一个词元，关掉几个零件，搬一个向量；看猜测变了多少。
 
 read_hands   命令行写的 -> Hands
-Hands        动了什么；examine 看一遍，连同动手之前的猜测
+Hands        动了什么；examine 看一遍，连同动手之前的猜测；answers 各接着写什么
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from chat.hands import last_vector, one_token, parts
 from config import UserError
-from generate import Speaker
+from generate import Sampling, Speaker
 from microscope import find_part, patched, without
 from tools.explain.facts import examine, rounded
 
@@ -51,6 +51,16 @@ class Hands:
         shown = [[rounded(p) for p in row] for row in next_p.tolist()]
         before = {"next_p": shown, "target_p": [rounded(p) for p in target_p[:, 0].tolist()]}
         return facts | {"changed": self.words, "before": before}
+
+    def answers(self, speaker: Speaker, start: int, most: int) -> list[str] | None:
+        """从第 start 个词元起（从 0 数），动手之前与之后各接着写什么；没有动手或没有开头，是 None。"""
+        if not self.words or start < 1:
+            return None
+        greedy = Sampling(temp=0, penalty=1, max=most)
+        before = list(speaker.generate(self.original[:start], greedy))
+        with self.on(speaker):
+            after = list(speaker.generate(self.ids[:start], greedy))
+        return [speaker.tokenizer.decode(new) for new in (before, after)]
 
 
 def read_hands(

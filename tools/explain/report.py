@@ -26,6 +26,8 @@ def report(facts: dict, at: int, console: Console) -> None:
     p = facts["target_p"][at]
     if facts["before"]:
         show(f"动手之后：{facts['changed']}", compared(facts, at))
+    for when, text in zip(("动手之前", "动手之后"), facts["answers"] or (), strict=False):
+        show(f"{when}，它接着写", Text(text))
     rows = [
         (
             f"第 {i + 1} 个「{tokens[i]}」",
