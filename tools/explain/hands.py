@@ -53,7 +53,7 @@ class Hands:
         return facts | {"changed": self.words, "before": before}
 
     def answers(self, speaker: Speaker, start: int, most: int) -> list[str] | None:
-        """从第 start 个词元起（从 0 数），动手之前与之后各接着写什么；没有动手或没有开头，是 None。"""
+        """从第 start 个词元起，动手之前与之后各接着写什么；没有动手或没有开头，是 None。"""
         if not self.words or start < 1:
             return None
         greedy = Sampling(temp=0, penalty=1, max=most)
