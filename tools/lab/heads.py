@@ -1,6 +1,6 @@
 """实验：哪个头管照抄？
 
-    python -m tools.lab.heads                      练三个种子的 tiny，约一刻钟
+    python -m tools.lab.heads                      练三个种子的 tiny，约半小时
     python -m tools.lab.heads --checkpoints out/tiny/pretrain.pt        用练好的，几秒钟
 
 一个词在前文里出现过，又出现一次，接着写什么？照抄上次接在它后面的，多半不错：「守株待兔：……守株」之后
@@ -65,7 +65,7 @@ class Options(DataOptions):
             return f"{len(paths)} 个检查点，逐个关掉每个头。"
         return (
             f"练 {self.seeds} 个 tiny，每个 {self.steps} 步，再逐个关掉每个头；"
-            "默认设置约一刻钟（两个核）。"
+            "默认设置约半小时（两个核）。"
         )
 
 
